@@ -1,6 +1,7 @@
 // What the processor can do, and which kernels may run on it.
 #pragma once
 
+#include <cstddef>
 #include <string>
 
 namespace qi {
