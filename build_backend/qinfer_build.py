@@ -1,0 +1,107 @@
+"""PEP 517 hooks: scikit-build-core's, after translating our settings and checking the machine."""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from scikit_build_core import build as core
+
+Settings = dict[str, str | list[str]] | None
+
+# What `pip install -C<name>=<value>` takes beside scikit-build-core's own settings.
+_CHOICES = {"native": ("cmake.define.QINFER_NATIVE", {"on": "ON", "off": "OFF"})}
+
+
+def _translate(settings: Settings) -> Settings:
+    translated: dict[str, str | list[str]] = {}
+    for name, value in (settings or {}).items():
+        if name not in _CHOICES:
+            translated[name] = value
+            continue
+        define, allowed = _CHOICES[name]
+        if not isinstance(value, str) or value not in allowed:
+            sys.exit(f"-C{name}={value}: the allowed values are {', '.join(allowed)}.")
+        translated[define] = allowed[value]
+    return translated
+
+
+def _check_machine() -> None:
+    libc, version = platform.libc_ver()
+    supported = (
+        sys.platform == "linux"
+        and platform.machine() in ("x86_64", "aarch64")
+        and libc == "glibc"
+        and tuple(map(int, version.split("."))) >= (2, 28)
+    )
+    if not supported:
+        sys.exit(
+            "qinfer runs on Linux with glibc 2.28 or newer, on x86-64 and aarch64; "
+            f"this is {platform.system()} with {libc or 'another C library'} {version} "
+            f"on {platform.machine()}."
+        )
+    chosen = shlex.split(os.environ.get("CXX", ""))[:1]
+    if not any(shutil.which(name) for name in chosen or ("c++", "g++", "clang++")):
+        sys.exit(
+            f"qinfer compiles its runtime and found no C++ compiler {' '.join(chosen)}".rstrip()
+            + ": install GCC 11 or Clang 14 or newer (on Debian and Ubuntu: apt install g++), "
+            "or name one in CXX."
+        )
+
+
+def get_requires_for_build_sdist(config_settings: Settings = None) -> list[str]:
+    return core.get_requires_for_build_sdist(_translate(config_settings))
+
+
+def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
+    _check_machine()
+    return core.get_requires_for_build_wheel(_translate(config_settings))
+
+
+def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
+    _check_machine()
+    return core.get_requires_for_build_editable(_translate(config_settings))
+
+
+def prepare_metadata_for_build_wheel(
+    metadata_directory: str, config_settings: Settings = None
+) -> str:
+    return core.prepare_metadata_for_build_wheel(metadata_directory, _translate(config_settings))
+
+
+def prepare_metadata_for_build_editable(
+    metadata_directory: str, config_settings: Settings = None
+) -> str:
+    return core.prepare_metadata_for_build_editable(metadata_directory, _translate(config_settings))
+
+
+def build_wheel(
+    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
+) -> str:
+    _check_machine()
+    return core.build_wheel(wheel_directory, _translate(config_settings), metadata_directory)
+
+
+def build_editable(
+    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
+) -> str:
+    _check_machine()
+    return core.build_editable(wheel_directory, _translate(config_settings), metadata_directory)
+
+
+def build_sdist(sdist_directory: str, config_settings: Settings = None) -> str:
+    settings = _translate(config_settings) or {}
+    if not (Path(".git").exists() and shutil.which("git")):
+        return core.build_sdist(sdist_directory, settings)
+    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(head)
+        file.flush()
+        # An sdist has no history to ask, so it carries the hash of the commit it was made from.
+        settings[f"sdist.force-include.{file.name}"] = "vendor/runtime/git-hash"
+        return core.build_sdist(sdist_directory, settings)
