@@ -1,0 +1,126 @@
+// What the engine asks of a device: memory for keys and values, and the steps of a forward pass.
+//
+// Activations are float rows, [n_tokens][width], contiguous. A device knows no architecture: it is
+// told which weights, which activation, which rotation. One Device serves one context and one
+// thread at a time.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "kernels/matmul.h"
+#include "quant/types.h"
+
+namespace qi {
+
+using kernels::Weight;
+
+// y = W·x + b
+struct Linear {
+    Weight weight{};          // [n_rows][n_cols]
+    std::vector<float> bias;  // [n_rows], or empty
+};
+
+struct Norm {
+    enum class Kind { rms, layer };
+    Kind kind = Kind::rms;
+    float epsilon = 0.0f;
+    std::vector<float> weight;  // [n_embd]
+    std::vector<float> bias;    // [n_embd], or empty
+};
+
+struct HiddenAct {
+    enum class Kind { silu, relu, gelu_erf, gelu_tanh, fatrelu, relu_relu };
+    Kind kind = Kind::silu;
+    float threshold = 0.0f;  // fatrelu: values at or below it become 0
+};
+
+// y = down · (act(gate·x) ⊙ up·x), or down · act(up·x) without a gate. relu_relu: relu(gate·x) ⊙
+// relu(up·x).
+struct FeedForward {
+    bool gated = false;
+    Linear gate;  // [n_ff][n_embd]
+    Linear up;    // [n_ff][n_embd]
+    Linear down;  // [n_embd][n_ff]
+    HiddenAct act;
+};
+
+// One output of a projection: rows of y = W·x + b, or y += W·x + b.
+struct Projection {
+    const Linear* linear;
+    float* y;  // [n_tokens][n_rows]
+    bool accumulate = false;
+};
+
+struct KvLayout {
+    Type type = Type::f16;
+    int64_t n_layer = 0;
+    int64_t n_head_kv = 0;
+    int64_t head_dim = 0;
+};
+
+// The tokens of one sequence in a batch: rows [row, row + n) at positions [position, position + n).
+struct Segment {
+    int64_t row;
+    int64_t n;
+    int64_t position;
+    const int32_t* pages;  // the sequence's page table
+};
+
+struct AttentionShape {
+    int64_t n_head;
+    int64_t sliding_window;  // 0: none
+    float scale;
+};
+
+class Device {
+  public:
+    virtual ~Device() = default;
+
+    // ---- memory ----
+    // Reserves address space for n_pages pages; memory is taken as pages are written.
+    virtual void reserve_kv(const KvLayout& layout, int64_t n_pages) = 0;
+    virtual size_t kv_page_bytes() const = 0;
+    virtual void copy_kv_page(int32_t from, int32_t to) = 0;
+    virtual void release_kv_page(int32_t page) = 0;  // gives its memory back
+    virtual void read_kv_page(int32_t page, std::byte* out) const = 0;
+    virtual void write_kv_page(int32_t page, const std::byte* data) = 0;
+    virtual size_t scratch_bytes() const = 0;
+
+    // ---- steps ----
+    // Throws QI_CANCELLED once *cancel is set; polled inside every step.
+    virtual void set_cancel(const std::atomic<bool>* cancel) = 0;
+    virtual void set_threads(int n_threads) = 0;
+
+    // out[i] = table[tokens[i]], or out[i] += table[tokens[i]].
+    virtual void embed(const Weight& table, std::span<const int32_t> rows, float* out,
+                       bool accumulate) = 0;
+    virtual void norm(const Norm& norm, const float* x, int64_t n_tokens, float* out) = 0;
+    // All projections share the input x [n_tokens][n_cols].
+    virtual void project(const float* x, int64_t n_tokens, std::span<const Projection> outputs) = 0;
+    // Rotates n_heads heads of every token, each head_dim wide with its first n_rot values turned,
+    // the tokens being `stride` floats apart. cos_sin: [n_tokens][n_rot/2][2].
+    virtual void rope(float* heads, int64_t n_tokens, int64_t stride, int64_t n_heads,
+                      int64_t head_dim, const float* cos_sin, int64_t n_rot, bool neox) = 0;
+    // Appends keys and values [n_tokens][stride] of one layer; rows belong to the segments.
+    virtual void append_kv(int64_t layer, std::span<const Segment> segments, const float* k,
+                           const float* v, int64_t stride) = 0;
+    // q [n_tokens][stride] → out [n_tokens][n_head · head_dim]
+    virtual void attend(int64_t layer, const AttentionShape& shape,
+                        std::span<const Segment> segments, const float* q, int64_t stride,
+                        float* out) = 0;
+    // y += FFN(x)
+    virtual void feed_forward(const FeedForward& ffn, const float* x, int64_t n_tokens,
+                              float* y) = 0;
+    // Natural-log probability of targets[i] under logits [n][n_vocab].
+    virtual void log_probabilities(const float* logits, int64_t n, int64_t n_vocab,
+                                   const int32_t* targets, float* out) = 0;
+};
+
+std::unique_ptr<Device> make_cpu_device(int n_threads);
+
+}  // namespace qi
