@@ -28,7 +28,8 @@ inline f16_bits f32_to_f16(float value) {
     if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
     if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to 2^16 or more
     if (magnitude < 0x38800000u) {
-        // Subnormal half: adding 0.5 lines its last bit up with float's, so the hardware rounds for us.
+        // Subnormal half: adding 0.5 lines its last bit up with float's, so the hardware rounds for
+        // us.
         const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
         return uint16_t(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u));
     }

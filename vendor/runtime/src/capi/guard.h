@@ -1,0 +1,60 @@
+// The C boundary: every exception becomes a status and a message.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <string_view>
+
+#include "base/error.h"
+#include "base/text.h"
+#include "qinfer.h"
+
+namespace qi {
+
+// Fills the caller's slot without allocating. A message too long is cut between characters;
+// malformed bytes become '?'.
+inline int32_t report(qi_error* error, qi_status status, std::string_view message) noexcept {
+    if (error == nullptr) return status;
+    error->status = status;
+    constexpr size_t capacity = sizeof error->message - 1;
+    size_t used = 0;
+    while (!message.empty() && used < capacity) {
+        const size_t valid = valid_utf8_length(message);
+        const size_t length =
+            valid_utf8_length(message.substr(0, std::min(valid, capacity - used)));
+        std::memcpy(error->message + used, message.data(), length);
+        used += length;
+        message.remove_prefix(length);
+        if (length < valid || message.empty() || used == capacity) break;
+        error->message[used++] = '?';
+        message.remove_prefix(1);
+    }
+    error->message[used] = '\0';
+    return status;
+}
+
+// Runs body() and turns whatever it throws into a status; QI_OK leaves the error slot alone.
+template <typename F>
+int32_t guard(qi_error* error, F&& body) noexcept {
+    try {
+        body();
+        return QI_OK;
+    } catch (const Error& failure) {
+        return report(error, failure.status(), failure.what());
+    } catch (const std::bad_alloc&) {
+        return report(error, QI_MEMORY, "out of memory");
+    } catch (const std::exception& failure) {
+        return report(error, QI_INTERNAL, failure.what());
+    } catch (...) {
+        return report(error, QI_INTERNAL, "an exception of unknown kind");
+    }
+}
+
+// For arguments of C functions that must not be NULL.
+inline void require_pointer(const void* pointer, const char* name) {
+    if (pointer == nullptr) fail(QI_ARGUMENT, "argument '%s' is NULL", name);
+}
+
+}  // namespace qi
