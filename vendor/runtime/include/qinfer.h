@@ -1,14 +1,19 @@
 /* qinfer runtime: the only public header.
  *
  * Conventions
- *  - Every fallible function returns a qi_status and, when it is not QI_OK, fills the caller's qi_error (may be NULL)
- *    with a message that names the file, tensor or option, what was found and what would have been right.
- *  - Strings are UTF-8 with an explicit length; pointers handed out stay valid until the object they came from is closed.
- *  - Nothing here prints, exits, aborts, throws or calls back. Progress, cancellation and log lines are polled.
- *  - Models are immutable and may be shared by threads; a context serves one thread at a time and answers QI_BUSY otherwise.
+ *  - Every fallible function returns a qi_status and, when it is not QI_OK, fills the caller's
+ *    qi_error (may be NULL) with a message that names the file, tensor or option, what was found
+ *    and what would have been right.
+ *  - Strings are UTF-8 with an explicit length; pointers handed out stay valid until the object
+ *    they came from is closed.
+ *  - Nothing here prints, exits, aborts, throws or calls back. Progress, cancellation and log lines
+ *    are polled.
+ *  - Models are immutable and may be shared by threads; a context serves one thread at a time and
+ *    answers QI_BUSY otherwise.
  *  - Sizes are bytes, counts are elements, `n_` means "number of".
  *
- * Between the two marked lines the text is plain C declarations, read as they stand by the compiler and by cffi.
+ * Between the two marked lines the text is plain C declarations, read as they stand by the compiler
+ * and by cffi.
  */
 #ifndef QINFER_H
 #define QINFER_H
@@ -48,16 +53,17 @@ typedef struct qi_error {
 /* ---- library ---- */
 
 int32_t qi_abi_version(void);
-/* sizeof of a public struct by name, 0 when unknown; compared with the binding's own idea at import. */
+/* sizeof of a public struct by name, 0 when unknown; the binding compares it at import. */
 uint64_t qi_struct_size(const char* name);
 const char* qi_version(void); /* "0.1.0+<git hash>" */
 
-/* Takes one pending log line out of the ring: its level (10 debug … 40 error, as Python's logging) or 0 when empty. */
+/* Takes one pending log line out of the ring: its level (10 debug … 40 error, as Python's logging)
+ * or 0 when empty. */
 int32_t qi_log_next(char* text, uint64_t capacity);
 
 typedef struct qi_cpu_info {
-    char isa[16];       /* level in use: "portable", "avx2", "avx512", "neon" */
-    char best_isa[16];  /* best level this machine has */
+    char isa[16];      /* level in use: "portable", "avx2", "avx512", "neon" */
+    char best_isa[16]; /* best level this machine has */
     char brand[64];
     char features[192]; /* space-separated, as found by cpuid and xgetbv */
     int32_t n_physical_cores;
@@ -65,23 +71,28 @@ typedef struct qi_cpu_info {
 } qi_cpu_info;
 
 int32_t qi_get_cpu_info(qi_cpu_info* out, qi_error* error);
-/* Median speed of a plain read loop over `n_bytes` of private memory with `n_threads`, in bytes per second. */
-int32_t qi_measure_read_bandwidth(int32_t n_threads, uint64_t n_bytes, double* bytes_per_second, qi_error* error);
+/* Median speed of a plain read loop over `n_bytes` of private memory with `n_threads`, in bytes per
+ * second. */
+int32_t qi_measure_read_bandwidth(int32_t n_threads, uint64_t n_bytes, double* bytes_per_second,
+                                  qi_error* error);
 
 /* ---- tensor types ---- */
 
 typedef struct qi_type_info {
-    int32_t type;         /* GGUF's number */
-    char name[16];        /* "Q4_0" */
-    int32_t block_size;   /* elements per block */
+    int32_t type;       /* GGUF's number */
+    char name[16];      /* "Q4_0" */
+    int32_t block_size; /* elements per block */
     int32_t block_bytes;
-    int32_t can_decode;   /* all operators accept it */
+    int32_t can_decode; /* all operators accept it */
     int32_t can_encode;
 } qi_type_info;
 
-int32_t qi_type_by_index(int32_t index, qi_type_info* out); /* 0-based over the types this runtime knows; QI_ARGUMENT past the end */
-int32_t qi_type_decode(int32_t type, const void* blocks, uint64_t n_elements, float* out, qi_error* error);
-/* `n_per_row` elements make one row; `importance` (n_per_row weights, or NULL) is used by the types that can. */
+/* 0-based over the types this runtime knows; QI_ARGUMENT past the end. */
+int32_t qi_type_by_index(int32_t index, qi_type_info* out);
+int32_t qi_type_decode(int32_t type, const void* blocks, uint64_t n_elements, float* out,
+                       qi_error* error);
+/* `n_per_row` elements make one row; `importance` (n_per_row weights, or NULL) is used by the types
+ * that can. */
 int32_t qi_type_encode(int32_t type, const float* values, uint64_t n_elements, uint64_t n_per_row,
                        const float* importance, void* blocks, qi_error* error);
 
@@ -103,10 +114,12 @@ typedef struct qi_gguf_info {
 typedef struct qi_gguf_kv {
     const char* key;
     uint64_t key_length;
-    int32_t type;      /* GGUF value type: 0 u8 1 i8 2 u16 3 i16 4 u32 5 i32 6 f32 7 bool 8 string 9 array 10 u64 11 i64 12 f64 */
+    /* GGUF value type: 0 u8 1 i8 2 u16 3 i16 4 u32 5 i32 6 f32 7 bool 8 string 9 array 10 u64
+     * 11 i64 12 f64 */
+    int32_t type;
     int32_t item_type; /* of an array; else equal to type */
     uint64_t n_items;  /* 1 unless an array */
-    const void* data;  /* numbers and bools: packed items, unaligned; strings: see qi_gguf_kv_strings */
+    const void* data;  /* numbers, bools: packed, unaligned; strings: see qi_gguf_kv_strings */
 } qi_gguf_kv;
 
 typedef struct qi_gguf_tensor {
@@ -122,36 +135,44 @@ typedef struct qi_gguf_tensor {
 } qi_gguf_tensor;
 
 /* Flags of qi_gguf_open. */
-#define QI_GGUF_NO_MMAP 1     /* read into private memory instead of mapping */
-#define QI_GGUF_NO_TENSORS 2  /* metadata and descriptions only: data pointers are NULL, missing data is no error */
+#define QI_GGUF_NO_MMAP 1 /* read into private memory instead of mapping */
+/* Metadata and descriptions only: data pointers are NULL, missing data is no error. */
+#define QI_GGUF_NO_TENSORS 2
 
-int32_t qi_gguf_open(const char* path, uint64_t path_length, uint32_t flags, qi_gguf** out, qi_error* error);
+int32_t qi_gguf_open(const char* path, uint64_t path_length, uint32_t flags, qi_gguf** out,
+                     qi_error* error);
 void qi_gguf_close(qi_gguf* file); /* a model keeps what it needs: closing the file first is fine */
 int32_t qi_gguf_get_info(const qi_gguf* file, qi_gguf_info* out);
 int32_t qi_gguf_get_kv(const qi_gguf* file, uint64_t index, qi_gguf_kv* out, qi_error* error);
 /* Index of a key, or -1. */
 int64_t qi_gguf_find_kv(const qi_gguf* file, const char* key, uint64_t key_length);
 /* A string or array of strings as one byte run and n_items + 1 offsets into it. */
-int32_t qi_gguf_kv_strings(const qi_gguf* file, uint64_t index, const char** bytes, const uint64_t** offsets,
+int32_t qi_gguf_kv_strings(const qi_gguf* file, uint64_t index, const char** bytes,
+                           const uint64_t** offsets, qi_error* error);
+int32_t qi_gguf_get_tensor(const qi_gguf* file, uint64_t index, qi_gguf_tensor* out,
                            qi_error* error);
-int32_t qi_gguf_get_tensor(const qi_gguf* file, uint64_t index, qi_gguf_tensor* out, qi_error* error);
 int64_t qi_gguf_find_tensor(const qi_gguf* file, const char* name, uint64_t name_length);
 const void* qi_gguf_header(const qi_gguf* file); /* header_bytes of them, for fingerprints */
 
 typedef struct qi_gguf_writer qi_gguf_writer;
 
-/* Writes to a temporary name beside `path`; qi_gguf_writer_finish renames, closing before that leaves nothing behind.
- * Order of calls: every kv, every tensor description, then the data of each tensor in that order, in pieces of any size. */
-int32_t qi_gguf_writer_create(const char* path, uint64_t path_length, int32_t is_powerinfer, uint32_t alignment,
-                              qi_gguf_writer** out, qi_error* error);
-int32_t qi_gguf_writer_add_kv(qi_gguf_writer* writer, const char* key, uint64_t key_length, int32_t type,
-                              int32_t item_type, uint64_t n_items, const void* data, uint64_t n_bytes, qi_error* error);
+/* Writes to a temporary name beside `path`; qi_gguf_writer_finish renames, closing before that
+ * leaves nothing behind. Order of calls: every kv, every tensor description, then the data of each
+ * tensor in that order, in pieces of any size. */
+int32_t qi_gguf_writer_create(const char* path, uint64_t path_length, int32_t is_powerinfer,
+                              uint32_t alignment, qi_gguf_writer** out, qi_error* error);
+int32_t qi_gguf_writer_add_kv(qi_gguf_writer* writer, const char* key, uint64_t key_length,
+                              int32_t type, int32_t item_type, uint64_t n_items, const void* data,
+                              uint64_t n_bytes, qi_error* error);
 /* Strings as one byte run and n_items + 1 offsets; is_array 0 writes a single string. */
-int32_t qi_gguf_writer_add_strings(qi_gguf_writer* writer, const char* key, uint64_t key_length, int32_t is_array,
-                                   const char* bytes, const uint64_t* offsets, uint64_t n_items, qi_error* error);
-int32_t qi_gguf_writer_add_tensor(qi_gguf_writer* writer, const char* name, uint64_t name_length, int32_t type,
-                                  uint32_t n_dims, const uint64_t* dims, qi_error* error);
-int32_t qi_gguf_writer_write(qi_gguf_writer* writer, const void* data, uint64_t n_bytes, qi_error* error);
+int32_t qi_gguf_writer_add_strings(qi_gguf_writer* writer, const char* key, uint64_t key_length,
+                                   int32_t is_array, const char* bytes, const uint64_t* offsets,
+                                   uint64_t n_items, qi_error* error);
+int32_t qi_gguf_writer_add_tensor(qi_gguf_writer* writer, const char* name, uint64_t name_length,
+                                  int32_t type, uint32_t n_dims, const uint64_t* dims,
+                                  qi_error* error);
+int32_t qi_gguf_writer_write(qi_gguf_writer* writer, const void* data, uint64_t n_bytes,
+                             qi_error* error);
 int32_t qi_gguf_writer_finish(qi_gguf_writer* writer, qi_error* error);
 void qi_gguf_writer_close(qi_gguf_writer* writer);
 
@@ -160,8 +181,10 @@ void qi_gguf_writer_close(qi_gguf_writer* writer);
 typedef struct qi_model qi_model;
 
 typedef struct qi_model_params {
-    const char* hidden_act; /* NULL: from the file; else "silu", "relu", "gelu", "gelu_tanh", "relu_relu" or "fatrelu:<threshold>" */
-    int32_t check_tensors;  /* scan every weight for NaN and infinity: reads the whole file */
+    /* NULL: from the file; else "silu", "relu", "gelu", "gelu_tanh", "relu_relu" or
+     * "fatrelu:<threshold>" */
+    const char* hidden_act;
+    int32_t check_tensors; /* scan every weight for NaN and infinity: reads the whole file */
     int32_t reserved;
 } qi_model_params;
 
@@ -185,7 +208,8 @@ typedef struct qi_model_info {
     uint64_t kv_bytes_per_token_f16;
 } qi_model_info;
 
-int32_t qi_model_load(const qi_gguf* file, const qi_model_params* params, qi_model** out, qi_error* error);
+int32_t qi_model_load(const qi_gguf* file, const qi_model_params* params, qi_model** out,
+                      qi_error* error);
 void qi_model_close(qi_model* model); /* contexts keep it alive */
 int32_t qi_model_get_info(const qi_model* model, qi_model_info* out);
 
@@ -205,9 +229,9 @@ typedef struct qi_sampling_params {
     float frequency_penalty;
     float mirostat_tau;
     float mirostat_eta;
-    int32_t top_k; /* 0: all */
+    int32_t top_k;          /* 0: all */
     int32_t penalty_window; /* last tokens looked at; -1: all */
-    int32_t mirostat; /* 0, 1, 2 */
+    int32_t mirostat;       /* 0, 1, 2 */
     int32_t min_keep;
     int32_t n_bias;
     uint64_t seed;
@@ -215,12 +239,16 @@ typedef struct qi_sampling_params {
     const float* bias_values;   /* n_bias, added to logits; -INFINITY bans */
 } qi_sampling_params;
 
-int32_t qi_sampler_create(const qi_sampling_params* params, int32_t n_vocab, qi_sampler** out, qi_error* error);
+int32_t qi_sampler_create(const qi_sampling_params* params, int32_t n_vocab, qi_sampler** out,
+                          qi_error* error);
 void qi_sampler_close(qi_sampler* sampler);
 /* Puts a token into the penalty window without drawing it, for prompt tokens. */
-int32_t qi_sampler_accept(qi_sampler* sampler, const int32_t* tokens, uint64_t n_tokens, qi_error* error);
-/* Draws from logits (n_vocab, left unchanged) and accepts the token drawn. NaN logits are QI_ARGUMENT. */
-int32_t qi_sampler_sample(qi_sampler* sampler, const float* logits, int32_t* token, qi_error* error);
+int32_t qi_sampler_accept(qi_sampler* sampler, const int32_t* tokens, uint64_t n_tokens,
+                          qi_error* error);
+/* Draws from logits (n_vocab, left unchanged) and accepts the token drawn. NaN logits are
+ * QI_ARGUMENT. */
+int32_t qi_sampler_sample(qi_sampler* sampler, const float* logits, int32_t* token,
+                          qi_error* error);
 
 /* ---- contexts ---- */
 
@@ -256,7 +284,8 @@ typedef struct qi_stats {
     uint64_t weight_bytes_read; /* by generated tokens */
 } qi_stats;
 
-int32_t qi_context_create(qi_model* model, const qi_context_params* params, qi_context** out, qi_error* error);
+int32_t qi_context_create(qi_model* model, const qi_context_params* params, qi_context** out,
+                          qi_error* error);
 void qi_context_close(qi_context* context);
 int32_t qi_context_get_info(const qi_context* context, qi_context_info* out);
 int32_t qi_context_set_threads(qi_context* context, int32_t n_threads, qi_error* error);
@@ -265,33 +294,42 @@ int32_t qi_context_set_threads(qi_context* context, int32_t n_threads, qi_error*
 #define QI_WANT_LOGITS 1
 #define QI_WANT_HIDDEN 2 /* the final normalised hidden state */
 
-/* Appends token i to sequence seqs[i] (NULL: all to sequence 0) in the order given; several sequences may be mixed.
- * want[i] (NULL: logits of the last token of each sequence) asks for outputs. On any failure no sequence has changed. */
-int32_t qi_context_feed(qi_context* context, const int32_t* tokens, const int32_t* seqs, const uint8_t* want,
-                        uint64_t n_tokens, qi_error* error);
-/* Outputs of the last feed in the order asked for: n_vocab logits, or n_embd of the hidden state. Valid until the next feed. */
-int32_t qi_context_logits(const qi_context* context, uint64_t index, const float** logits, qi_error* error);
-int32_t qi_context_hidden(const qi_context* context, uint64_t index, const float** hidden, qi_error* error);
+/* Appends token i to sequence seqs[i] (NULL: all to sequence 0) in the order given; several
+ * sequences may be mixed. want[i] (NULL: logits of the last token of each sequence) asks for
+ * outputs. On any failure no sequence has changed. */
+int32_t qi_context_feed(qi_context* context, const int32_t* tokens, const int32_t* seqs,
+                        const uint8_t* want, uint64_t n_tokens, qi_error* error);
+/* Outputs of the last feed in the order asked for: n_vocab logits, or n_embd of the hidden state.
+ * Valid until the next feed. */
+int32_t qi_context_logits(const qi_context* context, uint64_t index, const float** logits,
+                          qi_error* error);
+int32_t qi_context_hidden(const qi_context* context, uint64_t index, const float** hidden,
+                          qi_error* error);
 uint64_t qi_context_n_logits(const qi_context* context);
 
 /* Feeds tokens[i] to seqs[i] (each sequence once) and draws next[i] with samplers[i]. */
-int32_t qi_context_step(qi_context* context, const int32_t* tokens, const int32_t* seqs, qi_sampler* const* samplers,
-                        uint64_t n, int32_t* next, qi_error* error);
-/* Appends tokens to a sequence; logprobs[i] = log p(targets[i] | everything up to and including tokens[i]), natural
- * logarithm; a target of -1 is skipped (0 is written). Logits are reduced block by block, never all kept. */
-int32_t qi_context_score(qi_context* context, int32_t seq, const int32_t* tokens, const int32_t* targets, uint64_t n,
-                         float* logprobs, qi_error* error);
+int32_t qi_context_step(qi_context* context, const int32_t* tokens, const int32_t* seqs,
+                        qi_sampler* const* samplers, uint64_t n, int32_t* next, qi_error* error);
+/* Appends tokens to a sequence; logprobs[i] = log p(targets[i] | everything up to and including
+ * tokens[i]), natural logarithm; a target of -1 is skipped (0 is written). Logits are reduced block
+ * by block, never all kept. */
+int32_t qi_context_score(qi_context* context, int32_t seq, const int32_t* tokens,
+                         const int32_t* targets, uint64_t n, float* logprobs, qi_error* error);
 
 int64_t qi_context_seq_length(const qi_context* context, int32_t seq);
 int32_t qi_context_truncate(qi_context* context, int32_t seq, int64_t n_keep, qi_error* error);
-/* Makes `target` a copy of the first n_keep (-1: all) positions of `source`; full pages are shared. */
-int32_t qi_context_fork(qi_context* context, int32_t source, int32_t target, int64_t n_keep, qi_error* error);
+/* Makes `target` a copy of the first n_keep (-1: all) positions of `source`, sharing full pages. */
+int32_t qi_context_fork(qi_context* context, int32_t source, int32_t target, int64_t n_keep,
+                        qi_error* error);
 
 uint64_t qi_context_state_size(const qi_context* context, int32_t seq);
-int32_t qi_context_state_save(qi_context* context, int32_t seq, void* out, uint64_t n_bytes, qi_error* error);
-int32_t qi_context_state_load(qi_context* context, int32_t seq, const void* data, uint64_t n_bytes, qi_error* error);
+int32_t qi_context_state_save(qi_context* context, int32_t seq, void* out, uint64_t n_bytes,
+                              qi_error* error);
+int32_t qi_context_state_load(qi_context* context, int32_t seq, const void* data, uint64_t n_bytes,
+                              qi_error* error);
 
-/* From any thread: the feed now running (or else the next one) ends with QI_CANCELLED within milliseconds. */
+/* From any thread: the feed now running (or else the next one) ends with QI_CANCELLED within
+ * milliseconds. */
 void qi_context_cancel(qi_context* context);
 void qi_context_clear_cancel(qi_context* context);
 /* From any thread: tokens done of the feed now running, as a share in [0, 1]. */

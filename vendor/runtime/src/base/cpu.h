@@ -13,7 +13,8 @@ const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);  // by this machine and operating system (cpuid and xgetbv, or hwcaps)
 Isa best_isa();
 
-// The level in use: QINFER_ISA if set (an unknown or unsupported value throws QI_ARGUMENT), else the best.
+// The level in use: QINFER_ISA if set (an unknown or unsupported value throws QI_ARGUMENT), else
+// the best.
 Isa active_isa();
 
 struct CpuInfo {
@@ -24,7 +25,8 @@ struct CpuInfo {
 };
 const CpuInfo& cpu_info();
 
-// Median of several passes of a plain read loop over n_bytes of private memory, in bytes per second.
+// Median of several passes of a plain read loop over n_bytes of private memory, in bytes per
+// second.
 double measure_read_bandwidth(int n_threads, size_t n_bytes);
 
 }  // namespace qi

@@ -15,8 +15,7 @@ template <typename R, typename... Args>
 class FunctionRef<R(Args...)> {
   public:
     template <typename F>
-        requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef>)
-    FunctionRef(F&& callable)
+    requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef>) FunctionRef(F&& callable)
         : object_(const_cast<void*>(static_cast<const void*>(&callable))),
           call_([](void* object, Args... args) -> R {
               return (*static_cast<std::remove_reference_t<F>*>(object))(
@@ -29,10 +28,12 @@ class FunctionRef<R(Args...)> {
     R (*call_)(void*, Args...);
 };
 
-// Calls body(chunk, worker) once for every chunk in [0, n_chunks), on at most n_threads threads, the caller among them;
-// worker in [0, n_threads) tells the threads of one call apart. Returns when every chunk is done and its writes are
-// visible. Chunks are taken one by one, so a descheduled worker delays one chunk, and the caller finishes alone if no
-// worker shows up. Several threads may call at once. The body must not throw and must not call parallel_for.
-void parallel_for(int n_threads, int64_t n_chunks, FunctionRef<void(int64_t chunk, int worker)> body);
+// Calls body(chunk, worker) once for every chunk in [0, n_chunks), on at most n_threads threads,
+// the caller among them; worker in [0, n_threads) tells the threads of one call apart. Returns when
+// every chunk is done and its writes are visible. Chunks are taken one by one, so a descheduled
+// worker delays one chunk, and the caller finishes alone if no worker shows up. Several threads may
+// call at once. The body must not throw and must not call parallel_for.
+void parallel_for(int n_threads, int64_t n_chunks,
+                  FunctionRef<void(int64_t chunk, int worker)> body);
 
 }  // namespace qi

@@ -1,9 +1,9 @@
 // Attention over pages of keys and values, for one thread and one KV head.
 //
-// One order. The output of a query depends on the query, on the keys and values before it, on their absolute positions
-// (pages begin at multiples of page_size) and on the instruction set; not on how many queries are computed together, nor
-// on how pages are shared out. Each page gives a partial (maximum, sum, weighted values); partials are merged in
-// ascending order of page.
+// One order. The output of a query depends on the query, on the keys and values before it, on their
+// absolute positions (pages begin at multiples of page_size) and on the instruction set; not on how
+// many queries are computed together, nor on how pages are shared out. Each page gives a partial
+// (maximum, sum, weighted values); partials are merged in ascending order of page.
 #pragma once
 
 #include <cstddef>
@@ -17,14 +17,15 @@ namespace qi::kernels {
 inline constexpr int page_size = 64;
 
 // Layout of one KV head in one page, keys then values:
-//   F16   keys  [head_dim][page_size] f16 (transposed: a dot product over head_dim runs down columns, with no horizontal
-//         sums), values [page_size][head_dim] f16
+//   F16   keys  [head_dim][page_size] f16 (transposed: dot products run down columns and need no
+//         horizontal sums), values [page_size][head_dim] f16
 //   Q8_0  keys  [head_dim][page_size] int8, then scales [head_dim/32][page_size] f16
 //         values [page_size][head_dim] int8, then scales [page_size][head_dim/32] f16
 // Room for one head of one page, rounded up to 64 bytes. Q8_0 needs head_dim % 32 == 0.
 size_t kv_head_bytes(Type kv_type, int64_t head_dim);
 
-// Stores key and value (head_dim floats each) of one position at `slot` in [0, page_size) of a head's page.
+// Stores key and value (head_dim floats each) of one position at `slot` in [0, page_size) of a
+// head's page.
 void kv_store(Type kv_type, int64_t head_dim, int slot, const float* key, const float* value,
               std::byte* head_page);
 

@@ -1,8 +1,9 @@
 // Products of weight rows with activations, for one thread: Y[t][r] = Σ_k W[r][k] · X[t][k].
 //
-// One K order. The value of Y[t][r] depends on W's row r, on X's row t, on K, on the type and on the instruction set, and
-// on nothing else: not on the number of tokens, the range of rows asked for, or which kernel (row or panel) is chosen
-// inside. Threads, prompt chunks and batches are therefore free to cut the work as they like.
+// One K order. The value of Y[t][r] depends on W's row r, on X's row t, on K, on the type and on
+// the instruction set, and on nothing else: not on the number of tokens, the range of rows asked
+// for, or which kernel (row or panel) is chosen inside. Threads, prompt chunks and batches are
+// therefore free to cut the work as they like.
 #pragma once
 
 #include <cstddef>
@@ -17,19 +18,21 @@ struct Weight {
     Type type;
     const std::byte* data;  // [n_rows][row_bytes]
     int64_t n_rows;
-    int64_t n_cols;    // K, a multiple of the type's block size
+    int64_t n_cols;  // K, a multiple of the type's block size
     size_t row_bytes;
 };
 
-// Activations are first put into the form the weight type wants (float rows, or int8 blocks with scales and sums). A form
-// is prepared once per distinct input and shared by all weights with the same form.
+// Activations are first put into the form the weight type wants (float rows, or int8 blocks with
+// scales and sums). A form is prepared once per distinct input and shared by all weights with the
+// same form.
 enum class ActivationForm : int { f32, q8_block32, q8_block256 };
 ActivationForm activation_form(Type weight_type);
 
 // Room for the prepared rows of n_tokens activations of n_cols floats.
 size_t activation_bytes(ActivationForm form, int64_t n_cols, int64_t n_tokens);
 
-// Prepares rows [begin, end) of x [n_tokens][x_stride]; different row ranges may be prepared by different threads.
+// Prepares rows [begin, end) of x [n_tokens][x_stride]; different row ranges may be prepared by
+// different threads.
 void prepare_activations(ActivationForm form, const float* x, int64_t x_stride, int64_t n_cols,
                          int64_t n_tokens, int64_t begin, int64_t end, std::byte* prepared);
 
@@ -39,7 +42,8 @@ size_t matmul_scratch_bytes(const Weight& w, int64_t n_tokens);
 // Row ranges given to matmul_rows start at multiples of this, so that panels are whole.
 inline constexpr int64_t row_granularity = 16;
 
-// y[t * y_stride + r] for rows r in [row_begin, row_end) and all n_tokens rows of prepared activations.
+// y[t * y_stride + r] for rows r in [row_begin, row_end) and all n_tokens rows of prepared
+// activations.
 void matmul_rows(const Weight& w, int64_t row_begin, int64_t row_end, const std::byte* prepared,
                  int64_t n_tokens, float* y, int64_t y_stride, std::byte* scratch);
 

@@ -1,4 +1,5 @@
-// Elementwise and row-wise float operators, for one thread. Each row's result depends on that row alone.
+// Elementwise and row-wise float operators, for one thread. Each row's result depends on that row
+// alone.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +23,8 @@ void relu_relu_mul(float* gate, const float* up, int64_t n);
 
 void add(const float* a, const float* b, int64_t n, float* out);  // out may be a or b
 
-// Rotates the first n_rot values of a head in place. cos_sin: [n_rot/2][2], cosine and sine already scaled by the
-// attention factor. neox false rotates pairs (2i, 2i+1), true pairs (i, i + n_rot/2).
+// Rotates the first n_rot values of a head in place. cos_sin: [n_rot/2][2], cosine and sine already
+// scaled by the attention factor. neox false rotates pairs (2i, 2i+1), true pairs (i, i + n_rot/2).
 void rope(float* head, const float* cos_sin, int64_t n_rot, bool neox);
 
 // Largest value, and Σ exp(x - max): what a log-softmax needs. n >= 1.
