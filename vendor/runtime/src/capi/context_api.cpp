@@ -1,0 +1,204 @@
+// qi_context_*: checks, the guard against two threads at once, nothing else.
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "capi/guard.h"
+#include "capi/handles.h"
+#include "engine/context.h"
+
+using namespace qi;
+
+namespace {
+
+// Holds a context for one call; another thread inside it means QI_BUSY.
+class Entered {
+  public:
+    explicit Entered(qi_context* context) : busy_(context->busy) {
+        if (busy_.exchange(true, std::memory_order_acquire))
+            fail(QI_BUSY, "this context is in use by another thread; give each thread its own");
+    }
+    ~Entered() { busy_.store(false, std::memory_order_release); }
+    Entered(const Entered&) = delete;
+    Entered& operator=(const Entered&) = delete;
+
+  private:
+    std::atomic<bool>& busy_;
+};
+
+template <typename F>
+int32_t enter(qi_context* context, qi_error* error, F&& body) {
+    return guard(error, [&] {
+        require_pointer(context, "context");
+        Entered entered(context);
+        body(context->context);
+    });
+}
+
+}  // namespace
+
+int32_t qi_context_create(qi_model* model, const qi_context_params* params, qi_context** out,
+                          qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(model, "model");
+        require_pointer(params, "params");
+        require_pointer(out, "out");
+        ContextOptions options;
+        options.n_ctx = params->n_ctx;
+        options.n_seq = params->n_seq;
+        options.n_batch = params->n_batch;
+        options.n_threads = params->n_threads;
+        if (!find_type(params->kv_type))
+            fail(QI_ARGUMENT, "kv_type is type number %d, expected F16 (1) or Q8_0 (8)",
+                 params->kv_type);
+        options.kv_type = Type(params->kv_type);
+        *out = new qi_context(model->model, options);
+    });
+}
+
+void qi_context_close(qi_context* context) {
+    delete context;
+}
+
+int32_t qi_context_get_info(const qi_context* context, qi_context_info* out) {
+    if (!context || !out) return QI_ARGUMENT;
+    const Context& c = context->context;
+    out->n_ctx = int32_t(c.options().n_ctx);
+    out->n_seq = int32_t(c.options().n_seq);
+    out->n_batch = int32_t(c.options().n_batch);
+    out->n_threads = c.options().n_threads;
+    out->kv_type = int32_t(c.options().kv_type);
+    out->page_size = c.page_size();
+    out->kv_bytes_used = c.kv_bytes_used();
+    out->kv_bytes_reserved = c.kv_bytes_reserved();
+    out->scratch_bytes = c.scratch_bytes();
+    return QI_OK;
+}
+
+int32_t qi_context_set_threads(qi_context* context, int32_t n_threads, qi_error* error) {
+    return enter(context, error, [&](Context& c) { c.set_threads(n_threads); });
+}
+
+int32_t qi_context_feed(qi_context* context, const int32_t* tokens, const int32_t* seqs,
+                        const uint8_t* want, uint64_t n_tokens, qi_error* error) {
+    return enter(context, error, [&](Context& c) {
+        if (n_tokens > 0) require_pointer(tokens, "tokens");
+        std::vector<FeedToken> feed(n_tokens);
+        for (uint64_t i = 0; i < n_tokens; ++i)
+            feed[i] = {tokens[i], seqs ? seqs[i] : 0, want ? want[i] : uint8_t(0)};
+        if (!want) c.want_last_logits(feed);
+        c.feed(feed);
+    });
+}
+
+int32_t qi_context_logits(const qi_context* context, uint64_t index, const float** logits,
+                          qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(context, "context");
+        require_pointer(logits, "logits");
+        *logits = context->context.logits(index).data();
+    });
+}
+
+int32_t qi_context_hidden(const qi_context* context, uint64_t index, const float** hidden,
+                          qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(context, "context");
+        require_pointer(hidden, "hidden");
+        *hidden = context->context.hidden(index).data();
+    });
+}
+
+uint64_t qi_context_n_logits(const qi_context* context) {
+    return context ? context->context.n_logits() : 0;
+}
+
+int32_t qi_context_step(qi_context* context, const int32_t* tokens, const int32_t* seqs,
+                        qi_sampler* const* samplers, uint64_t n, int32_t* next, qi_error* error) {
+    return enter(context, error, [&](Context& c) {
+        require_pointer(tokens, "tokens");
+        require_pointer(seqs, "seqs");
+        require_pointer(samplers, "samplers");
+        require_pointer(next, "next");
+        std::vector<FeedToken> feed(n);
+        std::vector<Sampler*> draw(n);
+        for (uint64_t i = 0; i < n; ++i) {
+            require_pointer(samplers[i], "samplers[i]");
+            if (samplers[i]->n_vocab != c.model().hyper_params().n_vocab)
+                fail(QI_ARGUMENT, "the sampler was made for %d tokens, the model has %lld",
+                     samplers[i]->n_vocab, (long long)c.model().hyper_params().n_vocab);
+            feed[i] = {tokens[i], seqs[i], QI_WANT_LOGITS};
+            draw[i] = &samplers[i]->sampler;
+        }
+        c.step(feed, draw, next);
+    });
+}
+
+int32_t qi_context_score(qi_context* context, int32_t seq, const int32_t* tokens,
+                         const int32_t* targets, uint64_t n, float* logprobs, qi_error* error) {
+    return enter(context, error, [&](Context& c) {
+        if (n > 0) {
+            require_pointer(tokens, "tokens");
+            require_pointer(targets, "targets");
+            require_pointer(logprobs, "logprobs");
+        }
+        c.score(seq, {tokens, n}, {targets, n}, logprobs);
+    });
+}
+
+int64_t qi_context_seq_length(const qi_context* context, int32_t seq) {
+    if (!context || seq < 0 || seq >= context->context.options().n_seq) return -1;
+    return context->context.length(seq);
+}
+
+int32_t qi_context_truncate(qi_context* context, int32_t seq, int64_t n_keep, qi_error* error) {
+    return enter(context, error, [&](Context& c) { c.truncate(seq, n_keep); });
+}
+
+int32_t qi_context_fork(qi_context* context, int32_t source, int32_t target, int64_t n_keep,
+                        qi_error* error) {
+    return enter(context, error, [&](Context& c) { c.fork(source, target, n_keep); });
+}
+
+uint64_t qi_context_state_size(const qi_context* context, int32_t seq) {
+    if (!context || seq < 0 || seq >= context->context.options().n_seq) return 0;
+    return context->context.state_size(seq);
+}
+
+int32_t qi_context_state_save(qi_context* context, int32_t seq, void* out, uint64_t n_bytes,
+                              qi_error* error) {
+    return enter(context, error, [&](Context& c) {
+        require_pointer(out, "out");
+        c.save_state(seq, {static_cast<std::byte*>(out), n_bytes});
+    });
+}
+
+int32_t qi_context_state_load(qi_context* context, int32_t seq, const void* data, uint64_t n_bytes,
+                              qi_error* error) {
+    return enter(context, error, [&](Context& c) {
+        require_pointer(data, "data");
+        c.load_state(seq, {static_cast<const std::byte*>(data), n_bytes});
+    });
+}
+
+void qi_context_cancel(qi_context* context) {
+    if (context) context->context.cancel();
+}
+
+void qi_context_clear_cancel(qi_context* context) {
+    if (context) context->context.clear_cancel();
+}
+
+double qi_context_progress(const qi_context* context) {
+    return context ? context->context.progress() : 1.0;
+}
+
+int32_t qi_context_get_stats(const qi_context* context, qi_stats* out) {
+    if (!context || !out) return QI_ARGUMENT;
+    *out = context->context.stats();
+    return QI_OK;
+}
+
+void qi_context_reset_stats(qi_context* context) {
+    if (context) context->context.reset_stats();
+}

@@ -1,0 +1,66 @@
+// qi_model_*: checks and translation, nothing else.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "capi/guard.h"
+#include "capi/handles.h"
+#include "kernels/attention.h"
+
+using namespace qi;
+
+namespace {
+
+// Copies text into a fixed field, always terminated.
+template <size_t N>
+void copy_text(char (&field)[N], const std::string& text) {
+    const size_t n = std::min(text.size(), N - 1);
+    std::memcpy(field, text.data(), n);
+    field[n] = '\0';
+}
+
+}  // namespace
+
+int32_t qi_model_load(const qi_gguf* file, const qi_model_params* params, qi_model** out,
+                      qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(file, "file");
+        require_pointer(params, "params");
+        require_pointer(out, "out");
+        ModelOptions options;
+        if (params->hidden_act) options.hidden_act = params->hidden_act;
+        options.check_tensors = params->check_tensors != 0;
+        *out = new qi_model{std::make_shared<const Model>(file->file, options)};
+    });
+}
+
+void qi_model_close(qi_model* model) {
+    delete model;
+}
+
+int32_t qi_model_get_info(const qi_model* model, qi_model_info* out) {
+    if (!model || !out) return QI_ARGUMENT;
+    const Model& m = *model->model;
+    const HyperParams& hp = m.hyper_params();
+    *out = {};
+    copy_text(out->architecture, hp.arch->name);
+    copy_text(out->hidden_act, hidden_act_name(hp.act));
+    out->n_vocab = int32_t(hp.n_vocab);
+    out->n_embd = int32_t(hp.n_embd);
+    out->n_layer = int32_t(hp.n_layer);
+    out->n_head = int32_t(hp.n_head);
+    out->n_head_kv = int32_t(hp.n_head_kv);
+    out->head_dim = int32_t(hp.head_dim);
+    out->n_ff = int32_t(hp.n_ff);
+    out->n_ctx_train = int32_t(hp.n_ctx_train);
+    out->sliding_window = int32_t(hp.sliding_window);
+    out->is_powerinfer = m.file().is_powerinfer();
+    out->tied_head = m.tied_head();
+    out->n_params = m.n_params();
+    out->n_weight_bytes = m.n_weight_bytes();
+    out->n_bytes_per_token = m.n_bytes_per_token();
+    out->kv_bytes_per_token_f16 = uint64_t(hp.n_layer) * uint64_t(hp.n_head_kv) *
+                                  kernels::kv_head_bytes(Type::f16, hp.head_dim) /
+                                  kernels::page_size;
+    return QI_OK;
+}

@@ -1,0 +1,326 @@
+#include "engine/context.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+
+#include "base/cpu.h"
+#include "base/error.h"
+#include "kernels/attention.h"
+#include "sampling/sampler.h"
+
+namespace qi {
+
+namespace {
+
+constexpr int64_t default_batch = 512;
+// Rows of logits held at a time while scoring: 32 rows of a 128k vocabulary are 16 MB.
+constexpr int64_t score_rows = 32;
+
+using Clock = std::chrono::steady_clock;
+double seconds_since(Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+ContextOptions completed(const Model& model, ContextOptions options) {
+    const HyperParams& hp = model.hyper_params();
+    const int64_t limit = model.n_ctx_max();
+    if (options.n_ctx == 0)
+        options.n_ctx = limit ? std::min(limit, hp.n_ctx_train) : hp.n_ctx_train;
+    if (options.n_ctx < 1)
+        fail(QI_ARGUMENT, "n_ctx is %lld, expected at least 1", (long long)options.n_ctx);
+    if (limit && options.n_ctx > limit)
+        fail(QI_ARGUMENT, "n_ctx is %lld, but the model's position table ends at %lld",
+             (long long)options.n_ctx, (long long)limit);
+    if (options.n_seq < 1 || options.n_seq > 65536)
+        fail(QI_ARGUMENT, "n_seq is %lld, expected 1 to 65536", (long long)options.n_seq);
+    if (options.n_batch == 0) options.n_batch = default_batch;
+    if (options.n_batch < 1 || options.n_batch > 65536)
+        fail(QI_ARGUMENT, "n_batch is %lld, expected 1 to 65536", (long long)options.n_batch);
+    if (options.n_threads == 0) options.n_threads = cpu_info().n_usable_cores;
+    if (options.n_threads < 1 || options.n_threads > 1024)
+        fail(QI_ARGUMENT, "n_threads is %d, expected 1 to 1024", options.n_threads);
+    if (options.kv_type != Type::f16 && options.kv_type != Type::q8_0)
+        fail(QI_ARGUMENT, "kv_type is %s, expected F16 or Q8_0",
+             gguf_type_name(int32_t(options.kv_type)));
+    if (options.kv_type == Type::q8_0 && hp.head_dim % 32 != 0)
+        fail(QI_ARGUMENT,
+             "kv_type Q8_0 needs heads of a multiple of 32 dimensions; this model's have %lld",
+             (long long)hp.head_dim);
+    return options;
+}
+
+}  // namespace
+
+Context::Context(std::shared_ptr<const Model> model, const ContextOptions& options)
+    : model_(std::move(model)),
+      options_(completed(*model_, options)),
+      device_(make_cpu_device(options_.n_threads)),
+      forward_(*model_, *device_, options_.kv_type),
+      kv_(*device_, forward_.kv_layout(), options_.n_seq, options_.n_ctx) {
+    device_->set_cancel(&cancel_);
+}
+
+void Context::check_seq(int32_t seq) const {
+    if (seq < 0 || seq >= options_.n_seq)
+        fail(QI_ARGUMENT, "sequence %d is out of range: this context holds 0 to %lld", seq,
+             (long long)options_.n_seq - 1);
+}
+
+void Context::check_token(int32_t token) const {
+    if (token < 0 || token >= model_->hyper_params().n_vocab)
+        fail(QI_ARGUMENT, "token %d is out of range: the vocabulary has 0 to %lld", token,
+             (long long)model_->hyper_params().n_vocab - 1);
+}
+
+void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done) {
+    std::vector<int64_t> n_of(size_t(options_.n_seq), 0);
+    for (const FeedToken& t : tokens) {
+        check_seq(t.seq);
+        check_token(t.token);
+        ++n_of[size_t(t.seq)];
+    }
+    struct Start {
+        int32_t seq;
+        int64_t length;
+    };
+    std::vector<Start> starts;
+    bool generating = true;
+    for (int32_t s = 0; s < options_.n_seq; ++s) {
+        if (n_of[size_t(s)] == 0) continue;
+        starts.push_back({s, kv_.length(s)});
+        generating &= n_of[size_t(s)] == 1;
+    }
+    tokens_all_.store(int64_t(tokens.size()), std::memory_order_relaxed);
+    tokens_done_.store(0, std::memory_order_relaxed);
+    const auto start_time = Clock::now();
+    // Where each sequence's next token goes, while chunks are computed.
+    std::vector<int64_t> next(size_t(options_.n_seq), 0);
+    try {
+        for (const Start& start : starts) {
+            kv_.extend(start.seq, n_of[size_t(start.seq)]);
+            next[size_t(start.seq)] = start.length;
+        }
+        for (size_t first = 0; first < tokens.size(); first += size_t(options_.n_batch)) {
+            const auto chunk =
+                tokens.subspan(first, std::min(tokens.size() - first, size_t(options_.n_batch)));
+            compute_chunk(chunk, next);
+            chunk_done(int64_t(first), int64_t(chunk.size()));
+            tokens_done_.fetch_add(int64_t(chunk.size()), std::memory_order_relaxed);
+        }
+    } catch (...) {
+        for (const Start& start : starts)
+            kv_.truncate(start.seq, start.length);
+        n_logits_ = n_hidden_ = 0;
+        throw;
+    }
+    if (generating) {
+        stats_.n_generated_tokens += tokens.size();
+        stats_.generated_seconds += seconds_since(start_time);
+        stats_.weight_bytes_read += model_->n_bytes_per_token();
+    } else {
+        stats_.n_prompt_tokens += tokens.size();
+        stats_.prompt_seconds += seconds_since(start_time);
+    }
+}
+
+// Brings a chunk's tokens into rows, each sequence's together and in order, and runs the model over
+// them.
+void Context::compute_chunk(std::span<const FeedToken> tokens, std::vector<int64_t>& next) {
+    const size_t n = tokens.size();
+    order_.resize(n);
+    for (size_t i = 0; i < n; ++i)
+        order_[i] = int64_t(i);
+    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) {
+        return tokens[size_t(a)].seq < tokens[size_t(b)].seq;
+    });
+    chunk_tokens_.resize(n);
+    chunk_positions_.resize(n);
+    row_of_.resize(n);
+    segments_.clear();
+    for (size_t row = 0; row < n; ++row) {
+        const FeedToken& t = tokens[size_t(order_[row])];
+        int64_t& position = next[size_t(t.seq)];
+        if (row == 0 || t.seq != tokens[size_t(order_[row - 1])].seq)
+            segments_.push_back({int64_t(row), 0, position, kv_.pages(t.seq)});
+        ++segments_.back().n;
+        chunk_tokens_[row] = t.token;
+        chunk_positions_[row] = int32_t(position++);
+        row_of_[size_t(order_[row])] = int64_t(row);
+    }
+    tokens_chunk_.store(int64_t(n), std::memory_order_relaxed);
+    layers_done_.store(0, std::memory_order_relaxed);
+    forward_.run({chunk_tokens_, chunk_positions_, segments_}, &layers_done_);
+}
+
+void Context::want_last_logits(std::span<FeedToken> tokens) const {
+    std::vector<bool> seen(size_t(options_.n_seq), false);
+    for (auto t = tokens.rbegin(); t != tokens.rend(); ++t) {
+        check_seq(t->seq);
+        if (!seen[size_t(t->seq)]) t->want |= QI_WANT_LOGITS;
+        seen[size_t(t->seq)] = true;
+    }
+}
+
+void Context::feed(std::span<const FeedToken> tokens) {
+    const HyperParams& hp = model_->hyper_params();
+    uint64_t n_logits = 0, n_hidden = 0;
+    for (const FeedToken& t : tokens) {
+        n_logits += (t.want & QI_WANT_LOGITS) != 0;
+        n_hidden += (t.want & QI_WANT_HIDDEN) != 0;
+    }
+    n_logits_ = n_hidden_ = 0;
+    if (tokens.empty()) return;
+    logits_.reserve(n_logits * size_t(hp.n_vocab));
+    hidden_.reserve(n_hidden * size_t(hp.n_embd));
+
+    std::vector<int64_t> rows;
+    uint64_t logits_done = 0, hidden_done = 0;
+    run(tokens, [&](int64_t first, int64_t n) {
+        rows.clear();
+        for (int64_t i = 0; i < n; ++i)
+            if (tokens[size_t(first + i)].want) rows.push_back(row_of_[size_t(i)]);
+        if (rows.empty()) return;
+        float* normed = normed_rows_.reserve(rows.size() * size_t(hp.n_embd));
+        forward_.final_norm(rows, normed);
+        // Rows whose logits are wanted move to the front of what the head is given.
+        size_t n_head = 0, row = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            const uint8_t want = tokens[size_t(first + i)].want;
+            if (!want) continue;
+            const float* source = normed + row++ * size_t(hp.n_embd);
+            if (want & QI_WANT_HIDDEN)
+                std::copy_n(source, hp.n_embd, hidden_.data() + hidden_done++ * size_t(hp.n_embd));
+            if (want & QI_WANT_LOGITS)
+                std::copy_n(source, hp.n_embd, normed + n_head++ * size_t(hp.n_embd));
+        }
+        if (n_head > 0)
+            forward_.head(normed, int64_t(n_head),
+                          logits_.data() + logits_done * size_t(hp.n_vocab));
+        logits_done += n_head;
+    });
+    n_logits_ = n_logits;
+    n_hidden_ = n_hidden;
+}
+
+std::span<const float> Context::logits(uint64_t index) const {
+    if (index >= n_logits_)
+        fail(QI_ARGUMENT, "logits %llu were not asked for: the last feed gave %llu rows",
+             (unsigned long long)index, (unsigned long long)n_logits_);
+    const auto n = size_t(model_->hyper_params().n_vocab);
+    return {logits_.data() + index * n, n};
+}
+
+std::span<const float> Context::hidden(uint64_t index) const {
+    if (index >= n_hidden_)
+        fail(QI_ARGUMENT, "hidden state %llu was not asked for: the last feed gave %llu rows",
+             (unsigned long long)index, (unsigned long long)n_hidden_);
+    const auto n = size_t(model_->hyper_params().n_embd);
+    return {hidden_.data() + index * n, n};
+}
+
+void Context::step(std::span<const FeedToken> tokens, std::span<Sampler* const> samplers,
+                   int32_t* next) {
+    std::vector<bool> seen(size_t(options_.n_seq), false);
+    for (const FeedToken& t : tokens) {
+        check_seq(t.seq);
+        if (seen[size_t(t.seq)]) fail(QI_ARGUMENT, "sequence %d is given twice in one step", t.seq);
+        seen[size_t(t.seq)] = true;
+    }
+    feed(tokens);
+    const auto start = Clock::now();
+    for (size_t i = 0; i < tokens.size(); ++i)
+        next[i] = samplers[i]->sample(logits(i));
+    stats_.sample_seconds += seconds_since(start);
+}
+
+void Context::score(int32_t seq, std::span<const int32_t> tokens, std::span<const int32_t> targets,
+                    float* logprobs) {
+    const HyperParams& hp = model_->hyper_params();
+    std::vector<FeedToken> feed_tokens;
+    feed_tokens.reserve(tokens.size());
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        if (targets[i] != -1) check_token(targets[i]);
+        feed_tokens.push_back({tokens[i], seq, uint8_t(targets[i] != -1 ? QI_WANT_LOGITS : 0)});
+    }
+    n_logits_ = n_hidden_ = 0;
+    if (tokens.empty()) return;
+    std::fill_n(logprobs, tokens.size(), 0.0f);
+    std::vector<int64_t> rows;
+    std::vector<int32_t> wanted;
+    std::vector<float> found;
+    run(feed_tokens, [&](int64_t first, int64_t n) {
+        for (int64_t i = 0; i < n;) {
+            rows.clear();
+            wanted.clear();
+            const int64_t begin = i;
+            for (; i < n && int64_t(rows.size()) < score_rows; ++i) {
+                if (targets[size_t(first + i)] == -1) continue;
+                rows.push_back(row_of_[size_t(i)]);
+                wanted.push_back(targets[size_t(first + i)]);
+            }
+            if (rows.empty()) break;
+            const auto n_rows = int64_t(rows.size());
+            float* normed = normed_rows_.reserve(rows.size() * size_t(hp.n_embd));
+            float* logits = logits_.reserve(rows.size() * size_t(hp.n_vocab));
+            forward_.final_norm(rows, normed);
+            forward_.head(normed, n_rows, logits);
+            found.resize(rows.size());
+            device_->log_probabilities(logits, n_rows, hp.n_vocab, wanted.data(), found.data());
+            size_t row = 0;
+            for (int64_t j = begin; j < i; ++j)
+                if (targets[size_t(first + j)] != -1) logprobs[first + j] = found[row++];
+        }
+    });
+}
+
+int64_t Context::length(int32_t seq) const {
+    check_seq(seq);
+    return kv_.length(seq);
+}
+
+void Context::truncate(int32_t seq, int64_t n_keep) {
+    check_seq(seq);
+    if (n_keep < 0 || n_keep > kv_.length(seq))
+        fail(QI_ARGUMENT, "cannot keep %lld positions of sequence %d, which holds %lld",
+             (long long)n_keep, seq, (long long)kv_.length(seq));
+    kv_.truncate(seq, n_keep);
+}
+
+void Context::fork(int32_t source, int32_t target, int64_t n_keep) {
+    check_seq(source);
+    check_seq(target);
+    if (n_keep == -1) n_keep = kv_.length(source);
+    if (n_keep < 0 || n_keep > kv_.length(source))
+        fail(QI_ARGUMENT, "cannot keep %lld positions of sequence %d, which holds %lld",
+             (long long)n_keep, source, (long long)kv_.length(source));
+    kv_.fork(source, target, n_keep);
+}
+
+double Context::progress() const {
+    const auto all = double(tokens_all_.load(std::memory_order_relaxed));
+    if (all == 0) return 1.0;
+    const double of_chunk = double(layers_done_.load(std::memory_order_relaxed)) /
+                            double(model_->hyper_params().n_layer);
+    const double done = double(tokens_done_.load(std::memory_order_relaxed)) +
+                        double(tokens_chunk_.load(std::memory_order_relaxed)) * of_chunk;
+    return std::min(1.0, done / all);
+}
+
+void Context::set_threads(int n_threads) {
+    ContextOptions changed = options_;
+    changed.n_threads = n_threads;
+    options_ = completed(*model_, changed);
+    device_->set_threads(options_.n_threads);
+}
+
+int Context::page_size() const {
+    return kernels::page_size;
+}
+
+uint64_t Context::scratch_bytes() const {
+    return forward_.scratch_bytes() + device_->scratch_bytes() + normed_rows_.capacity_bytes() +
+           logits_.capacity_bytes() + hidden_.capacity_bytes();
+}
+
+}  // namespace qi

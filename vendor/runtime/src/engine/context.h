@@ -1,0 +1,106 @@
+// A context: sequences of tokens over one model, fed in batches, with the outputs that were asked
+// for.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "engine/forward.h"
+#include "engine/kv_cache.h"
+#include "model/model.h"
+
+namespace qi {
+
+class Sampler;
+
+struct ContextOptions {
+    int64_t n_ctx = 0;  // positions per sequence; 0: what the model was trained for
+    int64_t n_seq = 1;
+    int64_t n_batch = 0;  // tokens computed together at most; 0: 512
+    int n_threads = 0;    // 0: usable physical cores
+    Type kv_type = Type::f16;
+};
+
+struct FeedToken {
+    int32_t token;
+    int32_t seq;
+    uint8_t want;  // QI_WANT_* or-ed together
+};
+
+// Not safe for two threads at once, except cancel(), clear_cancel() and progress().
+class Context {
+  public:
+    Context(std::shared_ptr<const Model> model, const ContextOptions& options);
+
+    // Asks for the logits of the last token of each sequence.
+    void want_last_logits(std::span<FeedToken> tokens) const;
+    // Appends tokens to their sequences; on any failure no sequence has changed.
+    void feed(std::span<const FeedToken> tokens);
+    std::span<const float> logits(uint64_t index) const;
+    std::span<const float> hidden(uint64_t index) const;
+    uint64_t n_logits() const { return n_logits_; }
+
+    // Feeds one token to each sequence and draws the next with its sampler.
+    void step(std::span<const FeedToken> tokens, std::span<Sampler* const> samplers, int32_t* next);
+    // logprobs[i] = log p(targets[i] | … tokens[i]); a target of -1 gives 0.
+    void score(int32_t seq, std::span<const int32_t> tokens, std::span<const int32_t> targets,
+               float* logprobs);
+
+    int64_t length(int32_t seq) const;
+    void truncate(int32_t seq, int64_t n_keep);
+    void fork(int32_t source, int32_t target, int64_t n_keep);
+
+    uint64_t state_size(int32_t seq) const;
+    void save_state(int32_t seq, std::span<std::byte> out) const;
+    void load_state(int32_t seq, std::span<const std::byte> data);
+
+    void cancel() { cancel_.store(true, std::memory_order_relaxed); }
+    void clear_cancel() { cancel_.store(false, std::memory_order_relaxed); }
+    double progress() const;
+
+    void set_threads(int n_threads);
+    const Model& model() const { return *model_; }
+    const ContextOptions& options() const { return options_; }
+    const qi_stats& stats() const { return stats_; }
+    void reset_stats() { stats_ = {}; }
+    int page_size() const;
+    uint64_t kv_bytes_used() const { return kv_.bytes_used(); }
+    uint64_t kv_bytes_reserved() const { return kv_.bytes_reserved(); }
+    uint64_t scratch_bytes() const;
+
+  private:
+    // Called for each chunk computed: index of its first token, and how many.
+    using ChunkDone = std::function<void(int64_t first, int64_t n)>;
+
+    void check_seq(int32_t seq) const;
+    void check_token(int32_t token) const;
+    void run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done);
+    // next: by sequence, the position of its next token.
+    void compute_chunk(std::span<const FeedToken> tokens, std::vector<int64_t>& next);
+
+    std::shared_ptr<const Model> model_;
+    ContextOptions options_;
+    std::unique_ptr<Device> device_;
+    ForwardPass forward_;
+    KvCache kv_;
+
+    std::vector<int32_t> chunk_tokens_, chunk_positions_;
+    std::vector<Segment> segments_;
+    std::vector<int64_t> order_;   // row of a chunk → index of its token in the chunk
+    std::vector<int64_t> row_of_;  // the inverse
+
+    AlignedBuffer<float> normed_rows_;
+    AlignedBuffer<float> logits_, hidden_;
+    uint64_t n_logits_ = 0, n_hidden_ = 0;
+
+    std::atomic<bool> cancel_{false};
+    std::atomic<int64_t> layers_done_{0};  // of the chunk now computed
+    std::atomic<int64_t> tokens_done_{0}, tokens_chunk_{0}, tokens_all_{0};
+    qi_stats stats_{};
+};
+
+}  // namespace qi

@@ -1,0 +1,53 @@
+// The forward pass: one function for every architecture.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <span>
+
+#include "base/aligned_buffer.h"
+#include "device/device.h"
+#include "model/model.h"
+
+namespace qi {
+
+// Tokens computed together. Rows of one segment are consecutive, in order of position.
+struct Batch {
+    std::span<const int32_t> tokens;     // [n]
+    std::span<const int32_t> positions;  // [n]
+    std::span<const Segment> segments;
+};
+
+class ForwardPass {
+  public:
+    ForwardPass(const Model& model, Device& device, Type kv_type);
+
+    // Runs all layers; returns the residual stream [n][n_embd] before the final norm, valid until
+    // the next run. *layers_done counts up to n_layer while it works.
+    const float* run(const Batch& batch, std::atomic<int64_t>* layers_done);
+
+    // The final norm of some rows of that residual: out [rows.size()][n_embd].
+    void final_norm(std::span<const int64_t> rows, float* out);
+    // Logits of n normalised rows: out [n][n_vocab].
+    void head(const float* normed, int64_t n, float* out);
+
+    KvLayout kv_layout() const;
+    size_t scratch_bytes() const;
+
+  private:
+    void attention(const Layer& layer, int64_t index, const Batch& batch, const float* x, float* y);
+
+    const Model& model_;
+    const HyperParams& hp_;
+    Device& device_;
+    Type kv_type_;
+    AlignedBuffer<float> residual_;  // [n][n_embd]
+    AlignedBuffer<float> normed_;    // [n][n_embd]
+    AlignedBuffer<float>
+        qkv_;  // [n][(n_head + 2 n_head_kv) · head_dim], or q, k and v one after the other
+    AlignedBuffer<float> attended_;   // [n][n_head · head_dim]
+    AlignedBuffer<float> cos_sin_;    // [n][n_rot/2][2]
+    AlignedBuffer<int32_t> shifted_;  // [n] rows of the position table
+};
+
+}  // namespace qi

@@ -1,0 +1,51 @@
+// Which page of the device's key/value memory holds which positions of which sequence.
+//
+// Pages are shared by reference count: a fork copies no data, and a page about to be written while
+// shared is copied first.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "device/device.h"
+
+namespace qi {
+
+class KvCache {
+  public:
+    KvCache(Device& device, const KvLayout& layout, int64_t n_seq, int64_t n_ctx);
+
+    int64_t n_seq() const { return int64_t(sequences_.size()); }
+    int64_t n_ctx() const { return n_ctx_; }
+    int64_t length(int64_t seq) const { return sequences_[size_t(seq)].length; }
+    const int32_t* pages(int64_t seq) const { return sequences_[size_t(seq)].pages.data(); }
+
+    // Makes room for n more positions of a sequence, its own to write, and counts them in.
+    // QI_CONTEXT_FULL when they do not fit in n_ctx.
+    void extend(int64_t seq, int64_t n);
+    // Drops positions from n_keep on; pages no longer needed go back at once.
+    void truncate(int64_t seq, int64_t n_keep);
+    // Makes `target` the first n_keep positions of `source`.
+    void fork(int64_t source, int64_t target, int64_t n_keep);
+
+    uint64_t bytes_used() const { return uint64_t(n_used_) * device_.kv_page_bytes(); }
+    uint64_t bytes_reserved() const { return uint64_t(owners_.size()) * device_.kv_page_bytes(); }
+
+  private:
+    struct Sequence {
+        std::vector<int32_t> pages;
+        int64_t length = 0;
+    };
+    int32_t take_page();
+    void drop_page(int32_t page);
+
+    Device& device_;
+    int64_t n_ctx_;
+    std::vector<Sequence> sequences_;
+    std::vector<int32_t> owners_;  // by page: how many sequences hold it
+    std::vector<int32_t> free_;    // pages given back, used before fresh ones
+    int32_t n_fresh_ = 0;          // pages ever taken
+    int64_t n_used_ = 0;
+};
+
+}  // namespace qi
