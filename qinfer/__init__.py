@@ -1,0 +1,1 @@
+"""Runs large language models from GGUF files on the machine you have."""
