@@ -72,7 +72,7 @@ class File {
     // QI_FORMAT error that names the file and the key, tensor or byte offset. A tensor of a type we
     // do not know is kept (with n_bytes 0) and refused by whoever wants to use it.
     static std::shared_ptr<const File> open(const std::string& path, const OpenOptions& options);
-    // The same over bytes in memory, for fuzzing and tests.
+    // The same over bytes in memory that outlive the file, for fuzzing and tests.
     static std::shared_ptr<const File> parse(std::span<const std::byte> bytes,
                                              const std::string& name);
 
