@@ -1,0 +1,135 @@
+"""What is built and installed: the sdist, the wheel and its contents, the import, refusals."""
+
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from package_build import ROOT, build, call_backend
+
+# What `import qinfer` leaves to the moment it is needed.
+LATE = ["click", "huggingface_hub", "jinja2", "pycparser", "rich", "sentencepiece", "tokenizers"]
+
+# An editable install's finder comes before sys.path; these lines look at one folder's qinfer only.
+ONLY_FROM = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if type(f).__module__ != "_editable_redirect"
+                 and "Editable" not in type(f).__name__]
+sys.path.insert(0, {folder!r})
+"""
+
+
+def run(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_wheel_serves_every_python_on_this_platform() -> None:
+    with zipfile.ZipFile(build().wheel) as wheel:
+        (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/WHEEL")]
+        lines = wheel.read(name).decode().splitlines()
+    assert f"Tag: py3-none-linux_{platform.machine()}" in lines
+    assert "Root-Is-Purelib: false" in lines
+
+
+def test_the_wheel_holds_the_package_the_library_and_the_types() -> None:
+    sources = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "qinfer").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    with zipfile.ZipFile(build().wheel) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert names == sources | {"qinfer/_cdef.py", "qinfer/libqinfer.so"}
+    assert "qinfer/py.typed" in sources
+
+
+def test_the_wheel_is_under_5_mb() -> None:
+    assert build().wheel.stat().st_size < 5_000_000
+
+
+def test_the_sdist_holds_what_the_wheel_is_made_from() -> None:
+    with tarfile.open(build().sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for name in ["qinfer_build.py", "cffi_table.py"]:
+        assert f"build_backend/{name}" in names
+    assert {"pyproject.toml", "README.md", "LICENSE", "vendor/runtime/exports.map"} <= names
+    assert not [name for name in names if name.startswith(("build/", ".venv/", "dist/"))]
+
+
+def test_the_wheel_from_the_sdist_runs_and_knows_its_commit(tmp_path: Path) -> None:
+    with zipfile.ZipFile(build().wheel) as wheel:
+        wheel.extractall(tmp_path)
+    code = "import qinfer; print(qinfer.__file__, qinfer.__version__)"
+    done = run(ONLY_FROM.format(folder=str(tmp_path)) + code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    file, version = done.stdout.split()
+    assert Path(file).is_relative_to(tmp_path)
+    release = build().wheel.name.split("-")[1]
+    if (ROOT / ".git").exists():
+        head = subprocess.check_output(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, text=True
+        )
+        assert version == f"{release}+{head.strip()}"
+    else:
+        assert version.startswith(f"{release}+")
+
+
+def test_import_costs_at_most_40_ms_beyond_numpy(tmp_path: Path) -> None:
+    # Processor time, because a busy machine must not fail a light import.
+    code = (
+        "import numpy, time; begin = time.process_time(); import qinfer; "
+        "print(time.process_time() - begin)"
+    )
+    seconds = [float(run(code, tmp_path).stdout) for _ in range(9)]
+    assert statistics.median(seconds) <= 0.040
+
+
+def test_import_touches_no_optional_package(tmp_path: Path) -> None:
+    code = f"import qinfer, sys; print([name for name in {LATE!r} if name in sys.modules])"
+    assert run(code, tmp_path).stdout == "[]\n"
+
+
+def test_import_from_a_bare_checkout_says_what_to_do(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "qinfer", tmp_path / "qinfer")
+    done = run(ONLY_FROM.format(folder=str(tmp_path)) + "import qinfer", tmp_path)
+    assert done.returncode == 1
+    assert "ImportError" in done.stderr.splitlines()[-1]
+    assert "pip install -e ." in done.stderr.splitlines()[-1]
+
+
+def test_an_unknown_value_of_a_build_setting_is_refused_with_the_list(tmp_path: Path) -> None:
+    done = call_backend(ROOT, "build_wheel", tmp_path, {"native": "maybe"})
+    assert done.returncode == 1
+    assert done.stderr == "-Cnative=maybe: the allowed values are on, off.\n"
+
+
+def test_a_missing_compiler_stops_the_build_in_one_sentence(tmp_path: Path) -> None:
+    done = call_backend(ROOT, "build_wheel", tmp_path, {}, CXX="no-such-compiler")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "found no C++ compiler no-such-compiler: install GCC 11" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "sys.platform = 'darwin'",
+        "platform.machine = lambda: 'riscv64'",
+        "platform.libc_ver = lambda: ('', '')",
+        "platform.libc_ver = lambda: ('glibc', '2.17')",
+    ],
+)
+def test_an_unsupported_platform_stops_the_build_in_one_sentence(change: str) -> None:
+    code = f"import platform, sys, qinfer_build; {change}; qinfer_build.build_wheel('.')"
+    done = run(f"import sys; sys.path.insert(0, 'build_backend'); {code}", ROOT)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("qinfer runs on Linux with glibc 2.28 or newer")
