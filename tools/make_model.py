@@ -1,7 +1,8 @@
-"""Writes synthetic GGUF models for measuring speed: five architectures, any shape, any weight type.
+"""Writes synthetic GGUF models for measuring speed: any architecture, shape and weight type.
 
-Weights are random block bytes with scales chosen so that every layer adds about unit variance, which keeps logits finite
-and of ordinary size at any depth. The vocabulary is a small SentencePiece one, complete enough for every engine to load.
+Weights are random block bytes with scales chosen so that all layers together add about unit
+variance, which keeps logits of ordinary size at any depth. The vocabulary is a SentencePiece one
+of made-up words, complete enough for every engine to load.
 
     python tools/make_model.py llama-1.1b.q4_0.gguf --arch llama --n-embd 2048 --n-ff 8192 \\
         --n-layer 16 --n-head 16 --n-vocab 32000 --type q4_0
@@ -11,12 +12,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import string
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import gguf
@@ -26,12 +27,28 @@ import numpy.typing as npt
 ARCHITECTURES = ("llama", "qwen2", "falcon", "opt", "bamboo")
 
 
+# GGUF's type number, general.file_type
+TYPES = {
+    "f32": (0, 0),
+    "f16": (1, 1),
+    "bf16": (30, 32),
+    "q8_0": (8, 7),
+    "q4_0": (2, 2),
+    "q4_1": (3, 3),
+    "q5_0": (6, 8),
+    "q5_1": (7, 9),
+    "q2_k": (10, 10),
+    "q3_k": (11, 12),
+    "q4_k": (12, 15),
+    "q5_k": (13, 17),
+    "q6_k": (14, 18),
+}
+
+
 @dataclass(frozen=True)
 class Blocks:
     """How to fill blocks of one tensor type with random bytes."""
 
-    number: int  # GGUF's type number
-    file_type: int  # general.file_type of a file made of it
     size: int  # elements per block
     n_bytes: int  # per block
     scale_at: int  # byte offset of the f16 scale d
@@ -40,28 +57,27 @@ class Blocks:
     min_ratio: float = 0.0  # minimum / d that gives weights mean zero
 
 
-# unit_std: sqrt(E[s²]E[q²] + r²E[m²] - 2rE[s]E[q]E[m]) over uniform codes q, sub-scales s, sub-minima m and r = min_ratio.
+# unit_std: sqrt(E[s²]E[q²] + r²E[m²] - 2rE[s]E[q]E[m]) over uniform codes q, sub-scales s,
+# sub-minima m, and r = min_ratio.
 BLOCKS = {
-    "q4_0": Blocks(2, 2, 32, 18, 0, 4.637),
-    "q4_1": Blocks(3, 3, 32, 20, 0, 4.610, 2, -7.5),
-    "q5_0": Blocks(6, 8, 32, 22, 0, 9.247),
-    "q5_1": Blocks(7, 9, 32, 24, 0, 9.233, 2, -15.5),
-    "q8_0": Blocks(8, 7, 32, 34, 0, 73.61),
-    "q2_k": Blocks(10, 10, 256, 84, 80, 13.87, 82, 1.5),
-    "q3_k": Blocks(11, 12, 256, 110, 108, 43.34),
-    "q4_k": Blocks(12, 15, 256, 144, 0, 258.3, 2, 7.5),
-    "q5_k": Blocks(13, 17, 256, 176, 0, 526.9, 2, 15.5),
-    "q6_k": Blocks(14, 18, 256, 210, 208, 1365.7),
+    "q8_0": Blocks(32, 34, 0, 73.61),
+    "q4_0": Blocks(32, 18, 0, 4.637),
+    "q4_1": Blocks(32, 20, 0, 4.610, 2, -7.5),
+    "q5_0": Blocks(32, 22, 0, 9.247),
+    "q5_1": Blocks(32, 24, 0, 9.233, 2, -15.5),
+    "q2_k": Blocks(256, 84, 80, 13.87, 82, 1.5),
+    "q3_k": Blocks(256, 110, 108, 43.34),
+    "q4_k": Blocks(256, 144, 0, 258.3, 2, 7.5),
+    "q5_k": Blocks(256, 176, 0, 526.9, 2, 15.5),
+    "q6_k": Blocks(256, 210, 208, 1365.7),
 }
-FLOATS = {"f32": (0, 0), "f16": (1, 1), "bf16": (30, 32)}  # GGUF's type number, general.file_type
-TYPES = (*FLOATS, *BLOCKS)
 
 
 def random_rows(
     rng: np.random.Generator, type_name: str, n_rows: int, n_cols: int, std: float
 ) -> npt.NDArray[np.uint8]:
     """Random weights of mean 0 and the given standard deviation, shape (n_rows, bytes per row)."""
-    if type_name in FLOATS:
+    if type_name not in BLOCKS:
         return _random_floats(rng, type_name, n_rows, n_cols, std)
     blocks = BLOCKS[type_name]
     if n_cols % blocks.size:
@@ -74,7 +90,7 @@ def random_rows(
         codes = data[:, 2:].view(np.int8)
         np.maximum(codes, -127, out=codes)
     # Signs alternate at random because codes such as -8..7 have a mean, which layers would amplify.
-    d = (std / blocks.unit_std) * rng.choice(np.array([-1.0, 1.0], np.float32), n_blocks)
+    d = rng.choice(np.array([-1.0, 1.0], np.float32), n_blocks) * np.float32(std / blocks.unit_std)
     _put_f16(data, blocks.scale_at, d)
     if blocks.min_at >= 0:
         _put_f16(data, blocks.min_at, d * np.float32(blocks.min_ratio))
@@ -85,7 +101,7 @@ def _random_bytes(rng: np.random.Generator, n: int) -> npt.NDArray[np.uint8]:
     return rng.integers(0, 2**64, -(-n // 8), np.uint64, endpoint=False).view(np.uint8)[:n]
 
 
-def _put_f16(blocks: npt.NDArray[np.uint8], offset: int, values: npt.NDArray[np.float32]) -> None:
+def _put_f16(blocks: npt.NDArray[np.uint8], offset: int, values: npt.NDArray[np.floating]) -> None:
     blocks[:, offset : offset + 2] = values.astype("<f2").view(np.uint8).reshape(-1, 2)
 
 
@@ -94,10 +110,11 @@ def _random_floats(
 ) -> npt.NDArray[np.uint8]:
     # Drawing from 65536 normal values is ten times as fast as drawing normal values.
     normal = rng.standard_normal(65536, np.float32) * np.float32(std)
+    table: npt.NDArray[Any] = normal
     if type_name == "bf16":
-        table = (normal.view(np.uint32) >> 16).astype(np.uint16)
-    else:
-        table = normal.astype("<f2") if type_name == "f16" else normal
+        table = (normal.view(np.uint32) >> 16).astype("<u2")
+    elif type_name == "f16":
+        table = normal.astype("<f2")
     picks = _random_bytes(rng, 2 * n_rows * n_cols).view(np.uint16)
     return table[picks].view(np.uint8).reshape(n_rows, -1)
 
@@ -159,9 +176,9 @@ def layer_tensors(shape: Shape) -> Iterator[Tensor]:
     """Tensors of one layer, named without the layer's prefix."""
     n_embd, n_embd_kv, n_ff = shape.n_embd, shape.n_embd_kv, shape.n_ff
     into_residual = 1.0 / math.sqrt(2 * shape.n_layer)
-    biases = {"qwen2": ("attn_q", "attn_k", "attn_v")}.get(shape.arch, ())
+    biases = ["attn_q", "attn_k", "attn_v"] if shape.arch in ("qwen2", "opt") else []
     if shape.arch == "opt":
-        biases = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down")
+        biases += ["attn_output", "ffn_up", "ffn_down"]
 
     def matrix(name: str, n_rows: int, n_cols: int, gain: float = 1.0) -> Iterator[Tensor]:
         yield Tensor(f"{name}.weight", (n_rows, n_cols), gain / math.sqrt(n_cols))
@@ -186,68 +203,82 @@ def layer_tensors(shape: Shape) -> Iterator[Tensor]:
     yield from matrix("ffn_down", n_embd, n_ff, into_residual)
 
 
-def vocabulary(n_vocab: int) -> tuple[list[str], list[float], list[int]]:
-    """A SentencePiece vocabulary with byte tokens: pieces, scores and token types."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    types = [2, 3, 3] + [6] * 256
-    words = itertools.chain.from_iterable(
-        (space + "".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=n))
+def metadata(shape: Shape, type_name: str) -> dict[str, Any]:
+    """What engines need to know about the model, without the vocabulary."""
+    sizes = {
+        "context_length": shape.n_ctx,
+        "embedding_length": shape.n_embd,
+        "block_count": shape.n_layer,
+        "feed_forward_length": shape.n_ff,
+        "attention.head_count": shape.n_head,
+        "attention.head_count_kv": shape.n_head_kv,
+        "vocab_size": shape.n_vocab,
+    }
+    if shape.arch in ("falcon", "opt"):
+        facts: dict[str, Any] = {"attention.layer_norm_epsilon": 1e-5}
+    else:
+        facts = {"attention.layer_norm_rms_epsilon": 1e-5}
+    if shape.arch != "opt":
+        facts |= {
+            "rope.dimension_count": shape.n_embd // shape.n_head,
+            "rope.freq_base": 10000.0,
+        }
+    return {
+        "general.architecture": shape.arch,
+        "general.name": f"synthetic {shape.arch} {type_name}",
+        "general.file_type": TYPES[type_name][1],
+    } | {f"{shape.arch}.{key}": value for key, value in (sizes | facts).items()}
+
+
+def vocabulary(n_vocab: int) -> dict[str, Any]:
+    """Metadata of a SentencePiece vocabulary with byte tokens."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    if n_vocab < len(pieces):
+        raise click.ClickException(f"--n-vocab is {n_vocab}, expected {len(pieces)} or more")
+    singles = [chr(code) for code in range(33, 127)]
+    spaced = ["▁" + letter for letter in string.ascii_lowercase]
+    words = (
+        space + "".join(letters)
         for n in itertools.count(2)
         for space in ("", "▁")
+        for letters in itertools.product(string.ascii_lowercase, repeat=n)
     )
-    singles = ["▁", *(chr(code) for code in range(33, 127))]
-    singles += ["▁" + letter for letter in string.ascii_lowercase]
     n_words = n_vocab - len(pieces)
-    if n_words < len(singles):
-        raise click.ClickException(f"--n-vocab is {n_vocab}: at least {len(pieces + singles)}")
-    pieces += itertools.islice(itertools.chain(singles, words), n_words)
-    types += [1] * n_words
-    return pieces, [-float(i) for i in range(n_vocab)], types
-
-
-def add_metadata(writer: gguf.GGUFWriter, shape: Shape, type_name: str) -> None:
-    """Writes what llama.cpp and qinfer need to know about the model."""
-    head_dim = shape.n_embd // shape.n_head
-    writer.add_name(f"synthetic {shape.arch} {type_name}")
-    writer.add_file_type(BLOCKS[type_name].file_type if type_name in BLOCKS else FLOATS[type_name][1])
-    writer.add_context_length(shape.n_ctx)
-    writer.add_embedding_length(shape.n_embd)
-    writer.add_block_count(shape.n_layer)
-    writer.add_feed_forward_length(shape.n_ff)
-    writer.add_head_count(shape.n_head)
-    writer.add_head_count_kv(shape.n_head_kv)
-    writer.add_vocab_size(shape.n_vocab)
-    if shape.arch in ("falcon", "opt"):
-        writer.add_layer_norm_eps(1e-5)
-    else:
-        writer.add_layer_norm_rms_eps(1e-5)
-    if shape.arch != "opt":
-        writer.add_rope_dimension_count(head_dim)
-        writer.add_rope_freq_base(10000.0)
-    pieces, scores, types = vocabulary(shape.n_vocab)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(pieces)
-    writer.add_token_scores(scores)
-    writer.add_token_types(types)
-    writer.add_unk_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    pieces += itertools.islice(itertools.chain(singles, spaced, words), n_words)
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": [-float(i) for i in range(n_vocab)],
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * (n_words + 1),
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
 
 
 def make_model(path: Path, shape: Shape, type_name: str, seed: int = 0) -> None:
     """Writes one model; the file appears under its name only when complete."""
     rng = np.random.Generator(np.random.SFC64(seed))
-    number = BLOCKS[type_name].number if type_name in BLOCKS else FLOATS[type_name][0]
     specs = list(tensors(shape))
     partial = path.with_name(path.name + ".partial")
     writer = gguf.GGUFWriter(partial, shape.arch)
     try:
-        add_metadata(writer, shape, type_name)
+        for key, value in (metadata(shape, type_name) | vocabulary(shape.n_vocab)).items():
+            if key != "general.architecture":
+                match value:
+                    case int():
+                        writer.add_uint32(key, value)
+                    case float():
+                        writer.add_float32(key, value)
+                    case str():
+                        writer.add_string(key, value)
+                    case _:
+                        writer.add_array(key, value)
         for spec in specs:
             n_bytes = 4 * spec.shape[0]
             raw_type = gguf.GGMLQuantizationType.F32
             if spec.constant is None:
-                raw_type = gguf.GGMLQuantizationType(number)
+                raw_type = gguf.GGMLQuantizationType(TYPES[type_name][0])
                 block_size, block_bytes = gguf.GGML_QUANT_SIZES[raw_type]
                 n_bytes = math.prod(spec.shape) // block_size * block_bytes
             writer.add_tensor_info(
@@ -258,15 +289,19 @@ def make_model(path: Path, shape: Shape, type_name: str, seed: int = 0) -> None:
         writer.write_ti_data_to_file()
         with click.progressbar(specs, label=path.name, file=sys.stderr) as bar:
             for spec in bar:
-                if spec.constant is None:
-                    data = random_rows(rng, type_name, *spec.shape, spec.std)  # type: ignore
-                else:
-                    data = np.full(spec.shape, spec.constant, np.float32)
-                writer.write_tensor_data(data)
+                writer.write_tensor_data(tensor_data(rng, spec, type_name))
         writer.close()
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def tensor_data(rng: np.random.Generator, spec: Tensor, type_name: str) -> npt.NDArray[Any]:
+    """The bytes of a tensor."""
+    if spec.constant is not None:
+        return np.full(spec.shape, spec.constant, np.float32)
+    n_rows, n_cols = spec.shape
+    return random_rows(rng, type_name, n_rows, n_cols, spec.std)
 
 
 @click.command(help=__doc__)
@@ -280,14 +315,17 @@ def make_model(path: Path, shape: Shape, type_name: str, seed: int = 0) -> None:
 @click.option("--n-vocab", type=int, default=32000, show_default=True)
 @click.option("--n-ctx", type=int, default=4096, show_default=True, help="Trained context.")
 @click.option("--tied-head", is_flag=True, help="The head is token_embd (always so for opt).")
-@click.option("--type", "type_name", type=click.Choice(TYPES, False), default="q4_0")
+@click.option("--type", "type_name", type=click.Choice(list(TYPES), False), default="q4_0")
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(
-    out: Path, n_head_kv: int | None, tied_head: bool, type_name: str, seed: int, **sizes: object
+    out: Path, n_head_kv: int | None, tied_head: bool, type_name: str, seed: int, **sizes: Any
 ) -> None:
-    n_head = sizes["n_head"]
+    """Command line of make_model."""
     tied = tied_head or sizes["arch"] == "opt"
-    make_model(out, Shape(n_head_kv=n_head_kv or n_head, tied_head=tied, **sizes), type_name, seed)
+    shape = Shape(n_head_kv=n_head_kv or sizes["n_head"], tied_head=tied, **sizes)
+    if shape.n_embd % shape.n_head or shape.n_head % shape.n_head_kv:
+        raise click.ClickException("--n-embd must divide by --n-head, and that by --n-head-kv")
+    make_model(out, shape, type_name, seed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,10 @@
+"""The architectures in plain NumPy float64: what the engine's logits are compared with.
+
+Slow and obvious on purpose. Nothing is shared with the package: files go through PyPI's `gguf`.
+"""
+
+from .checkpoint import Checkpoint, Quantised, read_gguf, write_gguf
+from .forward import forward
+from .numerics import Numerics
+
+__all__ = ["Checkpoint", "Numerics", "Quantised", "forward", "read_gguf", "write_gguf"]
