@@ -5,6 +5,7 @@
 #include <cstring>
 #include <exception>
 #include <new>
+#include <string>
 #include <string_view>
 
 #include "base/error.h"
@@ -55,6 +56,16 @@ int32_t guard(qi_error* error, F&& body) noexcept {
 // For arguments of C functions that must not be NULL.
 inline void require_pointer(const void* pointer, const char* name) {
     if (pointer == nullptr) fail(QI_ARGUMENT, "argument '%s' is NULL", name);
+}
+
+// A path that came as pointer and length.
+inline std::string checked_path(const char* path, uint64_t length) {
+    require_pointer(path, "path");
+    const std::string checked(path, length);
+    if (checked.empty()) fail(QI_ARGUMENT, "the path is empty");
+    if (checked.find('\0') != std::string::npos)
+        fail(QI_ARGUMENT, "the path %s contains a NUL character", quoted(checked).c_str());
+    return checked;
 }
 
 }  // namespace qi

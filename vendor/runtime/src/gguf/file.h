@@ -55,7 +55,7 @@ struct TensorInfo {
     int32_t type;           // GGUF number; may be one the kernels do not know
     uint32_t n_dims;        // 1 to 4
     uint64_t dims[4];       // dims[0] is contiguous; unused ones are 1
-    uint64_t n_bytes;       // 0 when the type is unknown to us
+    uint64_t n_bytes;       // 0 when GGUF has no such type
     uint32_t file;          // index of the split part
     uint64_t offset;        // in that file
     const std::byte* data;  // nullptr when opened without tensors

@@ -10,7 +10,6 @@
 #include "gguf/cursor.h"
 #include "gguf/format.h"
 #include "gguf/name_index.h"
-#include "quant/types.h"
 
 namespace qi::gguf {
 
@@ -20,7 +19,6 @@ namespace {
 constexpr uint64_t min_value_bytes = 8 + 1 + 4 + 1;
 // The smallest tensor description: a length, one character, one dimension, type and offset.
 constexpr uint64_t min_tensor_bytes = 8 + 1 + 4 + 8 + 4 + 8;
-constexpr uint64_t max_i64 = uint64_t(std::numeric_limits<int64_t>::max());
 
 unsigned long long ull(uint64_t n) {
     return n;
@@ -73,12 +71,8 @@ void read_magic_and_version(Cursor& cursor, std::span<const std::byte> bytes, Pa
         cursor.refuse(format("is GGUF version %u; versions 2 and 3 are read", part.version));
 }
 
-void check_name(const Cursor& cursor, std::string_view name) {
-    if (name.empty()) cursor.refuse("has an empty name");
-    if (name.size() > max_key_bytes)
-        cursor.refuse(format("has a name of %zu bytes; at most %llu are allowed", name.size(),
-                             ull(max_key_bytes)));
-    if (!is_utf8(name)) cursor.refuse("has a name that is not UTF-8: " + quoted(name));
+void check(const Cursor& cursor, const std::optional<std::string>& problem) {
+    if (problem) cursor.refuse(*problem);
 }
 
 void skip_strings(Cursor& cursor, uint64_t n) {
@@ -87,13 +81,6 @@ void skip_strings(Cursor& cursor, uint64_t n) {
                              ull(cursor.remaining())));
     for (uint64_t i = 0; i < n; i++)
         cursor.string("a string");
-}
-
-void check_bools(const Cursor& cursor, std::span<const std::byte> bools) {
-    for (const std::byte value : bools) {
-        if (value > std::byte{1})
-            cursor.refuse(format("holds %u as a bool; 0 and 1 are allowed", unsigned(value)));
-    }
 }
 
 ValueType read_value_type(Cursor& cursor, const char* what) {
@@ -105,7 +92,7 @@ ValueType read_value_type(Cursor& cursor, const char* what) {
 KeyValue read_value(Cursor& cursor) {
     KeyValue value;
     value.key = cursor.string("the key");
-    check_name(cursor, value.key);
+    check(cursor, name_problem(value.key, max_name_bytes));
     cursor.set_subject_name(value.key);
     value.type = value.item_type = read_value_type(cursor, "the value type");
     value.n_items = 1;
@@ -129,7 +116,7 @@ KeyValue read_value(Cursor& cursor) {
                              ull(value.n_items), value_type_name(value.item_type),
                              ull(cursor.remaining())));
     value.data = cursor.take(value.n_items * size, "the value");
-    if (value.item_type == ValueType::boolean) check_bools(cursor, value.data);
+    if (value.item_type == ValueType::boolean) check(cursor, bool_problem(value.data));
     return value;
 }
 
@@ -158,38 +145,10 @@ uint32_t read_alignment(Cursor& cursor, const Part& part) {
     return alignment;
 }
 
-// Product of the dimensions, which must be at least 1 each and give a number that fits a signed
-// 64-bit integer.
-uint64_t count_elements(const Cursor& cursor, const TensorInfo& tensor) {
-    uint64_t n_elements = 1;
-    for (uint32_t i = 0; i < tensor.n_dims; i++) {
-        if (tensor.dims[i] == 0) cursor.refuse(format("dimension %u is 0", i));
-        if (__builtin_mul_overflow(n_elements, tensor.dims[i], &n_elements) || n_elements > max_i64)
-            cursor.refuse(format("dimension %u of %llu makes more elements than can be counted", i,
-                                 ull(tensor.dims[i])));
-    }
-    return n_elements;
-}
-
-uint64_t tensor_bytes(const Cursor& cursor, const TensorInfo& tensor) {
-    const uint64_t n_elements = count_elements(cursor, tensor);
-    const TypeLayout* layout = find_layout(tensor.type);
-    if (layout == nullptr) return 0;
-    if (tensor.dims[0] % uint64_t(layout->block_size) != 0)
-        cursor.refuse(format("rows of %llu elements cannot be %s, whose blocks have %d",
-                             ull(tensor.dims[0]), layout->name, layout->block_size));
-    uint64_t n_bytes;
-    if (__builtin_mul_overflow(n_elements / uint64_t(layout->block_size),
-                               uint64_t(layout->block_bytes), &n_bytes) ||
-        n_bytes > max_i64)
-        cursor.refuse("has more bytes than can be counted");
-    return n_bytes;
-}
-
 TensorInfo read_tensor(Cursor& cursor, const Part& part) {
     TensorInfo tensor{};
     tensor.name = cursor.string("the name");
-    check_name(cursor, tensor.name);
+    check(cursor, name_problem(tensor.name, max_name_bytes));
     cursor.set_subject_name(tensor.name);
     tensor.n_dims = cursor.read<uint32_t>("the number of dimensions");
     if (tensor.n_dims < 1 || tensor.n_dims > max_dims)
@@ -201,7 +160,7 @@ TensorInfo read_tensor(Cursor& cursor, const Part& part) {
     if (type > uint32_t(std::numeric_limits<int32_t>::max()))
         cursor.refuse(format("has type number %u, which cannot be one", type));
     tensor.type = part.is_powerinfer ? type_from_powerinfer(int32_t(type)) : int32_t(type);
-    tensor.n_bytes = tensor_bytes(cursor, tensor);
+    check(cursor, shape_problem(tensor.type, {tensor.dims, tensor.n_dims}, tensor.n_bytes));
     tensor.offset = cursor.read<uint64_t>("the offset");
     if (tensor.offset % part.alignment != 0)
         cursor.refuse(
