@@ -1,76 +1,306 @@
-// The process's pool of workers.
+// Runs parallel loops: callers publish jobs in fixed slots, workers help with any of them.
 #include "base/thread_pool.h"
 
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
 #include <atomic>
-#include <condition_variable>
+#include <chrono>
 #include <memory>
 #include <mutex>
+#include <new>
+#include <system_error>
 #include <thread>
 
 #include "base/cpu.h"
+#include "base/error.h"
+#include "base/log.h"
 
 namespace qi {
 
 namespace {
 
-struct Job {
-    Job(int n_threads, int64_t n_chunks, FunctionRef<void(int64_t, int)> body)
-        : n_threads(n_threads), n_chunks(n_chunks), body(body) {}
-    const int n_threads;
-    const int64_t n_chunks;
-    const FunctionRef<void(int64_t, int)> body;
-    std::atomic<int> n_joined{1};  // the caller is worker 0
-    std::atomic<int64_t> next{0};
-    std::atomic<int64_t> n_done{0};
+using Body = FunctionRef<void(int64_t, int)>;
+using Clock = std::chrono::steady_clock;
+using std::chrono::microseconds;
 
-    void work(int worker) {
-        for (int64_t chunk; (chunk = next.fetch_add(1)) < n_chunks;) {
-            body(chunk, worker);
-            n_done.fetch_add(1);
+constexpr size_t line = 128;  // neighbouring 64-byte lines are prefetched in pairs
+constexpr int max_workers = 511;
+constexpr int n_slots = 8;  // callers served at once; one more computes alone
+
+// Covers the serial work between two loops of a forward pass, and wastes little when a token ends.
+constexpr microseconds worker_spin{50};
+// The caller polls for the last chunks for two mean chunks, within these bounds: what is still out
+// by then belongs to a worker that lost its core, or is long enough to hide the cost of sleeping.
+constexpr microseconds shortest_caller_spin{20}, longest_caller_spin{200};
+
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#else
+    __asm__ volatile("isb");  // most cores ignore "yield"; this waits about as long as on x86
+#endif
+}
+
+void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
+    syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
+}
+
+void futex_wake(std::atomic<uint32_t>& word) {
+    syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0);
+}
+
+// Polls until done() or the time is up; iterations would not do, a pause lasts 10 to 140 cycles.
+template <typename Done>
+bool spin(Done done, Clock::duration limit) {
+    const auto deadline = Clock::now() + limit;
+    do {
+        for (int i = 0; i < 16; ++i) {
+            if (done()) return true;
+            pause();
         }
+    } while (Clock::now() < deadline);
+    return false;
+}
+
+// All that a worker needs to join a job, in one word, so that joining is one compare-and-swap:
+// chunks not yet taken (44 bits, may fall below 0) | first worker invited (10) | how many (10).
+struct Ticket {
+    static constexpr int64_t one_chunk = int64_t(1) << 20;
+
+    static int64_t pack(int64_t n_left, int first, int n_invited) {
+        return n_left * one_chunk + first * 1024 + n_invited;
+    }
+    static int64_t n_left(int64_t ticket) { return ticket >> 20; }
+    static int first(int64_t ticket) { return int(ticket >> 10 & 1023); }
+    static int n_invited(int64_t ticket) { return int(ticket & 1023); }
+};
+
+// A worker reads the job only while it holds a chunk it has not reported done, and the caller
+// leaves only when every chunk is reported. So a late worker finds no chunk, or one of the next
+// job: both are fine, and nobody waits for workers to arrive or to go.
+struct Slot {
+    alignas(line) std::atomic<int64_t> ticket{0};
+    int64_t n_chunks = 0;
+    const Body* body = nullptr;
+    int caller_cpu = 0;
+    alignas(line) std::atomic<int64_t> n_done{0};  // by workers
+    std::atomic<uint32_t> caller_asleep{0};
+    alignas(line) std::atomic<bool> taken{false};
+
+    // Chunks that were left before this one was taken; none when below one.
+    int64_t take() {
+        return Ticket::n_left(ticket.fetch_sub(Ticket::one_chunk, std::memory_order_relaxed));
     }
 };
 
-struct Pool {
-    std::mutex mutex;
-    std::condition_variable changed;
-    std::shared_ptr<Job> job;
-
-    Pool() {
-        for (int i = 1; i < cpu_info().n_usable_cores; ++i)
-            std::thread([this] { run(); }).detach();
-    }
-    void run() {
-        std::shared_ptr<Job> last;
-        for (;;) {
-            std::unique_lock lock(mutex);
-            changed.wait(lock, [&] { return job && job != last; });
-            last = job;
-            lock.unlock();
-            const int worker = last->n_joined.fetch_add(1);
-            if (worker < last->n_threads) last->work(worker);
-        }
-    }
+struct Worker {
+    alignas(line) std::atomic<uint32_t> parked{0};
+    int index = 0;
+    int last_slot = 0;
+    bool displaced_caller = false;
 };
+
+// Threads started meanwhile leave signals to the program's own threads, but for their own faults.
+class FaultSignalsOnly {
+  public:
+    FaultSignalsOnly() {
+        sigset_t blocked;
+        sigfillset(&blocked);
+        for (int fault : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP, SIGABRT})
+            sigdelset(&blocked, fault);
+        pthread_sigmask(SIG_SETMASK, &blocked, &before_);
+    }
+    ~FaultSignalsOnly() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+    FaultSignalsOnly(const FaultSignalsOnly&) = delete;
+    FaultSignalsOnly& operator=(const FaultSignalsOnly&) = delete;
+
+  private:
+    sigset_t before_;
+};
+
+class Pool {
+  public:
+    void run(int n_threads, int64_t n_chunks, Body body);
+
+  private:
+    // What the caller did of its own job, and since when.
+    struct Share {
+        int64_t n_chunks;
+        Clock::time_point start;
+    };
+    Slot* take_slot();
+    void publish(Slot& slot, int n_invited, int64_t n_chunks, const Body& body);
+    static void wait_for_workers(Slot& slot, Share share);
+    int start_workers(const Slot& slot, int n_invited);
+    void work(Worker& self);
+    static bool help(Worker& self, Slot& slot);
+    bool help_any(Worker& self);
+
+    Slot slots_[n_slots];
+    Worker workers_[max_workers];
+    alignas(line) std::atomic<int> n_workers_{0};
+    std::atomic<int> n_startable_{max_workers};  // fewer once the system has refused one
+    std::mutex starting_;
+};
+
+// Without a destructor: workers may run on through the process's exit handlers.
+constinit Pool process_pool;
+static_assert(std::is_trivially_destructible_v<Pool>);
+
+// A child has no workers, and slots taken by threads it does not have either: it starts afresh.
+void restart_after_fork() {
+    static const int status =
+        pthread_atfork(nullptr, nullptr, [] { std::construct_at(&process_pool); });
+    if (status != 0) throw std::bad_alloc();
+}
+
+void Pool::run(int n_threads, int64_t n_chunks, Body body) {
+    int n_invited = int(std::min<int64_t>({n_threads - 1, max_workers, n_chunks - 1}));
+    Slot* slot = n_invited > 0 ? take_slot() : nullptr;
+    if (slot) n_invited = std::min(n_invited, start_workers(*slot, n_invited));
+    if (!slot || n_invited == 0) {
+        for (int64_t chunk = 0; chunk < n_chunks; ++chunk)
+            body(chunk, 0);
+    } else {
+        Share share{0, Clock::now()};
+        publish(*slot, n_invited, n_chunks, body);
+        for (int64_t n_left; (n_left = slot->take()) > 0; ++share.n_chunks)
+            body(n_chunks - n_left, 0);
+        wait_for_workers(*slot, share);
+    }
+    if (slot) slot->taken.store(false, std::memory_order_release);
+}
+
+// A free slot, now the caller's, or null.
+Slot* Pool::take_slot() {
+    for (Slot& slot : slots_)
+        if (!slot.taken.load(std::memory_order_relaxed) &&
+            !slot.taken.exchange(true, std::memory_order_acquire))
+            return &slot;
+    return nullptr;
+}
+
+void Pool::publish(Slot& slot, int n_invited, int64_t n_chunks, const Body& body) {
+    // Callers at work together invite different workers as far as there are enough.
+    const int n_choices = n_workers_.load(std::memory_order_relaxed) - n_invited + 1;
+    const int first = int(&slot - slots_) * n_invited % n_choices;
+    slot.n_chunks = n_chunks;
+    slot.body = &body;
+    slot.caller_cpu = sched_getcpu();
+    slot.n_done.store(0, std::memory_order_relaxed);
+    // Sequentially consistent, like parking and then looking once more: one of the two is seen.
+    slot.ticket.store(Ticket::pack(n_chunks, first, n_invited), std::memory_order_seq_cst);
+    for (int i = first; i < first + n_invited; ++i) {
+        std::atomic<uint32_t>& parked = workers_[i].parked;
+        if (parked.load(std::memory_order_seq_cst) && parked.exchange(0)) futex_wake(parked);
+    }
+}
+
+void Pool::wait_for_workers(Slot& slot, Share share) {
+    const int64_t n_theirs = slot.n_chunks - share.n_chunks;
+    const auto done = [&] { return slot.n_done.load(std::memory_order_acquire) == n_theirs; };
+    if (done()) return;
+    const auto mean_chunk = (Clock::now() - share.start) / std::max<int64_t>(share.n_chunks, 1);
+    if (spin(done, std::clamp<Clock::duration>(2 * mean_chunk, shortest_caller_spin,
+                                               longest_caller_spin)))
+        return;
+    // Asleep, the caller leaves its core to the worker it waits for.
+    for (;;) {
+        slot.caller_asleep.store(1, std::memory_order_seq_cst);
+        if (slot.n_done.load(std::memory_order_seq_cst) == n_theirs) break;
+        futex_wait(slot.caller_asleep, 1);
+    }
+    slot.caller_asleep.store(0, std::memory_order_relaxed);
+}
+
+// Makes sure of n_invited workers if the system has them, and returns how many there are. Callers
+// at work together get workers of their own as far as there are cores.
+int Pool::start_workers(const Slot& slot, int n_invited) {
+    const int n_callers = int(&slot - slots_) + 1;
+    int n_wanted = n_invited;
+    if (n_callers > 1)
+        n_wanted = std::max(n_invited,
+                            std::min(n_callers * n_invited, cpu_info().n_usable_cores - n_callers));
+    n_wanted = std::min(n_wanted, n_startable_.load(std::memory_order_relaxed));
+    int n = n_workers_.load(std::memory_order_acquire);
+    if (n >= n_wanted) return n;
+
+    std::lock_guard lock(starting_);
+    restart_after_fork();
+    const FaultSignalsOnly mask;
+    for (n = n_workers_.load(std::memory_order_relaxed); n < n_wanted; ++n) {
+        Worker& worker = workers_[n];
+        worker.index = n;
+        try {
+            std::thread([this, &worker] { work(worker); }).detach();
+        } catch (const std::system_error& error) {
+            n_startable_.store(n, std::memory_order_relaxed);
+            log(LogLevel::warning, format("computing with %d threads: the system refuses to start "
+                                          "another (%s)",
+                                          n + 1, error.what()));
+            break;
+        }
+        n_workers_.store(n + 1, std::memory_order_release);
+    }
+    return n;
+}
+
+void Pool::work(Worker& self) {
+    pthread_setname_np(pthread_self(), "qinfer");
+    for (;;) {
+        // On the caller's core, spinning keeps the caller from publishing the job waited for.
+        if (!self.displaced_caller && spin([&] { return help_any(self); }, worker_spin)) continue;
+        self.displaced_caller = false;
+        self.parked.store(1, std::memory_order_seq_cst);
+        if (!help_any(self)) futex_wait(self.parked, 1);
+        self.parked.store(0, std::memory_order_relaxed);
+    }
+}
+
+// Works on the next open job after the one helped last, so that no caller starves; false when none
+// is.
+bool Pool::help_any(Worker& self) {
+    for (int i = 1; i <= n_slots; ++i) {
+        const int slot = (self.last_slot + i) % n_slots;
+        if (!help(self, slots_[slot])) continue;
+        self.last_slot = slot;
+        return true;
+    }
+    return false;
+}
+
+bool Pool::help(Worker& self, Slot& slot) {
+    int64_t ticket = slot.ticket.load(std::memory_order_seq_cst);
+    int rank;  // among the workers invited
+    do {
+        rank = self.index - Ticket::first(ticket);
+        if (Ticket::n_left(ticket) <= 0 || rank < 0 || rank >= Ticket::n_invited(ticket))
+            return false;
+    } while (!slot.ticket.compare_exchange_weak(ticket, ticket - Ticket::one_chunk,
+                                                std::memory_order_acquire));
+    const int64_t n_chunks = slot.n_chunks;
+    const Body& body = *slot.body;
+    int64_t n_mine = 0;
+    for (int64_t n_left = Ticket::n_left(ticket); n_left > 0; n_left = slot.take(), ++n_mine)
+        body(n_chunks - n_left, rank + 1);
+
+    self.displaced_caller = sched_getcpu() == slot.caller_cpu;
+    slot.n_done.fetch_add(n_mine, std::memory_order_seq_cst);
+    if (slot.caller_asleep.load(std::memory_order_seq_cst) && slot.caller_asleep.exchange(0))
+        futex_wake(slot.caller_asleep);
+    return true;
+}
 
 }  // namespace
 
 void parallel_for(int n_threads, int64_t n_chunks, FunctionRef<void(int64_t, int)> body) {
-    if (n_threads <= 1 || n_chunks <= 1) {
-        for (int64_t chunk = 0; chunk < n_chunks; ++chunk)
-            body(chunk, 0);
-        return;
-    }
-    static Pool& pool = *new Pool;
-    auto job = std::make_shared<Job>(n_threads, n_chunks, body);
-    {
-        std::lock_guard lock(pool.mutex);
-        pool.job = job;
-    }
-    pool.changed.notify_all();
-    job->work(0);
-    while (job->n_done.load() < n_chunks)
-        std::this_thread::yield();
+    process_pool.run(n_threads, n_chunks, body);
 }
 
 }  // namespace qi
