@@ -1,12 +1,10 @@
 // qi_abi_version to qi_measure_read_bandwidth: what the library says of itself and of the machine.
-#include <algorithm>
 #include <cstring>
 #include <string>
 #include <string_view>
 
 #include "base/cpu.h"
 #include "base/log.h"
-#include "base/text.h"
 #include "capi/guard.h"
 
 #ifndef QINFER_VERSION
@@ -19,8 +17,12 @@ namespace {
 
 // As much of the text as fits, cut between characters, and a NUL.
 void copy_text(char* out, size_t capacity, std::string_view text) {
-    if (capacity == 0) return;
-    const size_t length = valid_utf8_length(text.substr(0, capacity - 1));
+    size_t length = text.size();
+    if (length >= capacity) {
+        length = capacity - 1;
+        while (length > 0 && (text[length] & 0xC0) == 0x80)
+            --length;
+    }
     std::memcpy(out, text.data(), length);
     out[length] = '\0';
 }
