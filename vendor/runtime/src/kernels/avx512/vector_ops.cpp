@@ -1,0 +1,4 @@
+// AVX-512 build of the vector operators.
+#include "kernels/simd_avx512.h"
+// The level comes first.
+#include "kernels/vector_ops_impl.h"
