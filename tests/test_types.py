@@ -1,0 +1,283 @@
+"""Tensor types: block bytes and values against `gguf.quants`, and what is refused."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from qinfer import _native, _types
+from qinfer.errors import ArgumentError, UnsupportedError
+
+IN_BLOCKS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
+ENCODED = ["F32", "F16", "BF16", *IN_BLOCKS]
+K_TYPES = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+COMPUTED = [*ENCODED, *K_TYPES]
+SCALE_BYTES = {"Q8_0": 2, "Q4_0": 2, "Q4_1": 4, "Q5_0": 2, "Q5_1": 4}
+
+FLOAT_MAX = np.finfo(np.float32).max
+
+
+def oracle_decode(blocks: NDArray[np.uint8], name: str) -> NDArray[np.float32]:
+    with np.errstate(all="ignore"):
+        return gguf.dequantize(blocks, GGMLQuantizationType[name])
+
+
+def oracle_encode(values: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
+    with np.errstate(all="ignore"):
+        return gguf.quantize(values, GGMLQuantizationType[name]).view(np.uint8)
+
+
+def assert_same_floats(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> None:
+    """Bit for bit, the sign of zero included; any NaN equals any other."""
+    assert ours.shape == theirs.shape
+    nan = np.isnan(theirs)
+    np.testing.assert_array_equal(np.isnan(ours), nan)
+    np.testing.assert_array_equal(ours.view(np.uint32)[~nan], theirs.view(np.uint32)[~nan])
+
+
+# ---- the table ----
+
+
+def test_every_gguf_type_is_listed_as_gguf_lists_it() -> None:
+    ours = {t.name: (t.number, t.block_size, t.block_bytes) for t in _types.known_types().values()}
+    theirs = {t.name: (t.value, *gguf.GGML_QUANT_SIZES[t]) for t in GGMLQuantizationType}
+    assert ours == theirs
+
+
+def test_what_is_computed_and_what_is_encoded() -> None:
+    types = _types.known_types().values()
+    assert {t.name for t in types if t.can_decode} == set(COMPUTED)
+    assert {t.name for t in types if t.can_encode} == set(ENCODED)
+
+
+def test_the_list_of_types_ends() -> None:
+    out = _native.ffi.new("qi_type_info *")
+    n_types = len(GGMLQuantizationType)
+    assert _native.lib.qi_type_by_index(n_types - 1, out) == _native.lib.QI_OK
+    for index in (n_types, -1, 2**31 - 1):
+        assert _native.lib.qi_type_by_index(index, out) == _native.lib.QI_ARGUMENT
+    assert _native.lib.qi_type_by_index(0, _native.ffi.NULL) == _native.lib.QI_ARGUMENT
+
+
+# ---- blocks to floats ----
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_decoding_any_bytes_gives_the_oracles_floats(name: str) -> None:
+    kind = _types.tensor_type(name)
+    rng = np.random.default_rng(1)
+    blocks = rng.integers(0, 256, (37, 8 * kind.block_bytes), dtype=np.uint8)
+    assert_same_floats(_types.decode(blocks, name), oracle_decode(blocks, name))
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+@pytest.mark.parametrize("byte", [0x00, 0x01, 0x7F, 0x80, 0xFF])
+def test_decoding_bytes_that_are_all_alike(name: str, byte: int) -> None:
+    blocks = np.full((1, _types.tensor_type(name).block_bytes), byte, np.uint8)
+    assert_same_floats(_types.decode(blocks, name), oracle_decode(blocks, name))
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_blocks_need_no_alignment(name: str) -> None:
+    kind = _types.tensor_type(name)
+    data = np.random.default_rng(2).integers(0, 256, 6 * kind.block_bytes + 1, dtype=np.uint8)
+    blocks = data[1:]
+    assert blocks.ctypes.data % 2 == 1
+    values = np.empty(6 * kind.block_size, np.float32)
+    error = _native.new_error()
+    status = _native.lib.qi_type_decode(
+        kind.number,
+        _native.ffi.from_buffer(blocks),
+        values.size,
+        _native.ffi.from_buffer("float[]", values),
+        error,
+    )
+    _native.check(status, error)
+    assert_same_floats(values, oracle_decode(blocks.copy(), name))
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+def test_every_half_decodes_to_its_value(name: str) -> None:
+    bits = np.arange(65536, dtype=np.uint16)
+    if name == "F16":
+        expected = bits.view(np.float16).astype(np.float32)
+    else:
+        expected = (bits.astype(np.uint32) << 16).view(np.float32)
+    assert_same_floats(_types.decode(bits.view(np.uint8), name), expected)
+
+
+# ---- floats to blocks ----
+
+
+def samples() -> dict[str, NDArray[np.float32]]:
+    """Rows of 256 finite values, in ranges that every block format can hold."""
+    rng = np.random.default_rng(3)
+    shape = (64, 256)
+    halves = rng.integers(-64, 65, shape) / 2
+    sparse = np.zeros(shape)
+    sparse[np.arange(64), rng.integers(0, 256, 64)] = rng.standard_normal(64)
+    signs = rng.choice([-1.0, 1.0], shape)
+    found = {
+        "normal": rng.standard_normal(shape),
+        "uniform": rng.uniform(-1, 1, shape),
+        "positive": rng.uniform(0, 1, shape),
+        "negative": -rng.uniform(0.5, 1, shape),
+        "zeros": np.zeros(shape),
+        "negative zeros": np.full(shape, -0.0),
+        "constant": np.full(shape, 0.7),
+        "negative constant": np.full(shape, -0.7),
+        "ties of magnitude": signs,
+        "ties of magnitude after zero": np.where(rng.random(shape) < 0.5, 0.0, signs * 3),
+        "halves": halves,
+        "one in 256": sparse,
+        "scales of all sizes": rng.standard_normal(shape) * 2.0 ** rng.integers(-20, 11, (64, 1)),
+        "values of all sizes": rng.standard_normal(shape) * 2.0 ** rng.integers(-30, 11, shape),
+        "around the least half": rng.standard_normal(shape)
+        * 2.0 ** rng.integers(-30, -20, (64, 1)),
+        "ramp": np.linspace(-127, 127, 64 * 256).reshape(shape),
+        "integers": rng.integers(-127, 128, shape),
+    }
+    return {name: values.astype(np.float32) for name, values in found.items()}
+
+
+def extremes() -> dict[str, NDArray[np.float32]]:
+    """Rows whose scale is beyond f16, or whose scale has no finite inverse in f32."""
+    rng = np.random.default_rng(4)
+    bits = rng.integers(0, 2**32, (256, 256), dtype=np.uint32)
+    any_bits = bits.view(np.float32)
+    any_bits[~np.isfinite(any_bits)] = 1.0
+    denormal = (bits & 0x807FFFFF).view(np.float32)
+    least = np.zeros((4, 256), np.float32)
+    least[:, ::7] = np.float32(1e-45)
+    least[1::2] *= -1
+    greatest = rng.choice([-FLOAT_MAX, FLOAT_MAX], (16, 256)).astype(np.float32)
+    return {
+        "any finite bits": any_bits,
+        "denormal": denormal,
+        "the least numbers": least,
+        "the greatest numbers": greatest,
+        "greatest of one sign": np.abs(greatest),
+        "beyond f16": rng.standard_normal((16, 256)).astype(np.float32) * np.float32(1e8),
+        "a range beyond f32": np.linspace(-1, 1, 256, dtype=np.float32)[None] * FLOAT_MAX,
+    }
+
+
+@pytest.mark.parametrize("sample", samples())
+@pytest.mark.parametrize("name", ENCODED)
+def test_encoding_gives_the_oracles_bytes(name: str, sample: str) -> None:
+    values = samples()[sample]
+    np.testing.assert_array_equal(_types.encode(values, name), oracle_encode(values, name))
+
+
+@pytest.mark.parametrize("sample", extremes())
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
+def test_encoding_extremes_as_plain_types(name: str, sample: str) -> None:
+    values = extremes()[sample]
+    np.testing.assert_array_equal(_types.encode(values, name), oracle_encode(values, name))
+
+
+@pytest.mark.parametrize("sample", extremes())
+@pytest.mark.parametrize("name", IN_BLOCKS)
+def test_encoding_extremes_as_blocks(name: str, sample: str) -> None:
+    values = extremes()[sample].reshape(-1, 32)
+    ours, theirs = _types.encode(values, name), oracle_encode(values, name)
+    n = SCALE_BYTES[name]
+    np.testing.assert_array_equal(ours[:, :n], theirs[:, :n])
+    # Where the scale's inverse or the range is not finite, the oracle casts infinities to integers,
+    # which each kind of machine does in its own way; our codes are 0 there.
+    with np.errstate(all="ignore"):
+        low, high = values.min(axis=1), values.max(axis=1)
+        span = high - low if name.endswith("_1") else np.abs(values).max(axis=1)
+        steps = {"Q8_0": 127, "Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31}[name]
+        scale = span / np.float32(steps)
+        sound = (scale == 0) | np.isfinite(1 / scale) & np.isfinite(span)
+    np.testing.assert_array_equal(ours[sound], theirs[sound])
+    assert not ours[~sound][:, n:].any()
+
+
+@pytest.mark.parametrize("name", ["F16", "BF16"])
+def test_halves_round_to_nearest_even(name: str) -> None:
+    """Each float halfway between two neighbours, and the floats right beside that one."""
+    bits = np.arange(65536, dtype=np.uint32)
+    with np.errstate(all="ignore"):
+        as_half = bits.astype(np.uint16).view(np.float16).astype(np.float64)
+        if name == "BF16":
+            as_half = (bits << 16).view(np.float32).astype(np.float64)
+        middle = ((as_half[:-1] + as_half[1:]) / 2).astype(np.float32)
+    middle = middle[np.isfinite(middle)]
+    below, above = np.nextafter(middle, -np.inf), np.nextafter(middle, np.inf)
+    values = np.concatenate([middle, below, above])
+    values = values[np.isfinite(values)]
+    np.testing.assert_array_equal(_types.encode(values, name), oracle_encode(values, name))
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_what_was_encoded_decodes_within_a_step(name: str) -> None:
+    values = samples()["normal"]
+    decoded = _types.decode(_types.encode(values, name), name)
+    steps = {"F32": 0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 1 / 127}
+    span = np.abs(values).max()
+    assert np.abs(decoded - values).max() <= steps.get(name, 1 / 7) * span
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ENCODED)
+def test_values_that_are_not_finite_are_refused_by_position(name: str, bad: float) -> None:
+    values = np.ones((3, 256), np.float32)
+    values[1, 37] = bad
+    with pytest.raises(ArgumentError, match=rf"{name}.* {256 + 37} "):
+        _types.encode(values, name)
+
+
+@pytest.mark.parametrize("name", K_TYPES)
+def test_types_without_an_encoder_say_so(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=name):
+        _types.encode(np.ones((1, 256), np.float32), name)
+
+
+def call(function: str, *arguments: object) -> None:
+    error = _native.new_error()
+    _native.check(getattr(_native.lib, function)(*arguments, error), error)
+
+
+def test_types_that_are_not_computed_with_are_refused() -> None:
+    ffi = _native.ffi
+    blocks, values = ffi.new("char[64]"), ffi.new("float[16]")
+    with pytest.raises(UnsupportedError, match="I32"):
+        call("qi_type_decode", 26, blocks, 16, values)
+    with pytest.raises(UnsupportedError, match="IQ4_NL"):
+        call("qi_type_encode", 20, values, 16, 16, ffi.NULL, blocks)
+    for number in (99, 4, -1, 2**31 - 1):
+        with pytest.raises(ArgumentError, match=str(number)):
+            call("qi_type_decode", number, blocks, 16, values)
+
+
+def test_bad_arguments_are_refused() -> None:
+    ffi = _native.ffi
+    blocks, values = ffi.new("char[68]"), ffi.new("float[64]")
+    null = ffi.NULL
+    with pytest.raises(ArgumentError, match="'blocks' is NULL"):
+        call("qi_type_decode", 8, null, 32, values)
+    with pytest.raises(ArgumentError, match="'out' is NULL"):
+        call("qi_type_decode", 8, blocks, 32, null)
+    with pytest.raises(ArgumentError, match=r"n_elements is 33.*32"):
+        call("qi_type_decode", 8, blocks, 33, values)
+    with pytest.raises(ArgumentError, match="n_elements is 18446744073709551584"):
+        call("qi_type_decode", 8, blocks, 2**64 - 32, values)
+    with pytest.raises(ArgumentError, match="'values' is NULL"):
+        call("qi_type_encode", 8, null, 32, 32, null, blocks)
+    with pytest.raises(ArgumentError, match="'blocks' is NULL"):
+        call("qi_type_encode", 8, values, 32, 32, null, null)
+    with pytest.raises(ArgumentError, match="n_per_row is 16"):
+        call("qi_type_encode", 8, values, 32, 16, null, blocks)
+    with pytest.raises(ArgumentError, match="n_per_row, 0"):
+        call("qi_type_encode", 8, values, 32, 0, null, blocks)
+    with pytest.raises(ArgumentError, match=r"n_elements is 32.*n_per_row, 64"):
+        call("qi_type_encode", 8, values, 32, 64, null, blocks)
+    assert _native.lib.qi_type_decode(8, null, 32, values, null) == _native.lib.QI_ARGUMENT
