@@ -1,0 +1,84 @@
+"""Encoder of SPM vocabularies: sentencepiece, given the file's pieces and scores."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from ..errors import FormatError
+from .vocabulary import TokenType, Vocabulary, byte_value
+
+SPACE = "▁"  # U+2581 stands for a space in a piece
+
+
+class SpmEncoder:
+    """Merges pieces by score, best first; what no piece covers becomes bytes."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        import sentencepiece
+
+        _check_bytes(vocabulary)
+        self._processor: Any = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(_model_proto(vocabulary))
+        except (RuntimeError, OSError) as error:
+            raise FormatError(
+                f"{vocabulary.source}: sentencepiece refuses the vocabulary: {error}"
+            ) from None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text without special tokens; no space is put before it."""
+        ids: list[int] = self._processor.EncodeAsIds(text)
+        return ids
+
+
+def _check_bytes(vocabulary: Vocabulary) -> None:
+    """Either all 256 bytes have a token or none has: with some of them, some texts could not be encoded."""
+    found = {
+        byte_value(text)
+        for text, kind in zip(vocabulary.texts, vocabulary.types, strict=True)
+        if kind == TokenType.BYTE
+    }
+    missing = set(range(256)) - found if found else set()
+    if None in found or missing:
+        raise FormatError(
+            f"{vocabulary.source}: tokenizer.ggml.tokens has byte tokens, but "
+            + (f"none for <0x{min(missing):02X}>" if missing else "one that is not named <0xNN>")
+        )
+
+
+def _model_proto(vocabulary: Vocabulary) -> bytes:
+    """A sentencepiece ModelProto (protobuf wire format): pieces, BPE, no normalisation at all."""
+    types = list(vocabulary.types)
+    # sentencepiece wants exactly one unknown piece.
+    for index, kind in enumerate(types):
+        if kind == TokenType.UNKNOWN:
+            types[index] = TokenType.CONTROL
+    types[vocabulary.unk_id or 0] = TokenType.UNKNOWN
+    pieces = []
+    for index, (text, score, kind) in enumerate(
+        zip(vocabulary.texts, vocabulary.scores, types, strict=True)
+    ):
+        if not text:
+            text, kind = f"\0empty {index}", int(TokenType.CONTROL)
+        piece = _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + bytes((0x18, kind))
+        pieces.append(_field(1, piece))
+    byte_fallback = TokenType.BYTE in types
+    # model_type BPE, byte_fallback
+    trainer = bytes((3 << 3, 2)) + _varint(35 << 3) + bytes((byte_fallback,))
+    # add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
+    normalizer = _field(1, b"identity") + bytes((3 << 3, 0, 4 << 3, 0, 5 << 3, 1))
+    return b"".join(pieces) + _field(2, trainer) + _field(3, normalizer)
+
+
+def _field(number: int, payload: bytes) -> bytes:
+    return bytes((number << 3 | 2,)) + _varint(len(payload)) + payload
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
