@@ -1,0 +1,259 @@
+// Products with block formats: int8 activations, integer dot products inside a block, float sums
+// across blocks.
+//
+// The order of float operations, per row and token: eight chains, chain c taking blocks c, c + 8, c
+// + 16, ... of 32 weights. A block adds, for each of its parts (halves of 16 where the format has a
+// scale per 16, else the whole 32),
+//     chain = fma(float(Σ (code - offset) · x), weight scale · x scale, chain)
+// and, in formats with a minimum, for each half of 16
+//     chain = fma(minimum, x scale · Σ x, chain)
+// The total is ((0+4)+(2+6)) + ((1+5)+(3+7)). The integer sums are exact, so the order inside a
+// block is free.
+//
+// A tile is `tile_rows` rows by one group of 256 weights, unpacked so that every dot instruction
+// feeds all chains. Few tokens: each tile is unpacked in registers and used at once. Many tokens:
+// the tiles of a panel of rows are unpacked to scratch that stays in L2, and tiles of tokens pass
+// over it.
+#pragma once
+
+#include "kernels/matmul_layout.h"
+#include "kernels/matmul_loops_impl.h"
+
+namespace qi::kernels::QI_SIMD_LEVEL {
+
+namespace {
+
+inline constexpr int64_t direct_tokens = 4;        // up to here, no panel
+inline constexpr size_t panel_bytes = 320 * 1024;  // of L2; the rest is for activations
+inline constexpr int64_t panel_rows_max = 64;      // then unpacking costs little already
+inline constexpr int64_t sweep_groups = 8;  // their activations for a tile of tokens stay in L1
+
+// One token's part in a tile: all 256 products per row.
+template <Type type>
+inline Lanes add_products(const Tile<type>& tile, const Q8Group& x, Lanes chains) {
+    constexpr Format format = format_of<type>;
+    constexpr int part_steps = n_steps / format.parts;
+    const Lanes scales = load_lanes(x.scales);
+    for (int p = 0; p < format.parts; ++p) {
+        Ints sums = zero_ints();
+        if constexpr (dot_offset<type> != 0) {
+            // -offset · Σ x of the part's halves
+            const int first = p == 0 ? -dot_offset<type> : 0;
+            const int second = p == format.parts - 1 ? -dot_offset<type> : 0;
+            sums = weigh_pairs(x.sums, first, second);
+        }
+        sums = dot<type, part_steps>(sums, tile.codes + p * part_steps, x.codes + p * part_steps);
+        chains = fma(to_float(sums), tile.factors[p] * scales, chains);
+        if constexpr (format.minimum) {
+            chains = fma(tile.factors[format.parts + p], load_lanes(x.scaled_sums[p]), chains);
+            if (format.parts == 1)
+                chains = fma(tile.factors[1], load_lanes(x.scaled_sums[1]), chains);
+        }
+    }
+    return chains;
+}
+
+template <Type type>
+struct BlockKernels {
+    static constexpr Format format = format_of<type>;
+    static constexpr int64_t block_bytes = format.group_bytes / n_chains;  // of 32 weights
+
+    // Rows of one tile, at their first group.
+    struct Rows {
+        const uint8_t* at[tile_rows];
+
+        Rows(const Product& product, int64_t row) {
+            for (int i = 0; i < tile_rows; ++i)
+                at[i] = product.row(row + i);
+        }
+        void unpack_whole(int64_t group, Tile<type>& tile) const {
+            const uint8_t* group_at[tile_rows];
+            for (int i = 0; i < tile_rows; ++i)
+                group_at[i] = at[i] + group * format.group_bytes;
+            unpack(group_at, tile);
+        }
+        // A last group of fewer blocks: zeros stand for the rest, whose activations are zeros too.
+        void unpack_part(int64_t group, int64_t n_blocks, Tile<type>& tile) const {
+            uint8_t padded[tile_rows][format.group_bytes] = {};
+            const uint8_t* group_at[tile_rows];
+            for (int i = 0; i < tile_rows; ++i) {
+                __builtin_memcpy(padded[i], at[i] + group * format.group_bytes,
+                                 size_t(n_blocks * block_bytes));
+                group_at[i] = padded[i];
+            }
+            unpack(group_at, tile);
+        }
+        void prefetch(int64_t group) const {
+            for (int i = 0; i < tile_rows; ++i)
+                prefetch_ahead(at[i] + group * format.group_bytes, format.group_bytes);
+        }
+    };
+
+    static void rows(const Product& product, int64_t row_begin, std::byte* scratch) {
+        if (product.n_tokens > direct_tokens) {
+            const int64_t step = panel_rows(product.w.n_cols);
+            for (int64_t row = row_begin; row < product.row_end; row += step) {
+                const int64_t end = row + step < product.row_end ? row + step : product.row_end;
+                multiply_panel(product, row, end, scratch);
+            }
+            return;
+        }
+        for (int64_t row = row_begin; row < product.row_end; row += tile_rows)
+            for_token_tiles<direct_tokens>(0, product.n_tokens, [&]<int n>(int64_t token) {
+                multiply_rows<n>(product, row, token);
+            });
+    }
+
+    static size_t scratch_bytes(const Weight& w, int64_t n_tokens) {
+        if (n_tokens <= direct_tokens) return 0;
+        const int64_t n_tiles = panel_rows(w.n_cols) / tile_rows;
+        const int64_t n_groups = ceil_div(w.n_cols, group_size);
+        return size_t(n_tiles * n_groups) * sizeof(Tile<type>) +
+               size_t(n_tiles * tile_tokens) * sizeof(Lanes) + size_t(cache_line);
+    }
+
+  private:
+    static int64_t panel_rows(int64_t n_cols) {
+        const auto tile_row_bytes = size_t(ceil_div(n_cols, group_size)) * sizeof(Tile<type>);
+        const auto fitting = int64_t(panel_bytes / tile_row_bytes) * tile_rows;
+        if (fitting < row_granularity) return row_granularity;
+        return fitting < panel_rows_max ? fitting : panel_rows_max;
+    }
+
+    static const Q8Group* activations(const Product& product, int64_t group, int64_t token) {
+        return reinterpret_cast<const Q8Group*>(product.prepared) + group * product.n_tokens +
+               token;
+    }
+
+    template <int n>
+    static void put(const Product& product, int64_t row, int64_t token, const Lanes (&chains)[n]) {
+        for (int t = 0; t < n; ++t) {
+            float totals[tile_rows];
+            add_chains(chains[t], totals);
+            for (int i = 0; i < tile_rows; ++i)
+                product.put(row + i, token + t, totals[i]);
+        }
+    }
+
+    template <int n>
+    static void multiply_rows(const Product& product, int64_t row, int64_t token) {
+        const Rows rows(product, row);
+        const int64_t n_blocks = product.w.n_cols / chain_size;
+        Lanes chains[n] = {};
+        int64_t group = 0;
+        Tile<type> tile;
+        for (; (group + 1) * n_chains <= n_blocks; ++group) {
+            rows.prefetch(group);
+            rows.unpack_whole(group, tile);
+            const Q8Group* x = activations(product, group, token);
+            for (int t = 0; t < n; ++t)
+                chains[t] = add_products<type>(tile, x[t], chains[t]);
+        }
+        if (group * n_chains < n_blocks) {
+            rows.unpack_part(group, n_blocks - group * n_chains, tile);
+            const Q8Group* x = activations(product, group, token);
+            for (int t = 0; t < n; ++t)
+                chains[t] = add_products<type>(tile, x[t], chains[t]);
+        }
+        put(product, row, token, chains);
+    }
+
+    static void multiply_panel(const Product& product, int64_t row_begin, int64_t row_end,
+                               std::byte* scratch) {
+        const int64_t n_blocks = product.w.n_cols / chain_size;
+        const int64_t n_groups = ceil_div(n_blocks, n_chains);
+        const int64_t n_tiles = ceil_div(row_end - row_begin, tile_rows);
+        auto* tiles = align_up<Tile<type>>(scratch);  // [n_tiles][n_groups]
+        auto* sums =
+            reinterpret_cast<Lanes*>(tiles + n_tiles * n_groups);  // [n_tiles][tile_tokens]
+        for (int64_t i = 0; i < n_tiles; ++i) {
+            const Rows rows(product, row_begin + i * tile_rows);
+            for (int64_t group = 0; group < n_groups; ++group) {
+                Tile<type>& tile = tiles[i * n_groups + group];
+                const int64_t rest = n_blocks - group * n_chains;
+                if (rest >= n_chains)
+                    rows.unpack_whole(group, tile);
+                else
+                    rows.unpack_part(group, rest, tile);
+            }
+        }
+        for_token_tiles<tile_tokens>(0, product.n_tokens, [&]<int n>(int64_t token) {
+            for (int64_t first = 0; first < n_groups; first += sweep_groups) {
+                const int64_t last =
+                    first + sweep_groups < n_groups ? first + sweep_groups : n_groups;
+                for (int64_t i = 0; i < n_tiles; ++i) {
+                    Lanes chains[n] = {};
+                    Lanes* kept = sums + i * tile_tokens;
+                    if (first > 0)
+                        for (int t = 0; t < n; ++t)
+                            chains[t] = kept[t];
+                    for (int64_t group = first; group < last; ++group) {
+                        const Q8Group* x = activations(product, group, token);
+                        for (int t = 0; t < n; ++t)
+                            chains[t] =
+                                add_products<type>(tiles[i * n_groups + group], x[t], chains[t]);
+                    }
+                    if (last < n_groups)
+                        for (int t = 0; t < n; ++t)
+                            kept[t] = chains[t];
+                    else
+                        put(product, row_begin + i * tile_rows, token, chains);
+                }
+            }
+        });
+    }
+};
+
+// Below this no reciprocal can be formed; such activations count as zeros.
+inline constexpr float smallest_activation = 0x1p-100f;
+
+// Codes of 32 activations: x · 127 / max|x|, rounded to nearest even. A block with an infinity or a
+// NaN gets a NaN scale.
+inline void quantize_block(const float* x, int chain, Q8Group& group) {
+    uint32_t largest = 0;
+    for (int i = 0; i < chain_size; ++i) {
+        const uint32_t magnitude = __builtin_bit_cast(uint32_t, x[i]) & 0x7fffffffu;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    const float max = __builtin_bit_cast(float, largest);
+    const bool finite = largest < 0x7f800000u, usable = finite && max >= smallest_activation;
+    const float scale = usable ? max / 127.0f : finite ? 0.0f : __builtin_nanf("");
+    const float inverse = usable ? 127.0f / max : 0.0f;
+
+    alignas(cache_line) int8_t codes[chain_size] = {};
+    int sums[2] = {};
+    if (usable) {
+        constexpr float rounding = 0x1.8p23f;  // lines units up with float's last bit
+        for (int i = 0; i < chain_size; ++i) {
+            const float shifted = x[i] * inverse + rounding;
+            codes[i] = int8_t(__builtin_bit_cast(uint32_t, shifted));
+        }
+        for (int h = 0; h < 2; ++h)
+            for (int i = 0; i < chain_size / 2; ++i)
+                sums[h] += codes[h * chain_size / 2 + i];
+    }
+    for (int step = 0; step < n_steps; ++step)
+        __builtin_memcpy(group.codes[step][chain], codes + 4 * step, 4);
+    group.scales[chain] = scale;
+    for (int h = 0; h < 2; ++h) {
+        group.sums[chain][h] = int16_t(sums[h]);
+        group.scaled_sums[h][chain] = scale * float(sums[h]);
+    }
+}
+
+void quantize(const float* x, int64_t x_stride, int64_t n_cols, int64_t n_tokens, int64_t begin,
+              int64_t end, std::byte* prepared) {
+    auto* groups = reinterpret_cast<Q8Group*>(prepared);
+    for (int64_t t = begin; t < end; ++t) {
+        for (int64_t first = 0; first < n_cols; first += group_size) {
+            Q8Group& group = groups[first / group_size * n_tokens + t];
+            if (n_cols - first < group_size) group = {};
+            for (int chain = 0; chain < n_chains && first + chain * chain_size < n_cols; ++chain)
+                quantize_block(x + t * x_stride + first + chain * chain_size, chain, group);
+        }
+    }
+}
+
+}  // namespace
+
+}  // namespace qi::kernels::QI_SIMD_LEVEL

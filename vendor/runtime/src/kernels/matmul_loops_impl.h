@@ -1,0 +1,66 @@
+// Loops over rows and tokens that the block and the float kernels of one instruction set share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/matmul.h"
+
+namespace qi::kernels::QI_SIMD_LEVEL {
+
+namespace {
+
+// One call of matmul_rows.
+struct Product {
+    const Weight& w;
+    int64_t row_end;
+    const std::byte* prepared;
+    int64_t n_tokens;
+    float* y;
+    int64_t y_stride;
+
+    // Rows of a tile that reaches past row_end read the last row again; put() drops their results.
+    const uint8_t* row(int64_t r) const {
+        const int64_t inside = r < row_end ? r : row_end - 1;
+        return reinterpret_cast<const uint8_t*>(w.data) + size_t(inside) * w.row_bytes;
+    }
+    void put(int64_t r, int64_t token, float value) const {
+        if (r < row_end) y[token * y_stride + r] = value;
+    }
+};
+
+// Calls body.operator()<n>(first) for tiles of n tokens, then for what remains in tiles of n / 2
+// and so on.
+template <int n, class Body>
+inline void for_token_tiles(int64_t begin, int64_t end, Body body) {
+    for (; end - begin >= n; begin += n)
+        body.template operator()<n>(begin);
+    if constexpr (n > 1) for_token_tiles<n / 2>(begin, end, body);
+}
+
+inline constexpr int64_t cache_line = 64;
+// Far enough that DRAM's latency passes before the bytes are used; nearer gave nothing, see the
+// benchmark.
+inline constexpr int64_t prefetch_distance = 8192;
+
+// Starts fetching what lies ahead of n bytes at p, at the end of a row the rows after it. A hint
+// only: it may point beyond the weights.
+inline void prefetch_ahead(const uint8_t* p, int64_t n) {
+    const uintptr_t ahead = reinterpret_cast<uintptr_t>(p) + prefetch_distance;
+    for (int64_t i = 0; i < n; i += cache_line)
+        __builtin_prefetch(reinterpret_cast<const void*>(ahead + uintptr_t(i)));
+}
+
+inline int64_t ceil_div(int64_t n, int64_t by) {
+    return (n + by - 1) / by;
+}
+
+template <class T>
+inline T* align_up(std::byte* p) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+    return reinterpret_cast<T*>((address + cache_line - 1) / cache_line * cache_line);
+}
+
+}  // namespace
+
+}  // namespace qi::kernels::QI_SIMD_LEVEL

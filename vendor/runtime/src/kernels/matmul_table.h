@@ -1,0 +1,38 @@
+// The matrix kernels of every instruction set, for dispatch and for tests.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/cpu.h"
+#include "kernels/matmul.h"
+
+namespace qi::kernels {
+
+// One function per function of matmul.h that depends on the instruction set; `quantize` is the part
+// of prepare_activations for ActivationForm::q8_block32.
+struct MatmulOps {
+    void (*quantize)(const float* x, int64_t x_stride, int64_t n_cols, int64_t n_tokens,
+                     int64_t begin, int64_t end, std::byte* prepared);
+    size_t (*scratch_bytes)(const Weight& w, int64_t n_tokens);
+    void (*rows)(const Weight& w, int64_t row_begin, int64_t row_end, const std::byte* prepared,
+                 int64_t n_tokens, float* y, int64_t y_stride, std::byte* scratch);
+};
+
+// nullptr when this build has no kernels of that level.
+const MatmulOps* matmul_ops_for(Isa isa);
+
+namespace portable {
+extern const MatmulOps matmul_ops;
+}
+namespace avx2 {
+extern const MatmulOps matmul_ops;
+}
+namespace avx512 {
+extern const MatmulOps matmul_ops;
+}
+namespace neon {
+extern const MatmulOps matmul_ops;
+}
+
+}  // namespace qi::kernels
