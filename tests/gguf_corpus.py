@@ -201,25 +201,25 @@ def split_part(number: int, count: int = 3, n_tensors: int = 3) -> Layout:
     return Layout(values, [described], struct.pack("<4f", *[float(number)] * 4))
 
 
-def whole_files() -> dict[str, bytes]:
+def whole_files() -> dict[str, Layout]:
     """Well-formed files, one of each kind."""
     return {
-        "all value types": WHOLE.bytes,
-        "version 2": replace(WHOLE, version=struct.pack("<I", 2)).bytes,
-        "nothing in it": Layout().bytes,
-        "keys only": Layout(ALL_TYPES).header,
-        "one tensor": Layout([], [tensor("t", [1], TENSOR_F32, 0)], bytes(4)).bytes,
+        "all value types": WHOLE,
+        "version 2": replace(WHOLE, version=struct.pack("<I", 2)),
+        "nothing in it": Layout(),
+        "keys only": Layout(ALL_TYPES, alignment=1),
+        "one tensor": Layout([], [tensor("t", [1], TENSOR_F32, 0)], bytes(4)),
         "alignment 64": Layout(
             [value("general.alignment", U32, 64)],
             [tensor("t", [2, 3, 4, 5], TENSOR_F16, 64)],
             bytes(64 + 240),
             alignment=64,
-        ).bytes,
-        "unknown tensor type": Layout([], [tensor("t", [7], 99, 0)], bytes(32)).bytes,
-        "llama": model().bytes,
-        "powerinfer": model(b"PWRI").bytes,
-        "gpu index": gpu_index().bytes,
-        "split": split_part(0, count=1, n_tensors=1).bytes,
+        ),
+        "unknown tensor type": Layout([], [tensor("t", [7], 99, 0)], bytes(32)),
+        "llama": model(),
+        "powerinfer": model(b"PWRI"),
+        "gpu index": gpu_index(),
+        "split": split_part(0, count=1, n_tensors=1),
     }
 
 

@@ -221,8 +221,10 @@ void check_overlaps(Cursor& cursor, const Part& part) {
 
 void check_count(const Cursor& cursor, uint64_t n, uint64_t min_bytes, const char* what) {
     if (n > cursor.remaining() / min_bytes)
-        cursor.refuse(format("the header claims %llu %s, more than fit in the file's %llu bytes",
-                             ull(n), what, ull(cursor.position() + cursor.remaining())));
+        cursor.refuse(
+            format("the header claims %llu %s, more than fit in the file's %llu bytes; it "
+                   "is cut short or damaged",
+                   ull(n), what, ull(cursor.position() + cursor.remaining())));
 }
 
 }  // namespace
