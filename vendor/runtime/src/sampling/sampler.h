@@ -6,6 +6,10 @@
 #include <utility>
 #include <vector>
 
+#include "sampling/penalties.h"
+#include "sampling/random.h"
+#include "sampling/ranking.h"
+
 namespace qi {
 
 struct SamplingParams {
@@ -20,24 +24,46 @@ struct SamplingParams {
     float presence_penalty = 0.0f;
     float frequency_penalty = 0.0f;
     int penalty_window = 64;  // last tokens looked at; -1: all
-    int mirostat = 0;         // 0, 1, 2
+    int mirostat = 0;         // 0, 1, 2; instead of the filters
     float mirostat_tau = 5.0f;
     float mirostat_eta = 0.1f;
-    int min_keep = 1;
+    int min_keep = 1;  // what top-p, min-p and typical leave at least
     uint64_t seed = 0;
     std::vector<std::pair<int32_t, float>> bias;
 };
 
+// One sequence's way from logits to tokens. In order: bias, penalties; then argmax if the
+// temperature is 0, else mirostat, or top-k, typical, top-p and min-p at temperature 1; then
+// temperature and the draw. Every draw takes one number from the generator and walks the candidates
+// by falling logit, so the same seed gives the same tokens.
 class Sampler {
   public:
     // Throws QI_ARGUMENT naming the parameter, its value and its legal range.
     Sampler(SamplingParams params, int32_t n_vocab);
-    void accept(int32_t token);  // QI_ARGUMENT when out of range
+
+    // Puts tokens into the penalty window without drawing them; QI_ARGUMENT when one is out of
+    // range.
+    void accept(std::span<const int32_t> tokens);
+
+    // Draws from n_vocab logits and accepts the token drawn. QI_ARGUMENT, and nothing has changed,
+    // when a logit is NaN or all are -infinity. A logit of +infinity wins, the lowest id first.
     int32_t sample(std::span<const float> logits);
 
   private:
+    std::span<const float> adjust(std::span<const float> logits);
+    void filter();
+    float dynamic_temperature();
+    Candidate draw(float temperature);
+    int32_t draw_mirostat();
+    size_t mirostat_1_size();
+
     SamplingParams params_;
     int32_t n_vocab_;
+    Penalties penalties_;
+    Random random_;
+    double mirostat_mu_;           // bits of surprise allowed next
+    std::vector<float> adjusted_;  // the logits after bias and penalties, if there are any
+    Ranking ranking_;
 };
 
 }  // namespace qi

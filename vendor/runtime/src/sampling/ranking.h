@@ -1,0 +1,68 @@
+// Tokens from the most to the least likely, put in order only as far as somebody looks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace qi {
+
+struct Candidate {
+    float logit;
+    int32_t token;
+};
+
+// By falling logit, equal ones by rising id.
+inline bool ranks_before(const Candidate& a, const Candidate& b) {
+    return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
+}
+
+// What one pass over the logits finds.
+struct LogitSummary {
+    float best;         // the largest
+    size_t n_possible;  // above -infinity
+    bool has_nan;       // then the other two mean nothing
+};
+LogitSummary summarize(std::span<const float> logits);
+
+// A candidate's weight is e^x with x = (logit - best) / temperature, its probability weight /
+// total.
+struct Mass {
+    double weight = 0.0;     // sum of the weights
+    double weighted = 0.0;   // sum of weight times x
+    double entropy() const;  // nats
+};
+
+// The candidates for the next token, at first all with a logit above -infinity.
+class Ranking {
+  public:
+    // The logits hold no NaN and no +infinity, and outlive the ranking's use.
+    void reset(std::span<const float> logits, const LogitSummary& summary);
+    void truncate(size_t n) { size_ = n < size_ ? n : size_; }  // to the n most likely
+    void replace(std::vector<Candidate> candidates);            // by these, in order already
+
+    size_t size() const { return size_; }
+    const Candidate& operator[](size_t rank) { return first(rank + 1)[rank]; }
+    std::span<const Candidate> first(size_t n);  // the n most likely, in order
+    std::span<const Candidate> any_order();      // all of them, in order only if that is at hand
+
+    double weight(float logit, float temperature) const;
+    Mass mass(float temperature);
+    size_t count_from(float logit);  // how many have this logit or a larger one
+
+  private:
+    bool is_whole() const { return size_ == n_possible_; }
+    float exponent(float logit, float temperature) const;
+    void select_best(size_t n);
+    void sort_all();
+
+    std::span<const float> logits_;
+    std::vector<Candidate> ordered_;  // a prefix of the ranking
+    std::vector<Candidate> scratch_;
+    size_t size_ = 0;
+    size_t n_possible_ = 0;  // of logits_; 0 once replaced
+    float best_ = 0.0f;
+};
+
+}  // namespace qi
