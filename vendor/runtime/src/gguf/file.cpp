@@ -21,7 +21,6 @@ struct File::Impl {
     std::vector<TensorInfo> tensors;  // of all parts
     uint32_t n_files = 0;
     uint64_t n_bytes = 0;
-    NameIndex key_index;
     NameIndex tensor_index;
     std::mutex tables_mutex;
     std::vector<std::unique_ptr<const StringTable>> tables;  // by value; null until asked for
@@ -95,7 +94,6 @@ struct File::Impl {
     }
 
     void build_indices() {
-        key_index = index_names(first.values, &KeyValue::key);
         tensor_index = index_names(tensors, &TensorInfo::name);
         const int64_t twice = tensor_index.duplicate();
         if (twice >= 0)
@@ -159,7 +157,7 @@ std::span<const TensorInfo> File::tensors() const {
 }
 
 const KeyValue* File::find(std::string_view key) const {
-    const int64_t found = impl_->key_index.find(key);
+    const int64_t found = impl_->first.key_index.find(key);
     return found < 0 ? nullptr : &impl_->first.values[size_t(found)];
 }
 

@@ -125,7 +125,8 @@ void read_values(Cursor& cursor, uint64_t n_values, Part& part) {
         cursor.set_subject("key", i);
         part.values.push_back(read_value(cursor));
     }
-    const int64_t twice = index_names(part.values, &KeyValue::key).duplicate();
+    part.key_index = index_names(part.values, &KeyValue::key);
+    const int64_t twice = part.key_index.duplicate();
     if (twice >= 0) {
         cursor.set_subject_name(part.values[size_t(twice)].key);
         cursor.refuse("stands in the file more than once");
@@ -133,13 +134,14 @@ void read_values(Cursor& cursor, uint64_t n_values, Part& part) {
 }
 
 uint32_t read_alignment(Cursor& cursor, const Part& part) {
-    const auto found = std::ranges::find(part.values, alignment_key, &KeyValue::key);
-    if (found == part.values.end()) return default_alignment;
+    const int64_t found = part.key_index.find(alignment_key);
+    if (found < 0) return default_alignment;
+    const KeyValue& value = part.values[size_t(found)];
     cursor.set_subject_name(alignment_key);
-    if (found->type != ValueType::u32)
-        cursor.refuse(format("is of type %s; it must be u32", value_type_name(found->type)));
+    if (value.type != ValueType::u32)
+        cursor.refuse(format("is of type %s; it must be u32", value_type_name(value.type)));
     uint32_t alignment;
-    std::memcpy(&alignment, found->data.data(), sizeof alignment);
+    std::memcpy(&alignment, value.data.data(), sizeof alignment);
     if (!is_alignment(alignment))
         cursor.refuse(format("is %u; it must be %s", alignment, alignment_rule));
     return alignment;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "gguf/file.h"
+#include "gguf/name_index.h"
 
 namespace qi::gguf {
 
@@ -15,7 +16,8 @@ struct Part {
     bool is_powerinfer = false;
     uint32_t alignment = 0;
     uint64_t header_bytes = 0;
-    std::vector<KeyValue> values;     // keys are unique
+    std::vector<KeyValue> values;  // keys are unique
+    NameIndex key_index;
     std::vector<TensorInfo> tensors;  // names are unique, file is 0
 };
 

@@ -1,8 +1,6 @@
 // Split files, as llama.cpp writes them.
 #include "gguf/split.h"
 
-#include <algorithm>
-
 #include "base/error.h"
 #include "base/text.h"
 #include "gguf/values.h"
@@ -14,9 +12,9 @@ namespace {
 constexpr uint64_t max_parts = 65535;  // split.count is a u16
 
 std::optional<uint64_t> find_uint(const Part& part, const char* key, const std::string& path) {
-    const auto found = std::ranges::find(part.values, key, &KeyValue::key);
-    if (found == part.values.end()) return std::nullopt;
-    return to_uint(*found, path);
+    const int64_t found = part.key_index.find(key);
+    if (found < 0) return std::nullopt;
+    return to_uint(part.values[size_t(found)], path);
 }
 
 }  // namespace
