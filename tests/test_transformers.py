@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import make_model
 import numpy as np
 import pytest
 
-from oracle import forward
+from oracle import errors, forward, write_gguf
+from qinfer import Model
 
 MISSING = "torch and transformers are not installed: pip install '.[test-hf]'"
 torch = pytest.importorskip("torch", reason=MISSING)
@@ -111,3 +115,18 @@ def test_oracle_repeats_transformers(case) -> None:
     checkpoint, tokens, expected = case
     logits = forward(checkpoint, tokens)
     assert np.abs(logits - expected).max() < 5e-5 * expected.std()
+
+
+def test_engine_repeats_transformers(case, tmp_path: Path) -> None:
+    """Through a GGUF file; keys and values kept in F16 err by up to 2^-12 of each.
+
+    Scores have a spread of about 2 here, so that an error of a key weighs about as much again.
+    """
+    checkpoint, tokens, expected = case
+    words = make_model.vocabulary(expected.shape[1])
+    path = write_gguf(tmp_path / "hf.gguf", checkpoint.metadata | words, checkpoint.tensors)
+    with Model(path) as model, model.context() as context:
+        context.feed(tokens, logits="all")
+        difference = errors(context.all_logits, expected)
+    assert np.median(difference) < 2e-3
+    assert difference.max() < 1e-2

@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-import gguf
 import numpy as np
 import numpy.typing as npt
 
+from qinfer._gguf import Writer
+
 ARCHITECTURES = ("llama", "qwen2", "falcon", "opt", "bamboo")
 
+
+PIECE_WEIGHTS = 1 << 24  # weights made at a time
 
 # GGUF's type number, general.file_type
 TYPES = {
@@ -260,48 +263,30 @@ def make_model(path: Path, shape: Shape, type_name: str, seed: int = 0) -> None:
     """Writes one model; the file appears under its name only when complete."""
     rng = np.random.Generator(np.random.SFC64(seed))
     specs = list(tensors(shape))
-    partial = path.with_name(path.name + ".partial")
-    writer = gguf.GGUFWriter(partial, shape.arch)
-    try:
+    with Writer(path) as writer:
         for key, value in (metadata(shape, type_name) | vocabulary(shape.n_vocab)).items():
-            if key != "general.architecture":
-                match value:
-                    case int():
-                        writer.add_uint32(key, value)
-                    case float():
-                        writer.add_float32(key, value)
-                    case str():
-                        writer.add_string(key, value)
-                    case _:
-                        writer.add_array(key, value)
+            writer.add(key, value, "i32" if key == "tokenizer.ggml.token_type" else None)
         for spec in specs:
-            n_bytes = 4 * spec.shape[0]
-            raw_type = gguf.GGMLQuantizationType.F32
-            if spec.constant is None:
-                raw_type = gguf.GGMLQuantizationType(TYPES[type_name][0])
-                block_size, block_bytes = gguf.GGML_QUANT_SIZES[raw_type]
-                n_bytes = math.prod(spec.shape) // block_size * block_bytes
-            writer.add_tensor_info(
-                spec.name, spec.shape, np.dtype(np.float32), n_bytes, raw_dtype=raw_type
+            writer.add_tensor(
+                spec.name, spec.shape, "F32" if spec.constant is not None else type_name.upper()
             )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
         with click.progressbar(specs, label=path.name, file=sys.stderr) as bar:
             for spec in bar:
-                writer.write_tensor_data(tensor_data(rng, spec, type_name))
-        writer.close()
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+                for piece in tensor_data(rng, spec, type_name):
+                    writer.write(piece)
 
 
-def tensor_data(rng: np.random.Generator, spec: Tensor, type_name: str) -> npt.NDArray[Any]:
-    """The bytes of a tensor."""
+def tensor_data(
+    rng: np.random.Generator, spec: Tensor, type_name: str
+) -> Iterator[npt.NDArray[Any]]:
+    """A tensor's bytes, in pieces of whole rows that take little memory."""
     if spec.constant is not None:
-        return np.full(spec.shape, spec.constant, np.float32)
+        yield np.full(spec.shape, spec.constant, np.float32)
+        return
     n_rows, n_cols = spec.shape
-    return random_rows(rng, type_name, n_rows, n_cols, spec.std)
+    step = max(1, PIECE_WEIGHTS // n_cols)
+    for begin in range(0, n_rows, step):
+        yield random_rows(rng, type_name, min(step, n_rows - begin), n_cols, spec.std)
 
 
 @click.command(help=__doc__)

@@ -5,6 +5,6 @@ Slow and obvious on purpose. Nothing is shared with the package: files go throug
 
 from .checkpoint import Checkpoint, Quantised, read_gguf, write_gguf
 from .forward import forward
-from .numerics import Numerics
+from .numerics import Numerics, errors
 
-__all__ = ["Checkpoint", "Numerics", "Quantised", "forward", "read_gguf", "write_gguf"]
+__all__ = ["Checkpoint", "Numerics", "Quantised", "errors", "forward", "read_gguf", "write_gguf"]

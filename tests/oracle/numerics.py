@@ -1,4 +1,4 @@
-"""Where the engine deliberately keeps less than float64, so that the oracle can do the same.
+"""Where the engine deliberately keeps less than float64, and how far it may then be off.
 
 By default nothing is rounded. With the roundings the engine documents (keys and values as stored
 in the cache, activations of quantised weights as int8 blocks) only the order of sums remains.
@@ -6,12 +6,32 @@ in the cache, activations of quantised weights as int8 blocks) only the order of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import gguf
 import numpy as np
+import numpy.typing as npt
 
 from .checkpoint import Array
+
+
+def errors(found: npt.ArrayLike, expected: Array) -> Array:
+    """Per token, root mean square difference in units of the standard deviation of all logits."""
+    difference = np.asarray(found, np.float64) - expected
+    return np.sqrt((difference**2).mean(-1)) / expected.std()
+
+
+def as_f16(x: Array) -> Array:
+    """Rounded to F16."""
+    return x.astype(np.float16).astype(np.float64)
+
+
+def as_int8(x: Array, round_scale: Callable[[Array], Array]) -> Array:
+    """Rounded to codes of -127 to 127 times the scale of a block of 32 along the last axis."""
+    blocks = x.reshape(*x.shape[:-1], -1, 32)
+    scale = round_scale(np.abs(blocks).max(-1, keepdims=True) / 127)
+    codes = np.rint(np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0))
+    return (codes.clip(-127, 127) * scale).reshape(x.shape)
 
 
 @dataclass(frozen=True)
@@ -19,25 +39,16 @@ class Numerics:
     """The roundings to apply."""
 
     kv_type: str | None = None  # None, "f16" or "q8_0"
-    # Elements per int8 block of a tensor's input, by tensor name; absent: not rounded.
-    activation_blocks: dict[str, int] = field(default_factory=dict)
+    int8_inputs: frozenset[str] = frozenset()  # weights whose input is put into int8 blocks of 32
 
     def store(self, x: Array) -> Array:
         """Keys or values [..., head_dim] after a round trip through the cache."""
         if self.kv_type is None:
             return x
-        kv_type = gguf.GGMLQuantizationType[self.kv_type.upper()]
-        if kv_type == gguf.GGMLQuantizationType.F16:
-            return x.astype(np.float32).astype(np.float16).astype(np.float64)
-        blocks = gguf.quants.quantize(x.astype(np.float32), kv_type)
-        return gguf.quants.dequantize(blocks, kv_type).astype(np.float64)
+        return as_f16(x) if self.kv_type == "f16" else as_int8(x, as_f16)
 
     def activation(self, tensor: str, x: Array) -> Array:
         """The input [..., n_cols] of a weight as the engine multiplies it."""
-        size = self.activation_blocks.get(tensor)
-        if size is None:
+        if tensor not in self.int8_inputs:
             return x
-        blocks = x.reshape(*x.shape[:-1], -1, size)
-        scale = np.abs(blocks).max(-1, keepdims=True) / 127
-        codes: Array = np.rint(np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0))
-        return (codes * scale).reshape(x.shape)
+        return as_int8(x, lambda scale: scale)
