@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 namespace qi {
 
@@ -23,23 +22,21 @@ void keep_min_p(Ranking& ranking, double p, size_t min_keep) {
 
 void keep_typical(Ranking& ranking, double p, size_t min_keep) {
     const Mass mass = ranking.mass(1.0f);
-    // Where surprise equals the entropy: ln(total) - x = entropy, counted from the best logit.
+    // Where surprise equals the entropy: ln(total) - x = entropy, with x counted from the best
+    // logit.
     const double typical = ranking[0].logit + std::log(mass.weight) - mass.entropy();
-    const auto candidates = ranking.any_order();
-    std::vector<float> nearness(candidates.size());
-    for (size_t i = 0; i < candidates.size(); ++i)
-        nearness[i] = -std::abs(candidates[i].logit - float(typical));
-    Ranking by_nearness;
-    by_nearness.reset(nearness, summarize(nearness));
-
-    std::vector<Candidate> kept;
-    for (double weight = 0.0;
-         kept.size() < candidates.size() && (kept.size() < min_keep || weight < p * mass.weight);) {
-        kept.push_back(candidates[size_t(by_nearness[kept.size()].token)]);
-        weight += ranking.weight(kept.back().logit, 1.0f);
+    const auto distance = [&](size_t rank) { return std::abs(ranking[rank].logit - typical); };
+    // What is nearest in surprise is nearest in rank, so the candidates kept grow from there to
+    // both sides.
+    size_t begin = ranking.count_from(float(typical)), end = begin;
+    double weight = 0.0;
+    while (end - begin < ranking.size() && (end - begin < min_keep || weight < p * mass.weight)) {
+        const bool up =
+            end == ranking.size() || (begin > 0 && distance(begin - 1) <= distance(end));
+        const size_t nearest = up ? --begin : end++;
+        weight += ranking.weight(ranking[nearest].logit, 1.0f);
     }
-    std::sort(kept.begin(), kept.end(), ranks_before);
-    ranking.replace(std::move(kept));
+    ranking.slice(begin, end);
 }
 
 }  // namespace qi

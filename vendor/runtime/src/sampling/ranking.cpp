@@ -82,9 +82,11 @@ void Ranking::reset(std::span<const float> logits, const LogitSummary& summary) 
     best_ = summary.best;
 }
 
-void Ranking::replace(std::vector<Candidate> candidates) {
-    ordered_ = std::move(candidates);
-    size_ = ordered_.size();
+void Ranking::slice(size_t begin, size_t end) {
+    first(end);
+    ordered_.resize(end);
+    ordered_.erase(ordered_.begin(), ordered_.begin() + ptrdiff_t(begin));
+    size_ = end - begin;
     n_possible_ = 0;
     best_ = ordered_.front().logit;
 }
@@ -98,14 +100,6 @@ std::span<const Candidate> Ranking::first(size_t n) {
             sort_all();
     }
     return std::span(ordered_).first(n);
-}
-
-std::span<const Candidate> Ranking::any_order() {
-    if (!is_whole()) return first(size_);
-    scratch_.clear();
-    for (size_t i = 0; i < logits_.size(); ++i)
-        if (logits_[i] > -infinity) scratch_.push_back({logits_[i], int32_t(i)});
-    return scratch_;
 }
 
 // Collects what beats the n-th best so far, and thins out at twice n. For n << all, hardly anything

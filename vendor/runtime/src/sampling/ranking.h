@@ -40,12 +40,11 @@ class Ranking {
     // The logits hold no NaN and no +infinity, and outlive the ranking's use.
     void reset(std::span<const float> logits, const LogitSummary& summary);
     void truncate(size_t n) { size_ = n < size_ ? n : size_; }  // to the n most likely
-    void replace(std::vector<Candidate> candidates);            // by these, in order already
+    void slice(size_t begin, size_t end);                       // to those ranks, at least one
 
     size_t size() const { return size_; }
     const Candidate& operator[](size_t rank) { return first(rank + 1)[rank]; }
     std::span<const Candidate> first(size_t n);  // the n most likely, in order
-    std::span<const Candidate> any_order();      // all of them, in order only if that is at hand
 
     double weight(float logit, float temperature) const;
     Mass mass(float temperature);
@@ -61,7 +60,7 @@ class Ranking {
     std::vector<Candidate> ordered_;  // a prefix of the ranking
     std::vector<Candidate> scratch_;
     size_t size_ = 0;
-    size_t n_possible_ = 0;  // of logits_; 0 once replaced
+    size_t n_possible_ = 0;  // of logits_; 0 once sliced
     float best_ = 0.0f;
 };
 
