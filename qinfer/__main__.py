@@ -1,0 +1,5 @@
+"""`python -m qinfer`: the command line."""
+
+from .cli import main
+
+main()

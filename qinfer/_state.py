@@ -1,0 +1,82 @@
+"""Files of one sequence of a context: versioned, bound to one model, whole or not there.
+
+Layout, little-endian: magic, version (u32), number of tokens (u32), number of state bytes (u64),
+the model's fingerprint (32 bytes), sha256 of all that follows (32 bytes), tokens (i32 each), state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._gguf import GGUF, StrPath
+from .errors import FileError, FormatError
+
+_MAGIC = b"QINFSEQ\0"
+_VERSION = 1
+_HEADER = struct.Struct("<8sIIQ32s32s")
+# Bytes looked at where a tensor begins and where its middle is.
+_SAMPLE = 1024
+
+
+def fingerprint(file: GGUF) -> bytes:
+    """32 bytes that tell models apart: of the header, and of samples of every tensor's data."""
+    digest = hashlib.sha256(file.header)
+    for tensor in file.tensors:
+        middle = tensor.n_bytes // 2
+        digest.update(tensor.data[:_SAMPLE].data)
+        digest.update(tensor.data[middle : middle + _SAMPLE].data)
+    return digest.digest()
+
+
+def write(path: StrPath, model: bytes, tokens: list[int], data: NDArray[np.uint8]) -> None:
+    """Writes a sequence; the file takes its name when it is complete."""
+    ids = np.array(tokens, "<i4")
+    digest = hashlib.sha256(ids.data)
+    digest.update(data.data)
+    header = _HEADER.pack(_MAGIC, _VERSION, len(ids), data.nbytes, model, digest.digest())
+    target = Path(path)
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(header)
+                file.write(ids.data)
+                file.write(data.data)
+            Path(temporary).replace(target)
+        except BaseException:
+            with suppress(OSError):
+                Path(temporary).unlink()
+            raise
+    except OSError as error:
+        raise FileError(f"{target}: cannot write the state: {error.strerror}") from error
+
+
+def read(path: StrPath, model: bytes) -> tuple[list[int], NDArray[np.uint8]]:
+    """The tokens and the state of a file; refuses one that is damaged or of another model."""
+    name = os.fspath(path)
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise FileError(f"{name}: cannot read the state: {error.strerror}") from error
+    if len(content) < _HEADER.size or not content.startswith(_MAGIC):
+        raise FormatError(f"{name} is not a file written by Context.save_state")
+    _, version, n_tokens, n_bytes, found, digest = _HEADER.unpack_from(content)
+    if version != _VERSION:
+        raise FormatError(f"{name} has version {version}, this qinfer reads version {_VERSION}")
+    expected = _HEADER.size + 4 * n_tokens + n_bytes
+    if len(content) != expected:
+        raise FormatError(f"{name} has {len(content)} bytes, its header says {expected}")
+    if hashlib.sha256(memoryview(content)[_HEADER.size :]).digest() != digest:
+        raise FormatError(f"{name} is damaged: its checksum does not match")
+    if found != model:
+        raise FormatError(f"{name} was written with another model than the one loaded")
+    tokens = np.frombuffer(content, "<i4", n_tokens, _HEADER.size).tolist()
+    return tokens, np.frombuffer(content, np.uint8, n_bytes, _HEADER.size + 4 * n_tokens)

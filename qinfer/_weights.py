@@ -1,0 +1,108 @@
+"""A loaded model file: what contexts share, immutable and safe for any number of threads."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from . import _state
+from ._gguf import GGUF, StrPath
+from ._native import Handle, check, ffi, lib, new_error, text
+
+if TYPE_CHECKING:
+    from .context import Context
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Facts about a model.
+
+    Attributes:
+        architecture: of the file's `general.architecture`.
+        hidden_act: activation of the feed-forward network.
+        n_vocab: tokens in the vocabulary.
+        n_embd: width of the residual stream.
+        n_layer: number of layers.
+        n_head: attention heads.
+        n_head_kv: heads of keys and values.
+        head_dim: width of a head.
+        n_ff: neurons per feed-forward network.
+        n_ctx_train: positions the model was trained for.
+        sliding_window: positions a token attends to; 0 means all.
+        is_powerinfer: whether the file is a PowerInfer one.
+        tied_head: whether embedding and head are one tensor.
+        n_params: number of weights.
+        n_weight_bytes: their bytes.
+        n_bytes_per_token: weight bytes that one generated token reads.
+        kv_bytes_per_token_f16: bytes of keys and values per token, in F16.
+    """
+
+    architecture: str
+    hidden_act: str
+    n_vocab: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_ff: int
+    n_ctx_train: int
+    sliding_window: int
+    is_powerinfer: bool
+    tied_head: bool
+    n_params: int
+    n_weight_bytes: int
+    n_bytes_per_token: int
+    kv_bytes_per_token_f16: int
+
+
+class Weights:
+    """The file, the C model over it and the contexts that use it."""
+
+    def __init__(self, path: StrPath, *, mmap: bool, hidden_act: str | None) -> None:
+        self.path = os.fsdecode(path)
+        self.file = GGUF(path, mmap=mmap)
+        params = ffi.new("qi_model_params *")
+        name = ffi.NULL if hidden_act is None else ffi.new("char[]", hidden_act.encode())
+        params.hidden_act = name
+        out = ffi.new("qi_model **")
+        error = new_error()
+        check(lib.qi_model_load(self.file.pointer, params, out, error), error)
+        self._handle = Handle(out[0], lib.qi_model_close, f"the model {self.path}")
+        self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+        self.info = self._read_info()
+
+    @property
+    def pointer(self) -> Any:
+        """The C model."""
+        return self._handle.pointer
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close()` was called."""
+        return self._handle.closed
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """32 bytes that tell models apart."""
+        return _state.fingerprint(self.file)
+
+    def _read_info(self) -> ModelInfo:
+        out = ffi.new("qi_model_info *")
+        check(lib.qi_model_get_info(self.pointer, out))
+        fields = {name: getattr(out, name) for name in ModelInfo.__annotations__}
+        for name in ("architecture", "hidden_act"):
+            fields[name] = text(fields[name])
+        for name in ("is_powerinfer", "tied_head"):
+            fields[name] = bool(fields[name])
+        return ModelInfo(**fields)
+
+    def close(self) -> None:
+        """Closes the contexts, the model and the file; calling it again does nothing."""
+        for context in list(self.contexts):
+            context.close()
+        self._handle.close()
+        self.file.close()

@@ -1,0 +1,125 @@
+"""How fast a model runs on this machine, beside how fast the machine reads memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import _machine
+from .errors import ArgumentError
+from .model import Model
+from .sampling import Sampler, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median, least and most of some measurements."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """The spread of some values."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """Figures of a benchmark: tokens per second, bytes, bytes per second.
+
+    `share` is the part of the read bandwidth that reading the weights took while generating.
+    """
+
+    n_prompt: int
+    n_generate: int
+    threads: int
+    isa: str
+    prompt_rate: Spread
+    generation_rate: Spread
+    bytes_per_token: int
+    bytes_per_second: float
+    read_bandwidth: Spread
+    share: float
+
+
+def bench(
+    model: Model,
+    *,
+    n_prompt: int = 128,
+    n_generate: int = 32,
+    repeats: int = 5,
+    progress: Callable[[int, int], None] | None = None,
+) -> BenchResult:
+    """Measures prompt and generation speed, and in turns with them the machine's read bandwidth.
+
+    The prompt is `n_prompt` arbitrary tokens; `n_generate` greedy ones follow. One more round comes
+    first and is not counted: it brings the file into memory. `progress(done, rounds)` follows.
+    """
+    for name, value in (("n_prompt", n_prompt), ("n_generate", n_generate), ("repeats", repeats)):
+        if value < 1:
+            raise ArgumentError(f"{name}={value} is not a positive integer")
+    tokens = np.random.default_rng(0).integers(0, model.info.n_vocab, n_prompt)
+    prompt_rates, generation_rates, bandwidths = [], [], []
+    with model.context(n_ctx=n_prompt + n_generate) as context:
+        threads = context.info.threads
+        for number in range(-1, repeats):
+            sampler = Sampler(model.info.n_vocab, Sampling(temperature=0))
+            context.truncate(0)
+            context.reset_stats()
+            start = time.perf_counter()
+            context.feed(tokens)
+            prompt_end = time.perf_counter()
+            token = context.sample(sampler)
+            generation_start = time.perf_counter()
+            for _ in range(n_generate):
+                (token,) = context.step([token], [sampler])
+            end = time.perf_counter()
+            if number >= 0:
+                prompt_rates.append(n_prompt / (prompt_end - start))
+                generation_rates.append(n_generate / (end - generation_start))
+                bandwidths.append(_machine.read_bandwidth(threads))
+            if progress is not None:
+                progress(number + 2, repeats + 1)
+        bytes_per_token = context.stats().weight_bytes_read // n_generate
+    generation, bandwidth = Spread.of(generation_rates), Spread.of(bandwidths)
+    bytes_per_second = bytes_per_token * generation.median
+    return BenchResult(
+        n_prompt=n_prompt,
+        n_generate=n_generate,
+        threads=threads,
+        isa=_machine.processor().isa,
+        prompt_rate=Spread.of(prompt_rates),
+        generation_rate=generation,
+        bytes_per_token=bytes_per_token,
+        bytes_per_second=bytes_per_second,
+        read_bandwidth=bandwidth,
+        share=bytes_per_second / bandwidth.median,
+    )
+
+
+def render(model: Model, result: BenchResult) -> str:
+    """A result as text for a terminal."""
+    info = model.info
+    rows = [
+        ("model", f"{info.architecture}, {info.n_params / 1e6:.1f} M parameters, {model.path}"),
+        ("machine", f"{_machine.processor().brand}, {result.isa}, {result.threads} threads"),
+        (f"prompt {result.n_prompt}", _rate(result.prompt_rate)),
+        (f"generate {result.n_generate}", _rate(result.generation_rate)),
+        ("per token", f"{result.bytes_per_token / 1e6:.1f} MB of weights read"),
+        (
+            "reading",
+            f"{result.bytes_per_second / 1e9:.1f} GB/s, {result.share:.0%} of the "
+            f"{result.read_bandwidth.median / 1e9:.1f} GB/s this machine reads",
+        ),
+    ]
+    return "\n".join(f"{name:<14}{value}" for name, value in rows)
+
+
+def _rate(rate: Spread) -> str:
+    return f"{rate.median:.1f} tokens/s ({rate.low:.1f} to {rate.high:.1f})"

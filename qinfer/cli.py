@@ -1,0 +1,410 @@
+"""The command line: `qinfer run | chat | bench | perplexity | tokenize | inspect | doctor`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, NoReturn, TextIO, TypeVar
+
+import click
+
+from . import __version__
+from ._progress import Bar
+from .errors import QInferError
+from .model import Model
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_MODEL_HELP = (
+    "MODEL is a path, owner/repository[:GLOB] on the Hugging Face hub, or an alias: smollm2."
+)
+_INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+
+
+def main() -> NoReturn:
+    """Runs the command line; errors are one line on standard error and a status."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character must not end the program.
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        cli.main(sys.argv[1:] or ["--help"], prog_name="qinfer", standalone_mode=False)
+        sys.stdout.flush()
+    except click.UsageError as error:
+        _fail(f"{error.format_message()}{_hint(error)}", 2)
+    except click.ClickException as error:
+        _fail(error.format_message(), 1)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(_INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; what is still buffered must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (QInferError, OSError, UnicodeDecodeError) as error:
+        _fail(str(error), 1)
+    sys.exit(0)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _hint(error: click.UsageError) -> str:
+    return f" (see {error.ctx.command_path} --help)" if error.ctx is not None else ""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="qinfer", message="%(prog)s %(version)s")
+@click.option("-v", "--verbose", is_flag=True, help="Show what is logged below warnings, too.")
+def cli(verbose: bool) -> None:
+    """Runs large language models from GGUF files on the machine you have."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Format())
+    logger = logging.getLogger("qinfer")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+
+
+class _Format(logging.Formatter):
+    """ "warning: text", as errors look."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {record.getMessage()}"
+
+
+# ---- options that several commands share ----
+
+
+def _model_argument(command: Command) -> Command:
+    """MODEL, also as -m MODEL; the command gets its name as `model`."""
+
+    def choose(context: click.Context, _: click.Parameter, value: str | None) -> None:
+        names = [name for name in (value, context.params.pop("model", None)) if name]
+        if context.resilient_parsing:
+            return
+        if len(names) != 1:
+            raise click.UsageError(
+                "give one MODEL: a path, owner/repository or an alias", ctx=context
+            )
+        context.params["model"] = names[0]
+
+    command = click.option(
+        "-m", "--model", "model_option", metavar="MODEL", expose_value=False, callback=choose,
+        help="MODEL, for those who type it so.",
+    )(command)  # fmt: skip
+    return click.argument("model", required=False, is_eager=True)(command)
+
+
+def _refuse_gpu_layers(context: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        raise click.UsageError(
+            "-ngl: layers are not placed one by one here; --vram-budget GIB says how much of a "
+            "GPU's memory to use, once there is support for one: this version computes on the CPU",
+            ctx=context,
+        )
+
+
+_MACHINE_OPTIONS = [
+    click.option("-t", "--threads", type=click.IntRange(1), help="Threads; default: all cores."),
+    click.option("--no-mmap", is_flag=True, help="Read the file into memory, do not map it."),
+    click.option(
+        "-ngl", "--gpu-layers", "--n-gpu-layers", metavar="N", hidden=True, expose_value=False,
+        callback=_refuse_gpu_layers,
+    ),
+]  # fmt: skip
+_CONTEXT_OPTIONS = [
+    click.option("-c", "--ctx-size", type=click.IntRange(1), help="Tokens of context."),
+    click.option("--kv-type", type=click.Choice(["f16", "q8_0"]), default="f16",
+                 help="How keys and values are kept."),
+    click.option("--hidden-act", help="Override the activation, e.g. relu."),
+]  # fmt: skip
+_SAMPLING_OPTIONS = [
+    click.option("-n", "--n-predict", "--max-tokens", type=click.IntRange(-1),
+                 help="Tokens at most; -1 (default): to the end of the answer."),
+    click.option("--temp", "--temperature", "temperature", type=float,
+                 help="0 is greedy; default 0.8."),
+    click.option("--top-k", type=int, help="Default 40; 0 keeps all."),
+    click.option("--top-p", type=float, help="Default 0.95; 1 keeps all."),
+    click.option("--min-p", type=float, help="Default 0.05; 0 keeps all."),
+    click.option("--typical", "typical_p", type=float, help="Default 1, which keeps all."),
+    click.option("-s", "--seed", type=click.IntRange(-1), help="Default -1: a fresh one."),
+    click.option("--repeat-penalty", type=float, help="Default 1, which is off."),
+    click.option("--presence-penalty", type=float, help="Default 0, which is off."),
+    click.option("--frequency-penalty", type=float, help="Default 0, which is off."),
+    click.option("--repeat-last-n", "penalty_window", type=int,
+                 help="Tokens that penalties look at; default 64."),
+    click.option("--dynatemp-range", type=float, help="Default 0, which is off."),
+    click.option("--dynatemp-exp", "dynatemp_exponent", type=float, help="Default 1."),
+    click.option("--mirostat", type=int, help="0 (default), 1 or 2."),
+    click.option("--mirostat-ent", "mirostat_tau", type=float, help="Default 5."),
+    click.option("--mirostat-lr", "mirostat_eta", type=float, help="Default 0.1."),
+    click.option("--logit-bias", multiple=True, metavar="ID±BIAS",
+                 help="E.g. 15043+1 or 15043-inf; may be repeated."),
+    click.option("--stop", multiple=True, help="End the answer before this text; may be repeated."),
+    click.option("--ignore-eos", is_flag=True, help="Never end the text."),
+]  # fmt: skip
+
+
+def _with(*groups: list[Callable[[Any], Any]]) -> Callable[[Command], Command]:
+    """Adds groups of options to a command, in the order they are listed."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _generate_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options given on the command line, as keyword arguments of `Model.generate`."""
+    given = {name: value for name, value in options.items() if value is not None}
+    n_predict = given.pop("n_predict", -1)
+    given["max_tokens"] = None if n_predict < 0 else n_predict
+    if given.get("seed") == -1:
+        del given["seed"]
+    given["stop"] = list(given["stop"])
+    given["logit_bias"] = dict(map(_bias, given["logit_bias"]))
+    return given
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """ "15043-inf" as (15043, -inf)."""
+    sign = max(text.find("+"), text.find("-"))
+    try:
+        return int(text[:sign]), float(text[sign:])
+    except ValueError:
+        raise click.UsageError(
+            f"--logit-bias {text}: expected an id, + or -, and a number"
+        ) from None
+
+
+def _path(name: str) -> str:
+    """The file of a MODEL, downloaded if need be."""
+    from . import hub
+
+    return str(hub.resolve(name))
+
+
+def _load(name: str, **options: Any) -> Model:
+    """The model of a MODEL."""
+    return Model(_path(name), **options)
+
+
+def _text(prompt: str | None, file: TextIO | None) -> str:
+    """The text of -p or -f."""
+    if (prompt is None) == (file is None):
+        raise click.UsageError("give the text by either -p TEXT or -f FILE (- is standard input)")
+    return file.read() if file is not None else str(prompt)
+
+
+_TEXT_OPTIONS = [
+    click.option("-p", "--prompt", metavar="TEXT", help="The text."),
+    click.option("-f", "--file", type=click.File(encoding="utf-8"),
+                 help="A file with the text; - is standard input."),
+]  # fmt: skip
+
+
+# ---- commands ----
+
+
+@cli.command(epilog=_MODEL_HELP)
+@_model_argument
+@_with(_TEXT_OPTIONS, _SAMPLING_OPTIONS, _CONTEXT_OPTIONS, _MACHINE_OPTIONS)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done.")
+def run(
+    model: str,
+    prompt: str | None,
+    file: TextIO | None,
+    ctx_size: int | None,
+    kv_type: str,
+    hidden_act: str | None,
+    threads: int | None,
+    no_mmap: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Continue a text.
+
+    Example: qinfer run smollm2 -p "Once upon a time" -n 64
+    """
+    text = _text(prompt, file)
+    wanted = _generate_options(options)
+    with (
+        _load(
+            model, n_ctx=ctx_size, kv_type=kv_type, hidden_act=hidden_act, threads=threads,
+            mmap=not no_mmap,
+        ) as loaded,
+        Bar("reading") as bar,
+        loaded.stream(text, progress=bar, **wanted) as stream,
+    ):  # fmt: skip
+        last = "\n"
+        for piece in stream:
+            bar.close()
+            if piece.text and not as_json:
+                last = piece.text
+                click.echo(piece.text, nl=False)
+        completion = stream.completion
+        assert completion is not None
+    if as_json:
+        click.echo(json.dumps(completion.to_dict(), ensure_ascii=False))
+        return
+    if not last.endswith("\n"):
+        click.echo()
+    if sys.stderr.isatty():
+        timings, usage = completion.timings, completion.usage
+        click.echo(
+            f"({usage.prompt_tokens} tokens read at {timings.prompt_tokens_per_second:.1f}/s, "
+            f"{usage.completion_tokens} written at {timings.tokens_per_second:.1f}/s, "
+            f"seed {completion.seed})",
+            err=True,
+        )
+
+
+@cli.command(epilog=_MODEL_HELP)
+@_model_argument
+@click.option("--system", help="A system message.")
+@_with(_SAMPLING_OPTIONS, _CONTEXT_OPTIONS, _MACHINE_OPTIONS)
+def chat(
+    model: str,
+    system: str | None,
+    ctx_size: int | None,
+    kv_type: str,
+    hidden_act: str | None,
+    threads: int | None,
+    no_mmap: bool,
+    **options: Any,
+) -> None:
+    """Talk with a model that was trained to.
+
+    Example: qinfer chat smollm2
+    """
+    from ._talk import Talk
+
+    wanted = _generate_options(options)
+    with _load(
+        model, n_ctx=ctx_size, kv_type=kv_type, hidden_act=hidden_act, threads=threads,
+        mmap=not no_mmap,
+    ) as loaded:  # fmt: skip
+        Talk(loaded, system, wanted).run()
+
+
+@cli.command(epilog=_MODEL_HELP)
+@_model_argument
+@click.option("-p", "--n-prompt", type=click.IntRange(1), default=128, show_default=True)
+@click.option("-n", "--n-gen", type=click.IntRange(1), default=32, show_default=True)
+@click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True)
+@_with(_MACHINE_OPTIONS)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench(
+    model: str,
+    n_prompt: int,
+    n_gen: int,
+    repetitions: int,
+    threads: int | None,
+    no_mmap: bool,
+    as_json: bool,
+) -> None:
+    """Measure speed, beside the machine's read bandwidth.
+
+    Example: qinfer bench model.gguf -p 512 -n 32
+    """
+    from . import bench as benchmark
+
+    with _load(model, threads=threads, mmap=not no_mmap) as loaded, Bar("measuring") as bar:
+        result = benchmark.bench(
+            loaded, n_prompt=n_prompt, n_generate=n_gen, repeats=repetitions, progress=bar
+        )
+        facts = asdict(loaded.info)
+        text = benchmark.render(loaded, result)
+    if as_json:
+        click.echo(json.dumps({"model": facts, **asdict(result)}))
+    else:
+        click.echo(text)
+
+
+@cli.command(epilog=_MODEL_HELP)
+@_model_argument
+@click.option("-f", "--file", required=True, type=click.File(encoding="utf-8"), help="The text.")
+@click.option("-c", "--ctx-size", type=click.IntRange(4), default=512, show_default=True,
+              help="Tokens per chunk.")  # fmt: skip
+@click.option("--chunks", type=click.IntRange(1), help="Chunks at most.")
+@_with(_MACHINE_OPTIONS)
+def perplexity(
+    model: str,
+    file: TextIO,
+    ctx_size: int,
+    chunks: int | None,
+    threads: int | None,
+    no_mmap: bool,
+) -> None:
+    """Measure how well a model predicts a text, as llama.cpp does.
+
+    Example: qinfer perplexity model.gguf -f wiki.test.raw --chunks 20
+    """
+    from . import perplexity as measure
+
+    def show(number: int, value: float) -> None:
+        click.echo(f"[{number}]{value:.4f},", nl=False)
+
+    with _load(model, threads=threads, mmap=not no_mmap) as loaded:
+        result = measure.perplexity(
+            loaded, file.read(), n_ctx=ctx_size, n_chunks=chunks, on_chunk=show
+        )
+    click.echo(f"\nFinal: PPL = {result.value:.4f} +/- {result.error:.5f}")
+
+
+@cli.command(epilog=_MODEL_HELP)
+@_model_argument
+@_with(_TEXT_OPTIONS)
+@click.option("--ids", is_flag=True, help="Print the ids only, as a list.")
+@click.option("--no-special", is_flag=True, help="Do not add BOS or EOS.")
+@click.option("--parse-special", is_flag=True, help="Read control tokens spelled in the text.")
+def tokenize(
+    model: str,
+    prompt: str | None,
+    file: TextIO | None,
+    ids: bool,
+    no_special: bool,
+    parse_special: bool,
+) -> None:
+    """Show the tokens of a text; MODEL may be a vocabulary alone.
+
+    Example: qinfer tokenize smollm2 -p "Hello world"
+    """
+    from .tokenizer import Tokenizer
+
+    text = _text(prompt, file)
+    tokenizer = Tokenizer.from_gguf(_path(model))
+    tokens = tokenizer.encode(text, add_special=not no_special, parse_special=parse_special)
+    if ids:
+        click.echo(json.dumps(tokens))
+        return
+    for token in tokens:
+        click.echo(f"{token:6d} -> {tokenizer.token_bytes(token).decode('utf-8', 'replace')!r}")
+
+
+@cli.command(epilog=_MODEL_HELP)
+@_model_argument
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing cut short.")
+def inspect(model: str, as_json: bool) -> None:
+    """Show what is in a file: metadata, tensors, sizes, types.
+
+    Example: qinfer inspect model.gguf
+    """
+    from . import inspect as look
+
+    path = _path(model)
+    click.echo(json.dumps(look.describe(path)) if as_json else look.render(path))
+
+
+@cli.command()
+def doctor() -> None:
+    """Show what was found on this machine, and why something is not used."""
+    from . import doctor as examine
+
+    click.echo(examine.render())

@@ -1,0 +1,71 @@
+"""What qinfer found on this machine, and why something is not used."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from pathlib import Path
+
+from . import __version__, _machine
+
+_PACKAGES = {
+    "numpy": "arrays",
+    "cffi": "the library",
+    "tokenizers": "byte-level BPE vocabularies",
+    "sentencepiece": "SentencePiece vocabularies",
+    "jinja2": "chat templates",
+    "huggingface_hub": "downloads",
+    "click": "the command line",
+    "rich": "progress bars",
+}
+_GIB = 2**30
+
+
+def findings() -> list[tuple[str, str]]:
+    """What was found, as (subject, finding); measures the read bandwidth, which takes a second."""
+    cpu = _machine.processor()
+    level = cpu.isa
+    if cpu.isa != cpu.best_isa:
+        level += f" (this machine has {cpu.best_isa}; QINFER_ISA asks for less)"
+    bandwidth = _machine.read_bandwidth(cpu.n_usable_cores)
+    rows = [
+        ("qinfer", __version__),
+        ("python", f"{platform.python_version()}, {sys.executable}"),
+        ("system", f"{platform.platform()}, {platform.machine()}"),
+        ("processor", cpu.brand),
+        ("features", " ".join(cpu.features)),
+        ("level", level),
+        ("cores", f"{cpu.n_usable_cores} usable of {cpu.n_physical_cores}"),
+        ("memory", _memory()),
+        ("bandwidth", f"{bandwidth / 1e9:.1f} GB/s read by {cpu.n_usable_cores} threads"),
+        ("CUDA", f"not used: this version computes on the CPU only; {_nvidia_driver()}"),
+        ("CANN", f"not used: this version computes on the CPU only; {_ascend_driver()}"),
+    ]
+    for name, purpose in _PACKAGES.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found = f"missing, needed for {purpose}: pip install {name}"
+        rows.append((name, found))
+    return rows
+
+
+def _memory() -> str:
+    free, total = _machine.available_memory(), _machine.total_memory()
+    return f"{free / _GIB:.1f} GiB free of {total / _GIB:.1f} GiB"
+
+
+def _nvidia_driver() -> str:
+    version = Path("/proc/driver/nvidia/version")
+    return "an NVIDIA driver is there" if version.exists() else "no NVIDIA driver is there either"
+
+
+def _ascend_driver() -> str:
+    device = Path("/dev/davinci_manager")
+    return "an Ascend driver is there" if device.exists() else "no Ascend driver is there either"
+
+
+def render() -> str:
+    """The findings as text."""
+    return "\n".join(f"{subject:<16}{finding}" for subject, finding in findings())

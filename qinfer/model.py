@@ -1,0 +1,476 @@
+"""`Model`: a model file, and text generated, continued, chatted, scored or embedded with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeGuard, Unpack, cast, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _machine
+from ._generate import Answer, GenerateOptions, Settings, run
+from ._gguf import StrPath
+from ._pool import ContextPool
+from ._weights import ModelInfo, Weights
+from .completion import Completion, Piece, Score
+from .context import Context, Tokens, Wanted, kv_type_number, positive, token_array
+from .errors import ArgumentError, ContextFull, DeviceError
+from .stream import Stream, asynchronous
+from .tokenizer import Tokenizer
+
+logger = logging.getLogger("qinfer")
+
+Pooling = Literal["mean", "last", "cls", "none"]
+Message = Mapping[str, Any]
+
+# Prompts of a batch computed together; further ones take the places of those that end.
+_MAX_TOGETHER = 16
+# Sequences of a context kept between calls: two conversations can alternate without starting over.
+_KEPT_SEQUENCES = 2
+# A context never defaults to fewer positions, however little memory is free.
+_LEAST_N_CTX = 512
+
+
+class Model:
+    """A model from a GGUF (or PowerInfer) file.
+
+        model = Model("model.gguf")
+        print(model.generate("Once upon a time", max_tokens=64))
+
+    The weights are mapped, not copied, and shared by everything made from the model. All methods
+    may be called from several threads at once; each call then works in a context of its own, and
+    those of earlier calls are kept, so that a prompt which begins like an earlier one is continued
+    instead of computed again. The model is a context manager; `close()` frees it at once.
+
+    Args:
+        path: the file; of a split model, its first part.
+        device: "auto" or "cpu".
+        n_ctx: positions per sequence; None takes what the model was trained for, or less where the
+            keys and values of so many would not fit in memory. Memory is taken as they fill.
+        threads: how many compute; None uses the physical cores this process may run on.
+        kv_type: how keys and values are kept, "f16" or "q8_0".
+        mmap: False reads the file into memory, for files that others may truncate meanwhile.
+        hidden_act: overrides the activation: "silu", "relu", "gelu", "gelu_tanh", "relu_relu" or
+            "fatrelu:<threshold>".
+        chat_template: Jinja source that replaces the file's own template.
+
+    Raises:
+        FileError: the file cannot be read.
+        FormatError: the file is damaged; the message names the key, tensor or offset.
+        UnsupportedError: the file is of an architecture or tensor type that is not known.
+        DeviceError: the device asked for cannot be had.
+        ArgumentError: an argument is out of range, or `path` is a folder.
+    """
+
+    def __init__(
+        self,
+        path: StrPath,
+        *,
+        device: str = "auto",
+        n_ctx: int | None = None,
+        threads: int | None = None,
+        kv_type: str = "f16",
+        mmap: bool = True,
+        hidden_act: str | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        self._arguments = {
+            "device": device,
+            "n_ctx": n_ctx,
+            "threads": threads,
+            "kv_type": kv_type,
+            "mmap": mmap,
+            "hidden_act": hidden_act,
+            "chat_template": chat_template,
+        }
+        _check_device(device)
+        positive("n_ctx", n_ctx)
+        positive("threads", threads)
+        kv_type_number(kv_type)
+        _refuse_folder(path)
+        self.path = os.fsdecode(path)
+        self._threads = threads
+        self._kv_type = kv_type
+        self._chat_template = chat_template
+        weights = self._weights = Weights(path, mmap=mmap, hidden_act=hidden_act)
+        self.n_ctx = _n_ctx(weights.info, n_ctx, kv_type)
+        limit = self.n_ctx
+
+        def make() -> Context:
+            return Context(
+                weights, n_ctx=limit, n_seq=_KEPT_SEQUENCES, threads=threads, kv_type=kv_type
+            )
+
+        self._pool = ContextPool(make)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        filename: str | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: StrPath | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **options: Any,
+    ) -> Self:
+        """A model from the Hugging Face hub, downloaded once.
+
+        Args:
+            repo_id: "owner/name".
+            filename: a file's name or a glob such as "*q4*.gguf"; it must match one model, which
+                may be split. None is for repositories that hold just one.
+            revision: a branch, tag or commit.
+            cache_dir: where downloads are kept, instead of the hub's own cache.
+            token: for private repositories.
+            local_files_only: never goes to the network.
+            **options: the keyword arguments of `Model`.
+        """
+        from . import hub
+
+        path = hub.download(
+            repo_id,
+            filename,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        return cls(path, **options)
+
+    # ---- text ----
+
+    @overload
+    def generate(self, prompt: str | Tokens, **options: Unpack[GenerateOptions]) -> Completion: ...
+
+    @overload
+    def generate(
+        self, prompt: list[str] | list[list[int]], **options: Unpack[GenerateOptions]
+    ) -> list[Completion]: ...
+
+    def generate(
+        self, prompt: str | Tokens | list[str] | list[list[int]], **options: Unpack[GenerateOptions]
+    ) -> Completion | list[Completion]:
+        """Continues a prompt to the end of the answer.
+
+        Args:
+            prompt: a text or token ids; a list of either is computed together and gives a list of
+                answers, each the same as alone.
+            **options: `max_tokens` (None: to the end of the answer or of the context),
+            `min_tokens`,
+                `stop`, `ignore_eos`, `logprobs`, `logits_processors`, `progress` as described in
+                `GenerateOptions`, and `sampling` or single fields of `Sampling`. Without those:
+                temperature 0.8, top_k 40, top_p 0.95, min_p 0.05 and a fresh seed;
+                `temperature=0` always takes the most likely token. `seed` goes for every prompt.
+
+        Raises:
+            ContextFull: the prompt does not fit in the context; the message states both numbers.
+                An answer that reaches the end of the context has finish_reason "length" instead.
+            ArgumentError: an option is out of range, or the prompt is empty.
+            TypeError: an option is not known.
+        """
+        settings = Settings.make(options)
+        if _is_batch(prompt):
+            return self._generate_batch(prompt, settings)
+        stream = Stream(self._answer(cast("str | Tokens", prompt), settings), self._pool)
+        for _ in stream:
+            pass
+        assert stream.completion is not None
+        return stream.completion
+
+    def stream(self, prompt: str | Tokens, **options: Unpack[GenerateOptions]) -> Stream:
+        """Continues a prompt piece by piece; options and errors as in `generate`."""
+        return Stream(self._answer(prompt, Settings.make(options)), self._pool)
+
+    def astream(
+        self, prompt: str | Tokens, **options: Unpack[GenerateOptions]
+    ) -> AsyncGenerator[Piece, None]:
+        """`stream` for `async for`: each piece is computed in a thread of its own."""
+        return asynchronous(self.stream(prompt, **options))
+
+    def _generate_batch(self, prompts: Sequence[Any], settings: Settings) -> list[Completion]:
+        answers = [self._answer(prompt, settings) for prompt in prompts]
+        if not answers:
+            return []
+        with self.context(n_seq=min(len(answers), _MAX_TOGETHER)) as context:
+            for _ in run(context, answers):
+                pass
+            stats = context.stats()
+        for answer in answers:
+            answer.stats = stats
+        return [answer.completion() for answer in answers]
+
+    def _answer(self, prompt: str | Tokens, settings: Settings) -> Answer:
+        self._weights.pointer  # noqa: B018  raises Closed
+        tokens = self._tokens(prompt)
+        return Answer(tokens, settings, self.tokenizer, self.info.n_vocab, self.n_ctx)
+
+    def _tokens(self, text: str | Tokens) -> list[int]:
+        """Token ids of a text, or those given, checked."""
+        if isinstance(text, str):
+            return self.tokenizer.encode(text)
+        ids: list[int] = token_array(text, self.info.n_vocab).tolist()
+        return ids
+
+    # ---- chat ----
+
+    def chat(self, messages: Sequence[Message], **options: Unpack[GenerateOptions]) -> Completion:
+        """Answers the last of `messages`, which have "role" and "content", by the model's template.
+
+        Options and errors as in `generate`; FormatError when the template is missing or faulty.
+        """
+        return self.generate(self._chat_tokens(messages), **options)
+
+    def stream_chat(
+        self, messages: Sequence[Message], **options: Unpack[GenerateOptions]
+    ) -> Stream:
+        """`chat`, piece by piece."""
+        return self.stream(self._chat_tokens(messages), **options)
+
+    def astream_chat(
+        self, messages: Sequence[Message], **options: Unpack[GenerateOptions]
+    ) -> AsyncGenerator[Piece, None]:
+        """`stream_chat` for `async for`."""
+        return asynchronous(self.stream_chat(messages, **options))
+
+    def _chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+        raise NotImplementedError
+
+    # ---- scores and embeddings ----
+
+    def score(self, text: str | Tokens) -> Score:
+        """How likely the model finds a text (or tokens): the log probability of every token.
+
+        Raises ContextFull when it does not fit, ArgumentError when there is nothing to score.
+        """
+        tokens = self._tokens(text)
+        if len(tokens) < 2:
+            raise ArgumentError(f"a text of {len(tokens)} tokens leaves nothing to score")
+        with self._borrowed(len(tokens)) as (context, seq):
+            return Score(tokens, context.score(tokens, seq=seq)[:-1])
+
+    @overload
+    def embed(
+        self, texts: str, *, pooling: Pooling = "mean", normalize: bool = True
+    ) -> NDArray[np.float32]: ...
+
+    @overload
+    def embed(
+        self,
+        texts: list[str],
+        *,
+        pooling: Literal["mean", "last", "cls"] = "mean",
+        normalize: bool = True,
+    ) -> NDArray[np.float32]: ...
+
+    @overload
+    def embed(
+        self, texts: list[str], *, pooling: Literal["none"], normalize: bool = True
+    ) -> list[NDArray[np.float32]]: ...
+
+    def embed(
+        self, texts: str | list[str], *, pooling: Pooling = "mean", normalize: bool = True
+    ) -> NDArray[np.float32] | list[NDArray[np.float32]]:
+        """Vectors of texts from the model's final normalised hidden states.
+
+        Args:
+            texts: a text, or a list of them.
+            pooling: "mean" of all tokens, the "last" or the first ("cls") token, or "none" for a
+                vector per token.
+            normalize: scales each vector to length 1.
+
+        Returns:
+            float32 of shape (n_embd,), or (n_texts, n_embd) for a list; with "none"
+            (n_tokens, n_embd), in a list for a list.
+
+        Raises:
+            ContextFull: a text does not fit in the context.
+            ArgumentError: a text has no tokens, or `pooling` is not known.
+        """
+        if pooling not in ("mean", "last", "cls", "none"):
+            raise ArgumentError(f"pooling={pooling!r} is not 'mean', 'last', 'cls' or 'none'")
+        if isinstance(texts, str):
+            return self._embed(texts, pooling, normalize)
+        vectors = [self._embed(text, pooling, normalize) for text in texts]
+        if pooling == "none":
+            return vectors
+        return np.stack(vectors) if vectors else np.empty((0, self.info.n_embd), np.float32)
+
+    def _embed(self, text: str, pooling: Pooling, normalize: bool) -> NDArray[np.float32]:
+        tokens = self._tokens(text)
+        if not tokens:
+            raise ArgumentError("an empty text has no vector with this model")
+        with self._borrowed(len(tokens)) as (context, seq):
+            wanted: Wanted = "last" if pooling == "last" else "all"
+            context.feed(tokens, seq=seq, logits="none", hidden=wanted)
+            hidden = context.hidden
+        vectors: NDArray[np.float32]
+        if pooling == "mean":
+            vectors = hidden.mean(axis=0, dtype=np.float64).astype(np.float32)
+        else:
+            vectors = np.array(hidden if pooling == "none" else hidden[0])
+        if normalize:
+            lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+            vectors /= np.where(lengths > 0, lengths, 1)
+        return vectors
+
+    @contextmanager
+    def _borrowed(self, n_tokens: int) -> Iterator[tuple[Context, int]]:
+        """A kept context with an emptied sequence that has room for `n_tokens`."""
+        if n_tokens > self.n_ctx:
+            raise ContextFull(
+                f"the text has {n_tokens} tokens and the context holds {self.n_ctx}: "
+                "shorten the text or raise n_ctx"
+            )
+        self._weights.pointer  # noqa: B018  raises Closed
+        context = self._pool.take(())
+        try:
+            seq = min(range(context.n_seq), key=context.length)
+            context.truncate(0, seq)
+            yield context, seq
+        finally:
+            self._pool.give_back(context)
+
+    # ---- the model itself ----
+
+    def context(
+        self,
+        n_ctx: int | None = None,
+        *,
+        n_seq: int = 1,
+        n_batch: int | None = None,
+        threads: int | None = None,
+        kv_type: str | None = None,
+    ) -> Context:
+        """A context of one's own: tokens in, logits out. Everything else is built on it.
+
+        Args:
+            n_ctx: positions per sequence; None takes the model's.
+            n_seq: sequences it can hold.
+            n_batch: tokens computed together at most; None means 512.
+            threads: how many compute; None takes the model's.
+            kv_type: "f16" or "q8_0"; None takes the model's.
+        """
+        return Context(
+            self._weights,
+            n_ctx=self.n_ctx if n_ctx is None else n_ctx,
+            n_seq=n_seq,
+            n_batch=n_batch,
+            threads=self._threads if threads is None else threads,
+            kv_type=self._kv_type if kv_type is None else kv_type,
+        )
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the file's own vocabulary, made when it is first asked for."""
+        self._weights.pointer  # noqa: B018  raises Closed
+        return Tokenizer.from_gguf(self._weights.file)
+
+    @property
+    def info(self) -> ModelInfo:
+        """Facts about the model."""
+        return self._weights.info
+
+    @property
+    def metadata(self) -> Mapping[str, object]:
+        """The file's key-value pairs."""
+        return self._weights.file.metadata
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close()` was called."""
+        return self._weights.closed
+
+    def close(self) -> None:
+        """Frees the model and every context made from it; calling it again does nothing.
+
+        Calls that run in other threads are cancelled. Using the model afterwards raises Closed.
+        """
+        self._pool.close()
+        self._weights.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> Any:
+        return _reopen, (type(self), str(Path(self.path).absolute()), self._arguments)
+
+    def __repr__(self) -> str:
+        state = ", closed" if self.closed else ""
+        return f"<Model {self.path!r}, {self.info.architecture}{state}>"
+
+
+def _reopen(kind: type[Model], path: str, arguments: dict[str, Any]) -> Model:
+    """A pickled model is its path and arguments."""
+    return kind(path, **arguments)
+
+
+def _is_batch(prompt: Any) -> TypeGuard[list[str] | list[list[int]]]:
+    if isinstance(prompt, str):
+        return False
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim > 1
+    return len(prompt) == 0 or not isinstance(prompt[0], (int, np.integer))
+
+
+def _check_device(device: str) -> None:
+    if device in ("cuda", "cann"):
+        raise DeviceError(f"device={device!r}: this version of qinfer computes on the CPU only")
+    if device not in ("auto", "cpu"):
+        raise ArgumentError(f"device={device!r} is not 'auto', 'cpu', 'cuda' or 'cann'")
+
+
+def _refuse_folder(path: StrPath) -> None:
+    """A folder is not a model; one of safetensors can be made into one."""
+    folder = Path(os.fsdecode(path))
+    if not folder.is_dir():
+        return
+    if any(folder.glob("*.safetensors")):
+        source = shlex.quote(str(folder))
+        target = shlex.quote(f"{folder.resolve().name}.gguf")
+        raise ArgumentError(
+            f"{folder} is a folder of safetensors; make a GGUF file of it first: "
+            f"python -m qinfer.tools.convert_dense {source} --outfile {target}"
+        )
+    names = sorted(item.name for item in folder.glob("*.gguf"))
+    held = f"it holds {', '.join(names)}" if names else "it holds no .gguf file"
+    raise ArgumentError(f"{folder} is a folder, not a model file; {held}")
+
+
+def _n_ctx(info: ModelInfo, asked: int | None, kv_type: str) -> int:
+    """Positions per sequence: those asked for, or as many as were trained and fit in memory."""
+    trained = info.n_ctx_train
+    if asked is not None:
+        if asked > trained:
+            logger.warning("n_ctx=%d is more than the %d the model was trained for", asked, trained)
+        return asked
+    # Q8_0 keeps 32 values in 34 bytes, F16 in 64.
+    per_token = info.kv_bytes_per_token_f16 * (34 / 64 if kv_type.lower() == "q8_0" else 1)
+    free = _machine.available_memory()
+    budget = max(free - info.n_weight_bytes, free // 4)
+    fitting = max(_LEAST_N_CTX, int(budget // max(1, per_token)))
+    if fitting >= trained:
+        return trained
+    logger.warning(
+        "the context is limited to %d of %d positions, whose keys and values would take %.1f GiB "
+        "of the %.1f GiB of memory that are free; n_ctx= overrides this",
+        *(fitting, trained, trained * per_token / 2**30, free / 2**30),
+    )
+    return min(fitting, trained)

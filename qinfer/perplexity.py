@@ -1,0 +1,72 @@
+"""Perplexity of a text under a model, by llama.cpp's method, so that values can be compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import ArgumentError
+from .model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """The perplexity of a text, its standard error, and how many tokens it was taken over."""
+
+    value: float
+    error: float
+    n_scored: int
+
+
+def perplexity(
+    model: Model,
+    text: str,
+    *,
+    n_ctx: int = 512,
+    n_chunks: int | None = None,
+    on_chunk: Callable[[int, float], None] | None = None,
+) -> Perplexity:
+    """Perplexity over chunks of a text.
+
+    The text is tokenised as a whole and cut into chunks of `n_ctx` tokens; what is left over is not
+    looked at. Each chunk is read from an empty context, with BOS in place of its first token when
+    the model begins texts so, and the predictions in its second half are scored.
+
+    Args:
+        model: the model.
+        text: the text.
+        n_ctx: tokens per chunk.
+        n_chunks: how many chunks at most; None takes all.
+        on_chunk: called after each chunk with its number, from 1, and the perplexity so far.
+
+    Raises:
+        ArgumentError: the text is shorter than one chunk, or a number is out of range.
+    """
+    if n_ctx < 4:
+        raise ArgumentError(f"n_ctx={n_ctx}: a chunk needs at least 4 tokens")
+    if n_chunks is not None and n_chunks < 1:
+        raise ArgumentError(f"n_chunks={n_chunks} is not a positive integer")
+    tokenizer = model.tokenizer
+    tokens = tokenizer.encode(text)
+    if len(tokens) < n_ctx:
+        raise ArgumentError(f"the text has {len(tokens)} tokens, a chunk takes {n_ctx}")
+    bos = tokenizer.bos_id if tokenizer.add_bos else None
+    first = n_ctx // 2  # the first position whose prediction counts
+    scores: list[np.ndarray[tuple[int], np.dtype[np.float64]]] = []
+    with model.context(n_ctx=n_ctx) as context:
+        for number in range(min(len(tokens) // n_ctx, n_chunks or len(tokens))):
+            chunk = tokens[number * n_ctx : (number + 1) * n_ctx]
+            targets = [-1] * first + chunk[first + 1 :] + [-1]
+            if bos is not None:
+                chunk[0] = bos
+            context.truncate(0)
+            scores.append(-context.score(chunk, targets)[first:-1].astype(np.float64))
+            if on_chunk is not None:
+                on_chunk(number + 1, math.exp(np.concatenate(scores).mean()))
+    losses = np.concatenate(scores)
+    value = math.exp(losses.mean())
+    deviation = losses.std() / math.sqrt(len(losses) - 1)
+    return Perplexity(value, value * float(deviation), len(losses))
