@@ -43,7 +43,7 @@ const MatmulOps* matmul_ops_for(Isa isa) {
         case Isa::avx2:
             return &portable::matmul_ops;
         case Isa::avx512:
-            return &portable::matmul_ops;
+            return &avx512::matmul_ops;
 #elif defined(__aarch64__)
         case Isa::neon:
             return &portable::matmul_ops;

@@ -1,0 +1,4 @@
+// AVX-512 build of the matrix kernels.
+#include "kernels/avx512/matmul_tile.h"
+// The tile comes first.
+#include "kernels/matmul_impl.h"
