@@ -45,6 +45,7 @@ class Tokenizer:
         """
         vocabulary = read_vocabulary(metadata, raw_strings, source)
         self._vocabulary = vocabulary
+        self.source = source
         self.n_vocab = vocabulary.n_vocab
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
