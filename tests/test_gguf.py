@@ -38,8 +38,7 @@ def read_everything(path: Path, **options: bool) -> GGUF:
         name = tensor.name.encode()
         assert _native.lib.qi_gguf_find_tensor(file.pointer, name, len(name)) == index
         if options.get("tensors", True):
-            assert tensor.data.size == tensor.n_bytes
-            assert tensor.data[-1:].sum() + tensor.data[:1].sum() >= 0
+            assert len(tensor.data.tobytes()) == tensor.n_bytes
     return file
 
 

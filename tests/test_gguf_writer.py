@@ -327,6 +327,13 @@ def call(function: str, *arguments: object) -> None:
     _native.check(getattr(_native.lib, function)(*arguments, error), error)
 
 
+def assert_refused(function: str, cases: list[tuple[tuple[object, ...], str]]) -> None:
+    """Each case is the arguments of a call, and what the message must contain."""
+    for arguments, says in cases:
+        with pytest.raises(ArgumentError, match=says):
+            call(function, *arguments)
+
+
 def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     ffi, lib = _native.ffi, _native.lib
     null = ffi.NULL
@@ -341,52 +348,50 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     data, offsets = ffi.new("char[8]"), ffi.new("uint64_t[3]", [0, 4, 2])
     dims = ffi.new("uint64_t[1]", [1])
     u8, boolean, text, array = corpus.U8, corpus.BOOL, corpus.STRING, corpus.ARRAY
-    for arguments, says in [
-        ((null, b"k", 1, u8, u8, 1, data, 1), "'writer' is NULL"),
-        ((writer, null, 1, u8, u8, 1, data, 1), "'key' is NULL"),
-        ((writer, b"k", 1, u8, u8, 1, null, 1), "'data' is NULL"),
-        ((writer, b"k", 1, 13, u8, 1, data, 1), "type 13"),
-        ((writer, b"k", 1, array, -1, 1, data, 1), "item type -1"),
-        ((writer, b"k", 1, text, text, 1, data, 1), "type string"),
-        ((writer, b"k", 1, array, array, 1, data, 1), "type array"),
-        ((writer, b"k", 1, array, text, 1, data, 1), "type string"),
-        ((writer, b"k", 1, u8, boolean, 1, data, 1), "one item"),
-        ((writer, b"k", 1, u8, u8, 2, data, 2), "one item"),
-        ((writer, b"k", 1, array, corpus.U32, 2, data, 7), "7 bytes"),
-        ((writer, b"k", 1, array, corpus.U32, 2**62, data, 8), "8 bytes"),
-        ((writer, b"k", 1, boolean, boolean, 1, b"\2", 1), "2 as a bool"),
-        ((writer, b"\xff", 1, u8, u8, 1, data, 1), "UTF-8"),
-    ]:
-        with pytest.raises(ArgumentError, match=says):
-            call("qi_gguf_writer_add_kv", *arguments)
-    for arguments, says in [
-        ((null, b"k", 1, 1, data, offsets, 2), "'writer' is NULL"),
-        ((writer, b"k", 1, 1, null, offsets, 2), "'bytes' is NULL"),
-        ((writer, b"k", 1, 1, data, null, 2), "'offsets' is NULL"),
-        ((writer, b"k", 1, 1, data, offsets, 2), "string 1 ends before"),
-        ((writer, b"k", 1, 0, data, offsets, 2), "one item"),
-        ((writer, b"k", 1, 0, data, offsets + 1, 1), "one item"),
-    ]:
-        with pytest.raises(ArgumentError, match=says):
-            call("qi_gguf_writer_add_strings", *arguments)
-    for arguments, says in [
-        ((null, b"t", 1, 0, 1, dims), "'writer' is NULL"),
-        ((writer, null, 1, 0, 1, dims), "'name' is NULL"),
-        ((writer, b"t", 1, 0, 1, null), "'dims' is NULL"),
-        ((writer, b"t", 1, 99, 1, dims), "type 99"),
-        ((writer, b"t", 1, -1, 1, dims), "type -1"),
-    ]:
-        with pytest.raises(ArgumentError, match=says):
-            call("qi_gguf_writer_add_tensor", *arguments)
-    with pytest.raises(ArgumentError, match="'data' is NULL"):
-        call("qi_gguf_writer_write", writer, null, 1)
-    for function in ("qi_gguf_writer_write", "qi_gguf_writer_finish"):
-        arguments = (null, 1) if function.endswith("write") else ()
-        with pytest.raises(ArgumentError, match="'writer' is NULL"):
-            call(function, null, *arguments)
+    assert_refused(
+        "qi_gguf_writer_add_kv",
+        [
+            ((null, b"k", 1, u8, u8, 1, data, 1), "'writer' is NULL"),
+            ((writer, null, 1, u8, u8, 1, data, 1), "'key' is NULL"),
+            ((writer, b"k", 1, u8, u8, 1, null, 1), "'data' is NULL"),
+            ((writer, b"k", 1, 13, u8, 1, data, 1), "type 13"),
+            ((writer, b"k", 1, array, -1, 1, data, 1), "item type -1"),
+            ((writer, b"k", 1, text, text, 1, data, 1), "type string"),
+            ((writer, b"k", 1, array, array, 1, data, 1), "type array"),
+            ((writer, b"k", 1, array, text, 1, data, 1), "type string"),
+            ((writer, b"k", 1, u8, boolean, 1, data, 1), "one item"),
+            ((writer, b"k", 1, u8, u8, 2, data, 2), "one item"),
+            ((writer, b"k", 1, array, corpus.U32, 2, data, 7), "7 bytes"),
+            ((writer, b"k", 1, array, corpus.U32, 2**62, data, 8), "8 bytes"),
+            ((writer, b"k", 1, boolean, boolean, 1, b"\2", 1), "2 as a bool"),
+            ((writer, b"\xff", 1, u8, u8, 1, data, 1), "UTF-8"),
+        ],
+    )
+    assert_refused(
+        "qi_gguf_writer_add_strings",
+        [
+            ((null, b"k", 1, 1, data, offsets, 2), "'writer' is NULL"),
+            ((writer, b"k", 1, 1, null, offsets, 2), "'bytes' is NULL"),
+            ((writer, b"k", 1, 1, data, null, 2), "'offsets' is NULL"),
+            ((writer, b"k", 1, 1, data, offsets, 2), "string 1 ends before"),
+            ((writer, b"k", 1, 0, data, offsets, 2), "one item"),
+            ((writer, b"k", 1, 0, data, offsets + 1, 1), "one item"),
+        ],
+    )
+    assert_refused(
+        "qi_gguf_writer_add_tensor",
+        [
+            ((null, b"t", 1, 0, 1, dims), "'writer' is NULL"),
+            ((writer, null, 1, 0, 1, dims), "'name' is NULL"),
+            ((writer, b"t", 1, 0, 1, null), "'dims' is NULL"),
+            ((writer, b"t", 1, 99, 1, dims), "type 99"),
+            ((writer, b"t", 1, -1, 1, dims), "type -1"),
+        ],
+    )
+    assert_refused("qi_gguf_writer_write", [((writer, null, 1), "'data' is NULL")])
+    assert_refused("qi_gguf_writer_write", [((null, data, 1), "'writer' is NULL")])
+    assert_refused("qi_gguf_writer_finish", [((null,), "'writer' is NULL")])
     lib.qi_gguf_writer_close(null)
     call("qi_gguf_writer_finish", writer)
-    with pytest.raises(ArgumentError, match="is finished"):
-        call("qi_gguf_writer_finish", writer)
-    with pytest.raises(ArgumentError, match="is finished"):
-        call("qi_gguf_writer_write", writer, data, 1)
+    assert_refused("qi_gguf_writer_finish", [((writer,), "is finished")])
+    assert_refused("qi_gguf_writer_write", [((writer, data, 1), "is finished")])
