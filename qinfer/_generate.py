@@ -113,7 +113,14 @@ class Answer:
     """One prompt and what has been generated for it."""
 
     def __init__(
-        self, prompt: list[int], settings: Settings, tokenizer: Tokenizer, n_vocab: int, n_ctx: int
+        self,
+        prompt: list[int],
+        settings: Settings,
+        tokenizer: Tokenizer,
+        *,
+        n_vocab: int,
+        n_ctx: int,
+        at_start: bool,
     ) -> None:
         if not prompt:
             raise ArgumentError(
@@ -145,7 +152,7 @@ class Answer:
         self.sampler.accept(prompt)
         self._history = list(prompt)
         # At the start of a text, the space that `encode` puts there is not part of the answer.
-        at_start = all(id < tokenizer.n_vocab and tokenizer.is_control(id) for id in prompt)
+        at_start |= all(id < tokenizer.n_vocab and tokenizer.is_control(id) for id in prompt)
         self._decoder = tokenizer.decoder(at_start=at_start)
         self._n_spelled = tokenizer.n_vocab
         self._filter = StopFilter(settings.stop)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from . import _state
 from ._gguf import GGUF, StrPath
 from ._native import Handle, check, ffi, lib, new_error, text
 
@@ -88,7 +87,9 @@ class Weights:
     @cached_property
     def fingerprint(self) -> bytes:
         """32 bytes that tell models apart."""
-        return _state.fingerprint(self.file)
+        from ._state import fingerprint
+
+        return fingerprint(self.file)
 
     def _read_info(self) -> ModelInfo:
         out = ffi.new("qi_model_info *")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -11,14 +12,13 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _state
 from ._gguf import StrPath
 from ._interrupt import run_interruptibly
 from ._native import Handle, check, ffi, lib, new_error
 from ._types import tensor_type, type_name
 from ._weights import Weights
 from .completion import Stats
-from .errors import ArgumentError, Busy
+from .errors import ArgumentError, Busy, FormatError
 from .sampling import Sampler
 
 Tokens = Sequence[int] | NDArray[np.integer[Any]]
@@ -169,9 +169,7 @@ class Context:
         seqs = np.repeat(np.fromiter(parts, np.int32, len(parts)), lengths)
         want = _wanted("logits", logits, lengths) * np.uint8(lib.QI_WANT_LOGITS)
         want |= _wanted("hidden", hidden, lengths) * np.uint8(lib.QI_WANT_HIDDEN)
-        with self._exclusive():
-            pointer = self._handle.pointer
-            self._forget_outputs()
+        with self._exclusive(), self._transaction() as pointer:
             error = new_error()
             arguments = (
                 ffi.from_buffer("int32_t[]", ids),
@@ -202,9 +200,7 @@ class Context:
         ids = token_array(tokens, self.model_info.n_vocab)
         for seq in seqs:
             self._check_seq(seq)
-        with self._exclusive():
-            pointer = self._handle.pointer
-            self._forget_outputs()
+        with self._exclusive(), self._transaction() as pointer:
             drawn = ffi.new("int32_t[]", n)
             error = new_error()
             status = lib.qi_context_step(
@@ -216,13 +212,9 @@ class Context:
                 drawn,
                 error,
             )
-            if status == lib.QI_CANCELLED:
-                lib.qi_context_clear_cancel(pointer)
-            # A sampler can refuse logits that the tokens were already computed for.
-            for seq, token in zip(seqs, ids.tolist(), strict=True):
-                if lib.qi_context_seq_length(pointer, seq) > len(self._histories[seq]):
-                    self._histories[seq].append(token)
             check(status, error)
+            for seq, token in zip(seqs, ids.tolist(), strict=True):
+                self._histories[seq].append(token)
             return list(ffi.unpack(drawn, n))
 
     def sample(self, sampler: Sampler, index: int = -1) -> int:
@@ -257,9 +249,7 @@ class Context:
         logprobs = np.zeros(len(ids), np.float32)
         if len(ids) == 0:
             return logprobs
-        with self._exclusive():
-            pointer = self._handle.pointer
-            self._forget_outputs()
+        with self._exclusive(), self._transaction() as pointer:
             error = new_error()
             arguments = (
                 seq,
@@ -293,24 +283,32 @@ class Context:
         if report is None and (n_tokens <= SHORT_FEED or not main):
             status = function(pointer, *arguments)
         else:
-            lengths = [len(history) for history in self._histories]
-            try:
-                status = run_interruptibly(
-                    lambda: function(pointer, *arguments),
-                    lambda: lib.qi_context_cancel(pointer),
-                    report,
-                )
-            except BaseException:
-                # It may have ended well just before it was cancelled: as before means undoing it.
-                for seq, length in enumerate(lengths):
-                    lib.qi_context_truncate(pointer, seq, length, ffi.NULL)
-                lib.qi_context_clear_cancel(pointer)
-                raise
-        if status == lib.QI_CANCELLED:
-            lib.qi_context_clear_cancel(pointer)
+            status = run_interruptibly(
+                lambda: function(pointer, *arguments),
+                lambda: lib.qi_context_cancel(pointer),
+                report,
+            )
         check(status, error)
         if progress is not None:
             progress(n_tokens, n_tokens)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Any]:
+        """The C context, for a change of sequences; whatever goes wrong leaves them as they were.
+
+        That includes Ctrl-C, which can come when the runtime is done and nothing was noted yet.
+        """
+        pointer = self._handle.pointer
+        self._forget_outputs()
+        lengths = [len(history) for history in self._histories]
+        try:
+            yield pointer
+        except BaseException:
+            for seq, length in enumerate(lengths):
+                lib.qi_context_truncate(pointer, seq, length, ffi.NULL)
+                del self._histories[seq][length:]
+            lib.qi_context_clear_cancel(pointer)
+            raise
 
     # ---- outputs ----
 
@@ -423,6 +421,8 @@ class Context:
 
         The file appears whole or not at all. Raises FileError when it cannot be written.
         """
+        from . import _state
+
         self._check_seq(seq)
         with self._exclusive():
             pointer = self._handle.pointer
@@ -438,21 +438,29 @@ class Context:
     def load_state(self, path: StrPath, seq: int = 0) -> None:
         """Replaces a sequence by one that `save_state` wrote.
 
-        Raises FormatError for a file that is not one, was cut or changed, or was written with
-        another model or another `kv_type`; FileError when it cannot be read; ContextFull when it
-        holds more tokens than this context.
+        The sequence is empty when the file's state does not fit this context. Raises FormatError
+        for a file that is not one, was cut or changed, or was written with another model or
+        `kv_type`; FileError when it cannot be read; ContextFull when it holds more tokens than this
+        context.
         """
+        from . import _state
+
         self._check_seq(seq)
         tokens, data = _state.read(path, self._weights.fingerprint)
         with self._exclusive():
             pointer = self._handle.pointer
             self._forget_outputs()
+            self._histories[seq].clear()
             error = new_error()
-            check(
-                lib.qi_context_state_load(pointer, seq, ffi.from_buffer(data), data.nbytes, error),
-                error,
-            )
-            self._histories[seq] = tokens
+            buffer = ffi.from_buffer(data)
+            try:
+                check(lib.qi_context_state_load(pointer, seq, buffer, data.nbytes, error), error)
+                if lib.qi_context_seq_length(pointer, seq) != len(tokens):
+                    raise FormatError(f"{path!r} does not hold the tokens that its header lists")
+                self._histories[seq] = tokens
+            except BaseException:
+                lib.qi_context_truncate(pointer, seq, 0, ffi.NULL)
+                raise
 
     def _check_seq(self, seq: int) -> None:
         if not 0 <= seq < len(self._histories):

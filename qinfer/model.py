@@ -181,11 +181,7 @@ class Model:
         settings = Settings.make(options)
         if _is_batch(prompt):
             return self._generate_batch(prompt, settings)
-        stream = Stream(self._answer(cast("str | Tokens", prompt), settings), self._pool)
-        for _ in stream:
-            pass
-        assert stream.completion is not None
-        return stream.completion
+        return _finished(Stream(self._answer(cast("str | Tokens", prompt), settings), self._pool))
 
     def stream(self, prompt: str | Tokens, **options: Unpack[GenerateOptions]) -> Stream:
         """Continues a prompt piece by piece; options and errors as in `generate`."""
@@ -209,10 +205,19 @@ class Model:
             answer.stats = stats
         return [answer.completion() for answer in answers]
 
-    def _answer(self, prompt: str | Tokens, settings: Settings) -> Answer:
+    def _answer(
+        self, prompt: str | Tokens, settings: Settings, *, at_start: bool = False
+    ) -> Answer:
+        """An answer to be generated; `at_start` when it is a text of its own."""
         self._weights.pointer  # noqa: B018  raises Closed
-        tokens = self._tokens(prompt)
-        return Answer(tokens, settings, self.tokenizer, self.info.n_vocab, self.n_ctx)
+        return Answer(
+            self._tokens(prompt),
+            settings,
+            self.tokenizer,
+            n_vocab=self.info.n_vocab,
+            n_ctx=self.n_ctx,
+            at_start=at_start,
+        )
 
     def _tokens(self, text: str | Tokens) -> list[int]:
         """Token ids of a text, or those given, checked."""
@@ -223,27 +228,60 @@ class Model:
 
     # ---- chat ----
 
-    def chat(self, messages: Sequence[Message], **options: Unpack[GenerateOptions]) -> Completion:
-        """Answers the last of `messages`, which have "role" and "content", by the model's template.
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion:
+        """Answers a conversation by the model's own template.
 
-        Options and errors as in `generate`; FormatError when the template is missing or faulty.
+        Args:
+            messages: mappings with "role" ("system", "user", "assistant"…) and "content".
+            tools: JSON schemas of functions that the model may call, for templates that know them.
+            variables: more names for the template, such as `{"enable_thinking": False}`.
+            **options: as in `generate`.
+
+        Raises:
+            FormatError: there is no template, or it is faulty.
+            ArgumentError: the messages are malformed, or the template refuses them.
+            ContextFull, TypeError: as in `generate`.
         """
-        return self.generate(self._chat_tokens(messages), **options)
+        return _finished(self.stream_chat(messages, tools=tools, variables=variables, **options))
 
     def stream_chat(
-        self, messages: Sequence[Message], **options: Unpack[GenerateOptions]
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> Stream:
         """`chat`, piece by piece."""
-        return self.stream(self._chat_tokens(messages), **options)
+        from .chat import encode
+
+        settings = Settings.make(options)
+        tokens = encode(
+            self.tokenizer,
+            messages,
+            chat_template=self._chat_template,
+            tools=tools,
+            variables=variables,
+        )
+        return Stream(self._answer(tokens, settings, at_start=True), self._pool)
 
     def astream_chat(
-        self, messages: Sequence[Message], **options: Unpack[GenerateOptions]
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> AsyncGenerator[Piece, None]:
         """`stream_chat` for `async for`."""
-        return asynchronous(self.stream_chat(messages, **options))
-
-    def _chat_tokens(self, messages: Sequence[Message]) -> list[int]:
-        raise NotImplementedError
+        return asynchronous(self.stream_chat(messages, tools=tools, variables=variables, **options))
 
     # ---- scores and embeddings ----
 
@@ -420,6 +458,14 @@ class Model:
 def _reopen(kind: type[Model], path: str, arguments: dict[str, Any]) -> Model:
     """A pickled model is its path and arguments."""
     return kind(path, **arguments)
+
+
+def _finished(stream: Stream) -> Completion:
+    """The whole answer of a stream."""
+    for _ in stream:
+        pass
+    assert stream.completion is not None
+    return stream.completion
 
 
 def _is_batch(prompt: Any) -> TypeGuard[list[str] | list[list[int]]]:
