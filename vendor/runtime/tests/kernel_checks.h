@@ -26,9 +26,10 @@ class Checks {
         va_end(arguments);
         std::fputc('\n', stderr);
     }
+    bool passed() const { return n_failures_ == 0 && n_checks_ > 0; }
     int status() const {
         std::fprintf(stderr, "%lld checks, %lld failures\n", n_checks_, n_failures_);
-        return n_failures_ == 0 && n_checks_ > 0 ? 0 : 1;
+        return passed() ? 0 : 1;
     }
 
   private:

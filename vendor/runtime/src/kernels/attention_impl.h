@@ -17,47 +17,72 @@ namespace qi::kernels::QI_SIMD_LEVEL {
 
 namespace {
 
+// Asks for what lies `ahead` bytes after [from, from + n_bytes), line by line.
+inline void prefetch(const void* from, intptr_t ahead, int64_t n_bytes) {
+    for (int64_t i = 0; i < n_bytes; i += 64)
+        __builtin_prefetch(reinterpret_cast<const void*>(intptr_t(from) + ahead + i));
+}
+
 // Keys and values of a page as vectors of floats: at(d, position) along positions, at(position, d)
-// along dimensions; tail is the last n < width dimensions of a value.
+// along dimensions; tail is the last n < width dimensions of a value. prefetch(..., n) asks for the
+// place in the next page of n vectors.
 struct F16Keys {
     const uint16_t* data;  // [head_dim][page_size]
+    intptr_t ahead;        // from this page to the next, in bytes
     Vec at(int64_t d, int64_t position) const { return load_f16(data + d * page_size + position); }
+    void prefetch(int64_t d, int64_t position, int n) const {
+        QI_SIMD_LEVEL::prefetch(data + d * page_size + position, ahead, n * width * 2);
+    }
 };
 struct F16Values {
     const uint16_t* data;  // [page_size][head_dim]
+    intptr_t ahead;
     int64_t head_dim;
     Vec at(int64_t position, int64_t d) const { return load_f16(data + position * head_dim + d); }
     Vec tail(int64_t position, int64_t d, int64_t n) const {
         return load_f16_partial(data + position * head_dim + d, n);
     }
+    void prefetch(int64_t position, int64_t d, int n) const {
+        QI_SIMD_LEVEL::prefetch(data + position * head_dim + d, ahead, n * width * 2);
+    }
 };
 struct Q8Keys {
     const int8_t* codes;  // [head_dim][page_size]
     const float* scales;  // [head_dim/32][page_size]
+    intptr_t ahead;
     Vec at(int64_t d, int64_t position) const {
         return load_i8(codes + d * page_size + position) *
                load(scales + d / q8_block * page_size + position);
+    }
+    void prefetch(int64_t d, int64_t position, int n) const {
+        QI_SIMD_LEVEL::prefetch(codes + d * page_size + position, ahead, n * width);
     }
 };
 struct Q8Values {
     const int8_t* codes;  // [page_size][head_dim]
     const float* scales;  // [page_size][head_dim/32]
-    int64_t head_dim;     // a multiple of 32, so there is no tail
+    intptr_t ahead;
+    int64_t head_dim;  // a multiple of 32, so there is no tail
     Vec at(int64_t position, int64_t d) const {
         return load_i8(codes + position * head_dim + d) *
                broadcast(scales[(position * head_dim + d) / q8_block]);
     }
     Vec tail(int64_t position, int64_t d, int64_t) const { return at(position, d); }
+    void prefetch(int64_t position, int64_t d, int n) const {
+        QI_SIMD_LEVEL::prefetch(codes + position * head_dim + d, ahead, n * width);
+    }
 };
 struct FloatKeys {
     const float* data;  // [head_dim][page_size]
     Vec at(int64_t d, int64_t position) const { return load(data + d * page_size + position); }
+    void prefetch(int64_t, int64_t, int) const {}
 };
 struct FloatValues {
     const float* data;  // [page_size][padded_dim]
     int64_t padded_dim;
     Vec at(int64_t position, int64_t d) const { return load(data + position * padded_dim + d); }
     Vec tail(int64_t position, int64_t d, int64_t) const { return at(position, d); }
+    void prefetch(int64_t, int64_t, int) const {}
 };
 
 // Room of one call.
@@ -89,22 +114,25 @@ struct Scratch {
 struct F16Page {
     F16Keys keys;
     F16Values values;
-    F16Page(const std::byte* page, const Scratch& scratch) {
-        keys.data = reinterpret_cast<const uint16_t*>(page);
-        values = {keys.data + scratch.head_dim * page_size, scratch.head_dim};
+    F16Page(const std::byte* page, intptr_t ahead, const Scratch& scratch) {
+        const auto* data = reinterpret_cast<const uint16_t*>(page);
+        keys = {data, ahead};
+        values = {data + scratch.head_dim * page_size, ahead, scratch.head_dim};
     }
 };
 struct Q8Page {
     Q8Keys keys;
     Q8Values values;
-    Q8Page(const std::byte* page, const Scratch& scratch) {
+    Q8Page(const std::byte* page, intptr_t ahead, const Scratch& scratch) {
         const int64_t n = scratch.head_dim * page_size, n_scales = n / q8_block;
         const std::byte* value_codes = page + n + n_scales * 2;
-        keys = {reinterpret_cast<const int8_t*>(page), scratch.scales};
-        values = {reinterpret_cast<const int8_t*>(value_codes), scratch.scales + n_scales,
+        keys = {reinterpret_cast<const int8_t*>(page), scratch.scales, ahead};
+        values = {reinterpret_cast<const int8_t*>(value_codes), scratch.scales + n_scales, ahead,
                   scratch.head_dim};
         const auto* key_scales = reinterpret_cast<const uint16_t*>(page + n);
         const auto* value_scales = reinterpret_cast<const uint16_t*>(value_codes + n);
+        prefetch(key_scales, ahead, n_scales * 2);
+        prefetch(value_scales, ahead, n_scales * 2);
         for (int64_t i = 0; i < n_scales; i += width) {
             store(scratch.scales + i, load_f16(key_scales + i));
             store(scratch.scales + n_scales + i, load_f16(value_scales + i));
@@ -162,10 +190,12 @@ void score_tile(const float* const (&q)[n_q], float scale, const Keys& keys, int
 #pragma GCC unroll 8
         for (int v = 0; v < n_vec; ++v)
             acc[j][v] = broadcast(0.0f);
-    for (int64_t d = 0; d < head_dim; ++d)
+    for (int64_t d = 0; d < head_dim; ++d) {
+        keys.prefetch(d, position, n_vec);
         accumulate(
             acc, [&](int j) { return q[j][d]; },
             [&](int v) { return keys.at(d, position + v * width); });
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < n_q; ++j)
 #pragma GCC unroll 8
@@ -184,7 +214,8 @@ void weigh_tile(const float* weights, int begin, int end, const Values& values, 
 #pragma GCC unroll 8
         for (int v = 0; v < n_vec; ++v)
             acc[j][v] = load(partial + j * padded_dim + d + v * width);
-    for (int i = begin; i < end; ++i)
+    for (int i = begin; i < end; ++i) {
+        values.prefetch(i, d, n_vec);
         accumulate(
             acc, [&](int j) { return weights[j * page_size + i]; },
             [&](int v) {
@@ -193,6 +224,7 @@ void weigh_tile(const float* weights, int begin, int end, const Values& values, 
                 else
                     return values.tail(i, d, tail);
             });
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < n_q; ++j)
 #pragma GCC unroll 8
@@ -221,21 +253,30 @@ inline void weigh(const float* weights, int begin, int end, const Values& values
                                                    partial, scratch.padded_dim);
 }
 
-// Turns the scores of a page, -infinity where the query does not look, into exp(score - maximum);
-// gives the maximum and the sum of the exponentials.
+// Turns each query's scores of a page, -infinity where it does not look, into exp(score - maximum);
+// gives maxima and sums. The queries go through each step together, so that the latencies of their
+// reductions overlap.
+template <int n_q>
 inline void exponentiate(float* scores, float* maximum, float* total) {
-    // Finite even when all scores are -infinity, so that their exponentials are 0 and not NaN.
-    Vec largest = broadcast(-__FLT_MAX__);
-    for (int i = 0; i < page_size; i += width)
-        largest = max(largest, load(scores + i));
-    *maximum = max_lane(largest);
-    Vec sums = broadcast(0.0f);
-    for (int i = 0; i < page_size; i += width) {
-        const Vec e = exp(load(scores + i) - broadcast(*maximum));
-        store(scores + i, e);
-        sums = sums + e;
+    for (int j = 0; j < n_q; ++j) {
+        // Finite even when all scores are -infinity, so that their exponentials are 0 and not NaN.
+        Vec largest = broadcast(-__FLT_MAX__);
+        for (int i = 0; i < page_size; i += width)
+            largest = max(largest, load(scores + j * page_size + i));
+        maximum[j] = max_lane(largest);
     }
-    *total = QI_SIMD_LEVEL::sum(sums);
+    Vec sums[n_q];
+    for (int j = 0; j < n_q; ++j) {
+        sums[j] = broadcast(0.0f);
+        for (int i = 0; i < page_size; i += width) {
+            float* at = scores + j * page_size + i;
+            const Vec e = exp(load(at) - broadcast(maximum[j]));
+            store(at, e);
+            sums[j] = sums[j] + e;
+        }
+    }
+    for (int j = 0; j < n_q; ++j)
+        total[j] = sum(sums[j]);
 }
 
 // out[d] = out[d] · keep + part[d] · take; part has room for whole vectors.
@@ -296,10 +337,10 @@ void attend_block(const AttentionArgs& args, const int32_t* active, int64_t star
             scores[i] = -__builtin_inff();
         for (int i = end[j]; i < page_size; ++i)
             scores[i] = -__builtin_inff();
-        exponentiate(scores, &page_max[j], &page_sum[j]);
         old_max[j] = scratch.maximum[active[j]];
         old_sum[j] = scratch.sum[active[j]];
     }
+    exponentiate<n_q>(scratch.weights, page_max, page_sum);
 
     // Values that only some of the queries see are skipped by the others, not multiplied by zero:
     // they may be garbage.
@@ -366,11 +407,14 @@ void attend_page(const AttentionArgs& args, int64_t n_active, int64_t start, con
 template <class Keys, class Values>
 void fill_tiles(const Keys& keys, const Values& values, const Scratch& scratch) {
     const int64_t head_dim = scratch.head_dim;
-    for (int64_t d = 0; d < head_dim; ++d)
+    for (int64_t d = 0; d < head_dim; ++d) {
+        keys.prefetch(d, 0, page_size / width);
         for (int64_t position = 0; position < page_size; position += width)
             store(scratch.key_tile + d * page_size + position, keys.at(d, position));
+    }
     for (int64_t position = 0; position < page_size; ++position) {
         float* row = scratch.value_tile + position * scratch.padded_dim;
+        values.prefetch(position, 0, int((head_dim + width - 1) / width));
         int64_t d = 0;
         for (; d + width <= head_dim; d += width)
             store(row + d, values.at(position, d));
@@ -401,8 +445,10 @@ void attend_pages(const AttentionArgs& args, const Scratch& scratch) {
             n_active += sight.begin < sight.end;
         }
         if (n_active == 0) continue;
-        const Page page(args.pages[p], scratch);
-        if (n_active <= query_block) {
+        const std::byte* next = args.pages[p < last_page ? p + 1 : p];
+        const Page page(args.pages[p], intptr_t(next) - intptr_t(args.pages[p]), scratch);
+        // Converting twice on the fly costs less than writing tiles and reading them back.
+        if (n_active <= 2 * query_block) {
             attend_page(args, n_active, start, page.keys, page.values, scratch);
         } else {
             fill_tiles(page.keys, page.values, scratch);
