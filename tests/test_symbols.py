@@ -21,6 +21,9 @@ FORBIDDEN = re.compile(
     r"stdout|stderr|stdin|_ZSt(4cout|4cerr|4clog)|_ZSt9terminatev|_ZNSt8ios_base4InitC[12]Ev)"
 )
 
+# The destructor of std::thread names it, for a thread that is neither joined nor detached.
+STANDARD_LIBRARY = {("thread_pool.cpp.o", "_ZSt9terminatev")}
+
 
 def nm(arguments: list[str], paths: Iterable[Path]) -> set[str]:
     lines = subprocess.check_output(["nm", *arguments, *map(str, paths)], text=True).splitlines()
@@ -45,6 +48,7 @@ def test_the_library_needs_nothing_but_the_system() -> None:
 def test_our_objects_neither_end_the_process_nor_print() -> None:
     objects = build().objects
     assert len(objects) > 20
-    imported = nm(["--undefined-only"], objects)
-    assert "memcpy" in imported
-    assert sorted(name for name in imported if FORBIDDEN.fullmatch(name)) == []
+    imported = {(path.name, name) for path in objects for name in nm(["--undefined-only"], [path])}
+    assert "memcpy" in {name for _, name in imported}
+    found = {(path, name) for path, name in imported if FORBIDDEN.fullmatch(name)}
+    assert found <= STANDARD_LIBRARY
