@@ -4,6 +4,7 @@ Every engine keeps its model loaded in a process of its own and the two are time
 that whatever else the machine does meets both. Figures are medians with the range seen; ratios are
 qinfer / llama.cpp, pairwise. The machine's read bandwidth is measured between the rounds.
 
+\b
     python tools/bench_peers.py model.gguf --threads 2 --peer-python ~/peer/bin/python
 """
 
@@ -148,19 +149,19 @@ def report(results: Results, bytes_per_token: int) -> None:
     click.echo(f"read bandwidth       {spread(gigabytes, ' GB/s')}")
     click.echo(f"read per token       {bytes_per_token / 1e6:.1f} MB")
     click.echo(f"busy with others     {spread(results.foreign)} cores\n")
-    click.echo(f"{'':<40}{PEER:>26}{OURS:>26}{'ratio':>22}")
+    click.echo(f"{'':<40}{PEER:>24}{OURS:>24}{'ratio':>22}")
     for what in dict.fromkeys(what for what, _ in results.samples):
         peer, ours = results.samples[what, PEER], results.samples[what, OURS]
         ratios = [b / a for a, b in zip(peer, ours, strict=True)]
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
-        click.echo(f"{what:<40}{spread(peer):>26}{spread(ours):>26}{ratio:>22}")
+        click.echo(f"{what:<40}{spread(peer):>24}{spread(ours):>24}{ratio:>22}")
         if what == "decode, tokens/s":
             shares = [
                 [100 * rate * bytes_per_token / bandwidth for rate in rates]
                 for rates in (peer, ours)
             ]
             texts = [spread(share) for share in shares]
-            click.echo(f"{'  share of read bandwidth, %':<40}{texts[0]:>26}{texts[1]:>26}")
+            click.echo(f"{'  share of read bandwidth, %':<40}{texts[0]:>24}{texts[1]:>24}")
 
 
 @click.command(help=__doc__)

@@ -4,6 +4,7 @@ Weights are random block bytes with scales chosen so that all layers together ad
 variance, which keeps logits of ordinary size at any depth. The vocabulary is a SentencePiece one
 of made-up words, complete enough for every engine to load.
 
+\b
     python tools/make_model.py llama-1.1b.q4_0.gguf --arch llama --n-embd 2048 --n-ff 8192 \\
         --n-layer 16 --n-head 16 --n-vocab 32000 --type q4_0
 """
@@ -23,6 +24,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
+from qinfer import QInferError
 from qinfer._gguf import Writer
 
 ARCHITECTURES = ("llama", "qwen2", "falcon", "opt", "bamboo")
@@ -83,10 +85,6 @@ def random_rows(
     if type_name not in BLOCKS:
         return _random_floats(rng, type_name, n_rows, n_cols, std)
     blocks = BLOCKS[type_name]
-    if n_cols % blocks.size:
-        raise click.ClickException(
-            f"{type_name} needs rows of a multiple of {blocks.size} weights, not {n_cols}"
-        )
     n_blocks = n_rows * n_cols // blocks.size
     data = _random_bytes(rng, n_blocks * blocks.n_bytes).reshape(n_blocks, blocks.n_bytes)
     if type_name == "q8_0":  # encoders never write -128
@@ -300,7 +298,9 @@ def tensor_data(
 @click.option("--n-vocab", type=int, default=32000, show_default=True)
 @click.option("--n-ctx", type=int, default=4096, show_default=True, help="Trained context.")
 @click.option("--tied-head", is_flag=True, help="The head is token_embd (always so for opt).")
-@click.option("--type", "type_name", type=click.Choice(list(TYPES), False), default="q4_0")
+@click.option(
+    "--type", "type_name", type=click.Choice(list(TYPES), False), default="q4_0", show_default=True
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(
     out: Path, n_head_kv: int | None, tied_head: bool, type_name: str, seed: int, **sizes: Any
@@ -310,7 +310,10 @@ def main(
     shape = Shape(n_head_kv=n_head_kv or sizes["n_head"], tied_head=tied, **sizes)
     if shape.n_embd % shape.n_head or shape.n_head % shape.n_head_kv:
         raise click.ClickException("--n-embd must divide by --n-head, and that by --n-head-kv")
-    make_model(out, shape, type_name, seed)
+    try:
+        make_model(out, shape, type_name, seed)
+    except QInferError as error:
+        raise click.ClickException(str(error)) from error
 
 
 if __name__ == "__main__":
