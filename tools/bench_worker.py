@@ -23,7 +23,10 @@ class Engine(Protocol):
     """What is timed: a model with one empty sequence."""
 
     version: str
-    kv_bytes: int  # memory held for keys and values
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory held for keys and values."""
 
     def feed(self, tokens: list[int]) -> None:
         """Appends tokens and waits until the logits of the last one are there."""
@@ -56,9 +59,12 @@ class LlamaCpp:
         self.context = lib.llama_init_from_model(self.model, params)
         head_dim = lib.llama_model_n_embd(self.model) // lib.llama_model_n_head(self.model)
         n_embd_kv = head_dim * lib.llama_model_n_head_kv(self.model)
-        # F16 keys and values of all layers; llama.cpp touches the whole cache when it makes it.
-        per_token = 2 * 2 * n_embd_kv * lib.llama_model_n_layer(self.model)
-        self.kv_bytes = lib.llama_n_ctx(self.context) * per_token
+        self.kv_bytes_per_token = 2 * 2 * n_embd_kv * lib.llama_model_n_layer(self.model)
+
+    @property
+    def kv_bytes(self) -> int:
+        # llama.cpp touches the whole cache when it makes it.
+        return int(self.lib.llama_n_ctx(self.context) * self.kv_bytes_per_token)
 
     def feed(self, tokens: list[int]) -> None:
         array = (self.lib.llama_token * len(tokens))(*tokens)
@@ -87,7 +93,7 @@ class QInfer:
 
     @property
     def kv_bytes(self) -> int:
-        return self.context.info.kv_bytes_used
+        return int(self.context.info.kv_bytes_used)
 
     def feed(self, tokens: list[int]) -> None:
         self.context.feed(tokens)
