@@ -26,6 +26,7 @@ from jinja2.filters import FILTERS, make_attrgetter
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.tests import TESTS
 from markupsafe import Markup
 
 from .errors import ArgumentError, FormatError
@@ -43,12 +44,17 @@ _MAX_INT_BITS = 4096
 _MAX_INDENT = 16
 _MAX_PLACES = 30
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Methods that make no more text than they are called on, but for `join` and `replace`.
-_TEXT_METHODS = frozenset(
+_TEXT_METHODS = _names(
     """capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit
     islower isnumeric isspace istitle isupper join lower lstrip partition removeprefix removesuffix
     replace rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title
-    upper""".split()
+    upper"""
 )
 _METHODS: dict[type, frozenset[str]] = {
     str: _TEXT_METHODS,
@@ -63,18 +69,20 @@ _METHODS: dict[type, frozenset[str]] = {
 }
 # Jinja's own filters, by how often they read the whole of what they are given: not at all, once to
 # change its text, or many times to compare its items.
-_SHALLOW_FILTERS = """abs attr count d default first items last length map reject rejectattr
-    reverse select selectattr""".split()
-_TEXT_FILTERS = "capitalize e escape float int lower safe title trim truncate upper".split()
-_SORTING_FILTERS = "dictsort groupby max min sort unique".split()
-_COMPARING_TESTS = "eq equalto == ne != lt lessthan < le <= gt greaterthan > ge >= in".split()
-_GLOBALS = ("range", "dict", "namespace", "cycler", "joiner")
+_SHALLOW_FILTERS = _names(
+    """abs attr count d default first items last length map reject rejectattr reverse select
+    selectattr"""
+)
+_TEXT_FILTERS = _names("capitalize e escape float int lower safe title trim truncate upper")
+_SORTING_FILTERS = _names("dictsort groupby max min sort unique")
+_COMPARING_TESTS = _names("eq equalto == ne != lt lessthan < le <= gt greaterthan > ge >= in")
+_GLOBALS = _names("range dict namespace cycler joiner")
 # Widths in "%999999d" make text out of nothing.
 _WIDE_FORMAT = re.compile(r"%[^%a-zA-Z]*(?:\*|[0-9]{3})")
 _TIME_FORMAT = re.compile(r"(?:[^%\0]|%[-_0^#]?[A-Za-z%]){0,200}")
 
 
-class _Refusal(TemplateError):
+class _RefusalError(TemplateError):
     """What a template says by `raise_exception`: the messages are not such as it renders."""
 
 
@@ -224,7 +232,7 @@ def _strftime_now(format: str) -> str:
 
 
 def _raise_exception(message: object) -> NoReturn:
-    raise _Refusal(_string(message))
+    raise _RefusalError(_string(message))
 
 
 def _paid(function: Callable[..., Any], reads: int, *, items: bool = False) -> Callable[..., Any]:
@@ -251,7 +259,7 @@ def _paid(function: Callable[..., Any], reads: int, *, items: bool = False) -> C
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training; the text is what stands inside."""
+    """`{% generation %}` marks the assistant's words for training; its text is what it holds."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -268,7 +276,7 @@ def _finalize(context: Context, value: Any) -> Any:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox with its budget; the names that begin with `paid` are called by rewritten nodes."""
+    """The sandbox with its budget; what begins with `paid` is called by rewritten nodes."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
@@ -285,10 +293,16 @@ class _Environment(ImmutableSandboxedEnvironment):
             **{name: _paid(FILTERS[name], 1) for name in _TEXT_FILTERS},
             **{name: _paid(FILTERS[name], 16, items=True) for name in _SORTING_FILTERS},
             "list": _paid(FILTERS["list"], 0, items=True),
-            **{"format": _format, "indent": _indent, "join": _join, "replace": _replace},
-            **{"round": _round, "string": _string, "tojson": _to_json},
+            "format": _format,
+            "indent": _indent,
+            "join": _join,
+            "replace": _replace,
+            "round": _round,
+            "string": _string,
+            "tojson": _to_json,
         }
-        self.tests |= {name: _paid(self.tests[name], 1) for name in _COMPARING_TESTS}
+        tests: dict[str, Any] = {**TESTS}
+        self.tests = tests | {name: _paid(tests[name], 1) for name in _COMPARING_TESTS}
         self.globals = {name: self.globals[name] for name in _GLOBALS}
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
@@ -353,7 +367,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _pay_method(owner: str, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Pays for a method of a string; returns its arguments, those that can be read once only as lists."""
+    """Pays for a method of a string; returns its arguments, with an iterator's items as a list."""
     _spend(len(owner))
     if name == "replace":
         _pay_replace(owner, args[0], args[1])
@@ -374,7 +388,8 @@ def _rewrite(node: nodes.Node, environment: _Environment) -> None:
     def paid(name: str, args: list[nodes.Expr], lineno: int) -> nodes.Call:
         function = nodes.EnvironmentAttribute(name, lineno=lineno)
         call = nodes.Call(function, args, [], None, None, lineno=lineno)
-        return call.set_environment(environment)
+        call.set_environment(environment)
+        return call
 
     def rewritten(child: Any) -> Any:
         if not isinstance(child, nodes.Node):
@@ -390,9 +405,7 @@ def _rewrite(node: nodes.Node, environment: _Environment) -> None:
     for name, value in list(node.iter_fields()):
         is_list = isinstance(value, list)
         setattr(node, name, [*map(rewritten, value)] if is_list else rewritten(value))
-    if isinstance(node, nodes.Compare):
-        node.expr = paid("paid_value", [node.expr], node.lineno)
-    elif isinstance(node, nodes.Operand):
+    if isinstance(node, (nodes.Compare, nodes.Operand)):
         node.expr = paid("paid_value", [node.expr], node.lineno)
     elif isinstance(node, (nodes.For, nodes.Macro, nodes.CallBlock)):
         fixed = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
@@ -436,7 +449,7 @@ class Template:
                 _spend(len(chunk))
                 chunks.append(chunk)
             return "".join(chunks)
-        except _Refusal as refusal:
+        except _RefusalError as refusal:
             raise ArgumentError(f"{self._name} refuses the messages: {refusal}") from None
         except Exception as error:
             line = _line(error.__traceback__)

@@ -72,10 +72,7 @@ def render(
     checked = _messages(messages)
     source = tokenizer.chat_template if chat_template is None else chat_template
     if source is None:
-        raise FormatError(
-            f"{tokenizer.source} has no chat template: give one with chat_template=, or use a plain "
-            "prompt"
-        )
+        raise FormatError(f"{tokenizer.source} has no chat template: give one with chat_template=")
     name = f"chat template of {tokenizer.source}" if chat_template is None else "chat_template"
     names = {
         f"{kind}_token": "" if token_id is None else tokenizer.token(token_id)

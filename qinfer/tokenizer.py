@@ -62,7 +62,7 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, file: str | os.PathLike[str] | GGUF) -> Tokenizer:
-        """The tokenizer of a GGUF file, given by its path or opened; a file with a vocabulary and no tensors will do."""
+        """The tokenizer of a GGUF file, given by its path or opened; it needs no tensors."""
         from ._gguf import GGUF
 
         if isinstance(file, GGUF):
@@ -105,7 +105,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of a whole sequence: what `encode` was given, without the spaces it put before texts.
+        """The text of a whole sequence: what `encode` was given, without the spaces it added.
 
         `skip_special` leaves out control tokens. Bytes that are no UTF-8 become U+FFFD. For tokens
         that continue a text, use `decoder`, which leaves the first space alone. Raises
@@ -124,11 +124,11 @@ class Tokenizer:
         return b"".join(pieces).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the tokens one after another, control tokens by their names; nothing is left out."""
+        """The bytes of the tokens one after another; of control tokens, their names."""
         return b"".join(map(self.token_bytes, ids))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for, which need not be whole characters; of a control token, its name."""
+        """The bytes of a token, not always whole characters; of a control token, its name."""
         token_id = self._check_id(token_id)
         known = self._bytes[token_id]
         if known is None:
@@ -136,7 +136,7 @@ class Tokenizer:
         return known
 
     def decoder(self, *, skip_special: bool = True, at_start: bool = False) -> IncrementalDecoder:
-        """A decoder for tokens that come one by one; `at_start` when no text is before them, only BOS or nothing."""
+        """A decoder for tokens that come one by one; `at_start` when no text is before them."""
         return IncrementalDecoder(self, skip_special=skip_special, at_start=at_start)
 
     def token(self, token_id: int) -> str:
@@ -164,7 +164,7 @@ class Tokenizer:
 
     @cached_property
     def _special(self) -> list[tuple[str, int, bool]]:
-        """Text, id and "only when special tokens are parsed" of each token that is read whole, longest first."""
+        """Each token that is read whole, longest first: text, id, and whether only when parsing."""
         kinds = (*_HIDDEN, TokenType.USER_DEFINED)
         found = [
             (text, token_id, token_id in self._hidden)
@@ -174,7 +174,7 @@ class Tokenizer:
         return sorted(found, key=lambda item: -len(item[0].encode()))
 
     def _split_special(self, text: str, parse_special: bool) -> list[str | int]:
-        """Text cut at the tokens read whole; longer ones take precedence anywhere in it, as in llama.cpp."""
+        """Text cut at the tokens read whole: longer ones first, wherever they are, as in llama.cpp."""
         parts: list[str | int] = [text] if text else []
         for spelling, token_id, only_parsed in self._special:
             if (only_parsed and not parse_special) or spelling not in text:
@@ -225,7 +225,7 @@ class Tokenizer:
 
 
 class IncrementalDecoder:
-    """Turns tokens into text one at a time; a character whose bytes span tokens appears when its last byte has come."""
+    """Turns tokens into text one at a time; a character appears when its last byte has come."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool, at_start: bool) -> None:
         self._tokenizer = tokenizer
@@ -234,7 +234,7 @@ class IncrementalDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes, often none. Raises ArgumentError naming an id outside the vocabulary."""
+        """The text that this token completes; ArgumentError names an id outside the vocabulary."""
         tokenizer = self._tokenizer
         piece = tokenizer.token_bytes(token_id)
         if tokenizer.is_control(token_id):
@@ -246,7 +246,7 @@ class IncrementalDecoder:
         return self._utf8.decode(piece)
 
     def flush(self) -> str:
-        """The rest: U+FFFD when the last character is incomplete, else nothing. The decoder can then be used anew."""
+        """The rest: U+FFFD when the last character is incomplete. The decoder can be used anew."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest

@@ -18,7 +18,7 @@ logger = logging.getLogger("qinfer")
 
 @cache
 def byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte: itself where printable in Latin-1, else one from U+0100 on."""
+    """The character for each byte: itself where Latin-1 prints it, else one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -60,8 +60,8 @@ class BpeEncoder:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text without special tokens.
 
-        Bytes without a token in the vocabulary, control characters in some, are left out, which is logged once. Raises
-        ArgumentError for a run of millions of spaces.
+        Bytes without a token in the vocabulary, control characters in some, are left out, which is
+        logged once. Raises ArgumentError for a run of millions of spaces.
         """
         if self._missing and not self._missing.isdisjoint(text.encode()):
             logger.warning(
@@ -87,19 +87,24 @@ def _model(vocabulary: Vocabulary, whole_words: bool) -> models.BPE:
     ids = vocabulary.ids
     types = vocabulary.types
     plain = {text: index for text, index in ids.items() if types[index] not in excluded}
-    try:
-        # Of equal merges the first counts, as elsewhere; `tokenizers` would take the last.
-        merges = [*dict.fromkeys(map(bytes.decode, vocabulary.merges))]
-        pairs = [tuple(merge.split(" ")) for merge in merges]
-        return models.BPE(plain, pairs, ignore_merges=whole_words)
-    except Exception:
-        # Checking 280,000 merges one by one takes longer than building with them.
-        pairs = _checked_merges(vocabulary, plain)
-        return models.BPE(plain, pairs, ignore_merges=whole_words)
+    merges = vocabulary.merges
+    longest = max((len(text.encode()) for text in plain), default=0)
+    if max(map(len, merges), default=0) <= longest + 1:  # else `tokenizers` panics
+        try:
+            # Of equal merges the first counts, as elsewhere; `tokenizers` would take the last.
+            pairs = [tuple(merge.split(" ")) for merge in dict.fromkeys(map(bytes.decode, merges))]
+            return models.BPE(plain, pairs, ignore_merges=whole_words)
+        except Exception as error:
+            logger.debug("%s: %s; looking at each merge", vocabulary.source, error)
+    # Only now, because checking 280,000 merges one by one takes as long as building with them.
+    return models.BPE(plain, _checked_merges(vocabulary, plain), ignore_merges=whole_words)
 
 
 def _checked_merges(vocabulary: Vocabulary, plain: dict[str, int]) -> list[tuple[str, str]]:
-    """The merges that make plain tokens; raises FormatError at the first that is no merge of two tokens into a third."""
+    """The merges that make plain tokens.
+
+    Raises FormatError at the first that is no merge of two tokens into a third.
+    """
 
     def error(index: int, problem: str) -> FormatError:
         return FormatError(f"{vocabulary.source}: tokenizer.ggml.merges[{index}] {problem}")

@@ -1,7 +1,7 @@
-"""How each family of BPE vocabularies cuts a text into words before merging: by regular expressions in turn.
+"""How each family of BPE vocabularies cuts a text into words, by regular expressions in turn.
 
-The expressions are those of the models' published tokenizer.json files, in Oniguruma's dialect. Each cuts the pieces that
-the one before it left; text between matches is a piece as well.
+The expressions are those of the models' published tokenizer.json files, in Oniguruma's dialect.
+Each cuts the pieces that the one before it left; text between matches is a piece as well.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class SpmEncoder:
 
 
 def _check_bytes(vocabulary: Vocabulary) -> None:
-    """Either all 256 bytes have a token or none has: with some of them, some texts could not be encoded."""
+    """Either all 256 bytes have a token or none has: with some, some texts have no encoding."""
     found = {
         byte_value(text)
         for text, kind in zip(vocabulary.texts, vocabulary.types, strict=True)
@@ -59,8 +59,9 @@ def _model_proto(vocabulary: Vocabulary) -> bytes:
     for index, (text, score, kind) in enumerate(
         zip(vocabulary.texts, vocabulary.scores, types, strict=True)
     ):
-        if not text:
-            text, kind = f"\0empty {index}", int(TokenType.CONTROL)
+        if not text or "\0" in text:
+            # What sentencepiece refuses gets a name that no text spells.
+            text, kind = f"\U0010ffff{index}", int(TokenType.CONTROL)
         piece = _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + bytes((0x18, kind))
         pieces.append(_field(1, piece))
     byte_fallback = TokenType.BYTE in types

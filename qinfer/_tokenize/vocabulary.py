@@ -1,4 +1,4 @@
-"""The vocabulary in a file's metadata, checked once: texts, types, scores, merges and special ids."""
+"""The vocabulary in a file's metadata, checked once: texts, types, scores, merges, special ids."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ _SPECIAL_KEYS = ("bos", "eos", "eot", "eom", "unknown", "padding")
 _PRE_BY_ARCHITECTURE = {"falcon": "falcon", "opt": "gpt-2", "gpt2": "gpt-2"}
 # Pre-tokenisers whose models begin with BOS although their files may not say so.
 _PRE_WITH_BOS = frozenset(
-    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 tekken".split()
-)
+    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
+) | {"tekken"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Vocabulary:
-    """A vocabulary; lists indexed by token id have `n_vocab` items, an id that does not exist is None."""
+    """A vocabulary; an id that does not exist is None."""
 
     source: str
     model: str  # "llama": pieces with scores (SPM); "gpt2": byte-level pairs with ranks (BPE)
@@ -162,8 +162,9 @@ def read_vocabulary(
 ) -> Vocabulary:
     """The vocabulary of a file.
 
-    `raw_strings` gives the bytes of an array of strings by key; without it, `metadata` holds str or bytes. Raises
-    FormatError naming the key and the index of what is wrong, UnsupportedError for another kind of tokenizer.
+    `raw_strings` gives the bytes of an array of strings by key; without it, `metadata` holds str or
+    bytes. Raises FormatError naming the key and the index of what is wrong, UnsupportedError for
+    another kind of tokenizer.
     """
     reader = _Reader(metadata, raw_strings, source)
     model = reader.string("tokenizer.ggml.model")
@@ -225,7 +226,7 @@ def _texts(reader: _Reader) -> list[str]:
 
 def _ids(reader: _Reader, texts: list[str]) -> dict[str, int]:
     ids = {text: index for index, text in enumerate(texts)}
-    # Empty texts are placeholders: any number of them may stand in a vocabulary, none is ever encoded.
+    # Empty texts are placeholders: there may be any number of them, and none is ever encoded.
     ids.pop("", None)
     if len(ids) + texts.count("") != len(texts):
         first: dict[str, int] = {}
@@ -248,9 +249,7 @@ def _special_ids(
         else {"bos": end_of_text, "eos": end_of_text}
     )
     return {
-        name: reader.token_id(
-            f"tokenizer.ggml.{name}_token_id", len(texts), defaults.get(name)
-        )
+        name: reader.token_id(f"tokenizer.ggml.{name}_token_id", len(texts), defaults.get(name))
         for name in _SPECIAL_KEYS
     }
 
@@ -322,7 +321,9 @@ def _end_of_generation(
 ) -> frozenset[int]:
     known = (ids.get(text) for text in _END_OF_GENERATION)
     found = {i for i in known if i is not None and types[i] == TokenType.CONTROL}
-    return frozenset(found | {i for name in ("eos", "eot", "eom") if (i := special[name]) is not None})
+    return frozenset(
+        found | {i for name in ("eos", "eot", "eom") if (i := special[name]) is not None}
+    )
 
 
 def _adds(reader: _Reader, name: str, special: dict[str, int | None], default: bool) -> bool:
