@@ -37,7 +37,8 @@ def run_interruptibly(
 
     try:
         threading.Thread(target=work, name="qinfer call", daemon=True).start()
-        while not done.wait(None if poll is None else POLL_SECONDS):
+        # Not one long wait: a signal that another thread received does not end it.
+        while not done.wait(POLL_SECONDS):
             if poll is not None:
                 poll()
     except BaseException:

@@ -232,7 +232,8 @@ def run(
 
     Example: qinfer run smollm2 -p "Once upon a time" -n 64
     """
-    text = _text(prompt, file)
+    # Editors end files with a line break that nobody means as part of a prompt.
+    text = _text(prompt, file).removesuffix("\n") if file else _text(prompt, file)
     wanted = _generate_options(options)
     with (
         _load(
@@ -295,9 +296,24 @@ def chat(
 
 @cli.command(epilog=_MODEL_HELP)
 @_model_argument
-@click.option("-p", "--n-prompt", type=click.IntRange(1), default=128, show_default=True)
-@click.option("-n", "--n-gen", type=click.IntRange(1), default=32, show_default=True)
-@click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True)
+@click.option(
+    "-p",
+    "--n-prompt",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Tokens of the prompt.",
+)
+@click.option(
+    "-n",
+    "--n-gen",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Tokens to generate.",
+)
+@click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True,
+              help="Rounds to take the median of.")  # fmt: skip
 @_with(_MACHINE_OPTIONS)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -51,7 +50,7 @@ class Model:
     instead of computed again. The model is a context manager; `close()` frees it at once.
 
     Args:
-        path: the file; of a split model, its first part.
+        path: the file, or the folder it is alone in; of a split model, its first part.
         device: "auto" or "cpu".
         n_ctx: positions per sequence; None takes what the model was trained for, or less where the
             keys and values of so many would not fit in memory. Memory is taken as they fill.
@@ -64,10 +63,11 @@ class Model:
 
     Raises:
         FileError: the file cannot be read.
-        FormatError: the file is damaged; the message names the key, tensor or offset.
+        FormatError: the file is damaged; the message names the key, tensor or offset. Or `path` is
+            a folder of a checkpoint; the message has the command that converts it.
         UnsupportedError: the file is of an architecture or tensor type that is not known.
         DeviceError: the device asked for cannot be had.
-        ArgumentError: an argument is out of range, or `path` is a folder.
+        ArgumentError: an argument is out of range, or `path` is a folder without one model.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Model:
         positive("n_ctx", n_ctx)
         positive("threads", threads)
         kv_type_number(kv_type)
-        _refuse_folder(path)
+        path = _file(path)
         self.path = os.fsdecode(path)
         self._threads = threads
         self._kv_type = kv_type
@@ -483,21 +483,13 @@ def _check_device(device: str) -> None:
         raise ArgumentError(f"device={device!r} is not 'auto', 'cpu', 'cuda' or 'cann'")
 
 
-def _refuse_folder(path: StrPath) -> None:
-    """A folder is not a model; one of safetensors can be made into one."""
-    folder = Path(os.fsdecode(path))
-    if not folder.is_dir():
-        return
-    if any(folder.glob("*.safetensors")):
-        source = shlex.quote(str(folder))
-        target = shlex.quote(f"{folder.resolve().name}.gguf")
-        raise ArgumentError(
-            f"{folder} is a folder of safetensors; make a GGUF file of it first: "
-            f"python -m qinfer.tools.convert_dense {source} --outfile {target}"
-        )
-    names = sorted(item.name for item in folder.glob("*.gguf"))
-    held = f"it holds {', '.join(names)}" if names else "it holds no .gguf file"
-    raise ArgumentError(f"{folder} is a folder, not a model file; {held}")
+def _file(path: StrPath) -> StrPath:
+    """The file meant by a path: the one model in a folder, or the path itself."""
+    if not Path(os.fsdecode(path)).is_dir():
+        return path
+    from .hub import resolve
+
+    return resolve(Path(os.fsdecode(path)))
 
 
 def _n_ctx(info: ModelInfo, asked: int | None, kv_type: str) -> int:

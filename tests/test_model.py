@@ -677,14 +677,25 @@ def test_arguments_out_of_range_are_refused_by_name(
 def test_a_folder_of_safetensors_gets_the_command_that_converts_it(tmp_path: Path) -> None:
     folder = tmp_path / "my model"
     folder.mkdir()
-    with pytest.raises(qinfer.ArgumentError, match=r"no \.gguf file"):
+    with pytest.raises(qinfer.ArgumentError, match=r"without a \.gguf file"):
         Model(folder)
     (folder / "model.safetensors").touch()
-    with pytest.raises(qinfer.ArgumentError) as caught:
+    with pytest.raises(qinfer.FormatError) as caught:
         Model(folder)
     assert str(caught.value).endswith(
         f"python -m qinfer.tools.convert_dense '{folder}' --outfile 'my model.gguf'"
     )
+
+
+def test_the_only_model_in_a_folder_can_be_meant_by_the_folder(
+    stories260k: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.gguf").symlink_to(stories260k)
+    with Model(tmp_path) as model:
+        assert model.path == str(tmp_path / "a.gguf")
+    (tmp_path / "b.gguf").symlink_to(stories260k)
+    with pytest.raises(qinfer.ArgumentError, match=r"a\.gguf, b\.gguf"):
+        Model(tmp_path)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+"""The error family, what becomes of the runtime's statuses and log lines, and damaged models."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qinfer
+from oracle.tiny import tiny_shape, write_tiny
+from qinfer import Model, _native
+from qinfer._native import ffi, lib
+
+FAMILY = {
+    qinfer.FormatError: ValueError,
+    qinfer.ArgumentError: ValueError,
+    qinfer.UnsupportedError: ValueError,
+    qinfer.ContextFull: ValueError,
+    qinfer.DeviceError: RuntimeError,
+    qinfer.Busy: RuntimeError,
+    qinfer.Closed: RuntimeError,
+    qinfer.InternalError: RuntimeError,
+    qinfer.OutOfMemory: MemoryError,
+    qinfer.FileError: OSError,
+    qinfer.Cancelled: Exception,
+}
+STATUSES = {
+    "QI_FORMAT": qinfer.FormatError,
+    "QI_ARGUMENT": qinfer.ArgumentError,
+    "QI_IO": qinfer.FileError,
+    "QI_MEMORY": qinfer.OutOfMemory,
+    "QI_CONTEXT_FULL": qinfer.ContextFull,
+    "QI_CANCELLED": qinfer.Cancelled,
+    "QI_BUSY": qinfer.Busy,
+    "QI_UNSUPPORTED": qinfer.UnsupportedError,
+    "QI_DEVICE": qinfer.DeviceError,
+    "QI_INTERNAL": qinfer.InternalError,
+}
+
+
+@pytest.mark.parametrize(("kind", "builtin"), FAMILY.items())
+def test_each_error_is_ours_and_a_builtin(kind: type[Exception], builtin: type[Exception]) -> None:
+    assert issubclass(kind, qinfer.QInferError)
+    assert issubclass(kind, builtin)
+    assert str(kind("what happened")) == "what happened"
+
+
+def test_every_status_has_its_error() -> None:
+    names = set(ffi.typeof("qi_status").relements) - {"QI_OK"}
+    assert names == set(STATUSES)
+    for name, kind in STATUSES.items():
+        error = _native.new_error()
+        error.message = b"gr\xc3\xbc\xc3\x9fe"
+        with pytest.raises(kind, match=r"^grüße$") as caught:
+            _native.check(getattr(lib, name), error)
+        assert type(caught.value) is kind
+    _native.check(lib.QI_OK)
+    with pytest.raises(qinfer.InternalError, match="status 99"):
+        _native.check(99)
+
+
+def test_the_runtimes_log_goes_to_the_logger(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unused = {"unheard-of.weight": np.zeros(4)}
+    path = write_tiny(tmp_path / "tiny.gguf", tiny_shape("llama"), extra_tensors=unused)
+    with caplog.at_level(logging.DEBUG, "qinfer"), Model(path):
+        pass
+    (record,) = [record for record in caplog.records if "unheard-of.weight" in record.message]
+    assert (record.name, record.levelno) == ("qinfer", logging.WARNING)
+
+
+def test_without_handlers_nothing_is_printed(stories260k: Path) -> None:
+    code = "import sys, qinfer; qinfer.Model(sys.argv[1], n_ctx=600).generate('a', max_tokens=2)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, stories260k], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_handler_may_call_qinfer(stories260k: Path, tmp_path: Path) -> None:
+    unused = {"unheard-of.weight": np.zeros(4)}
+    path = write_tiny(tmp_path / "tiny.gguf", tiny_shape("llama"), extra_tensors=unused)
+    texts = []
+
+    class Generating(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            with Model(stories260k) as model:
+                texts.append(model.generate("Once", max_tokens=3, temperature=0).text)
+
+    handler = Generating()
+    _native.logger.addHandler(handler)
+    try:
+        with Model(path):
+            pass
+    finally:
+        _native.logger.removeHandler(handler)
+    assert texts == [" upon a time"]
+
+
+def test_every_way_to_cut_a_model_short_is_an_error_with_its_name(
+    stories260k: Path, tmp_path: Path
+) -> None:
+    data = stories260k.read_bytes()
+    path = tmp_path / "cut.gguf"
+    for length in [*range(0, 16_000, 997), len(data) // 2, len(data) - 1]:
+        path.write_bytes(data[:length])
+        with pytest.raises(qinfer.FormatError, match=r"cut\.gguf"):
+            Model(path)
+
+
+def test_flipped_bits_end_in_our_errors_or_in_a_model(stories260k: Path, tmp_path: Path) -> None:
+    data = stories260k.read_bytes()
+    path = tmp_path / "flipped.gguf"
+    n_refused = 0
+    for index in range(0, 14_192, 41):
+        flipped = bytearray(data)
+        flipped[index] ^= 1 << index % 8
+        path.write_bytes(flipped)
+        try:
+            with Model(path, n_ctx=32) as model:
+                model.generate("Once", max_tokens=2, temperature=0)
+        except qinfer.QInferError as error:
+            n_refused += 1
+            assert str(error)
+    assert n_refused > 20
+
+
+def test_a_folder_in_place_of_a_file_and_a_file_without_rights(tmp_path: Path) -> None:
+    with pytest.raises(qinfer.ArgumentError, match=r"without a \.gguf file"):
+        Model(tmp_path)
+    (tmp_path / "a.gguf").mkdir()
+    with pytest.raises(qinfer.ArgumentError, match=r"a\.gguf"):
+        Model(tmp_path / "a.gguf")
+    (tmp_path / "text.gguf").write_text("this is not a model")
+    with pytest.raises(qinfer.FormatError, match=r"text\.gguf"):
+        Model(tmp_path / "text.gguf")
