@@ -69,7 +69,7 @@ def fetch(name: str, progress: Progress | None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
             if not _is_whole(path, alias):
-                with Bar(f"fetching {name}") as bar:
+                with Bar(f"fetching {name}", in_bytes=True) as bar:
                     _fetch(alias, path, progress or bar)
     except OSError as error:
         if isinstance(error, FileError):
