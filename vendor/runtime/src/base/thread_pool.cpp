@@ -241,9 +241,9 @@ int Pool::start_workers(const Slot& slot, int n_invited) {
             std::thread([this, &worker] { work(worker); }).detach();
         } catch (const std::system_error& error) {
             n_startable_.store(n, std::memory_order_relaxed);
-            log(LogLevel::warning, format("computing with %d threads: the system refuses to start "
-                                          "another (%s)",
-                                          n + 1, error.what()));
+            log(LogLevel::warning,
+                format("computing with %d thread%s: the system refuses to start another (%s)",
+                       n + 1, n == 0 ? "" : "s", error.what()));
             break;
         }
         n_workers_.store(n + 1, std::memory_order_release);

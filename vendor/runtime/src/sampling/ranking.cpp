@@ -45,6 +45,28 @@ inline uint32_t falling_key(float logit) {
     return bits >> 31 ? bits : ~bits & 0x7fffffffu;
 }
 
+// Into the order of rank, given the order of id: 11 bits at a time from the lowest, stably.
+void radix_sort(std::vector<Candidate>& candidates, std::vector<Candidate>& scratch) {
+    constexpr int n_bits = 11;
+    constexpr uint32_t n_digits = 1u << n_bits;
+    const auto digit = [](const Candidate& candidate, size_t pass) {
+        return falling_key(candidate.logit) >> (pass * n_bits) & (n_digits - 1);
+    };
+    std::array<std::array<uint32_t, n_digits>, 3> starts{};
+    for (const Candidate& candidate : candidates)
+        for (size_t pass = 0; pass < starts.size(); ++pass)
+            ++starts[pass][digit(candidate, pass)];
+    scratch.resize(candidates.size());
+    for (size_t pass = 0; pass < starts.size(); ++pass) {
+        uint32_t n_before = 0;
+        for (uint32_t& start : starts[pass])
+            n_before += std::exchange(start, n_before);
+        for (const Candidate& candidate : candidates)
+            scratch[starts[pass][digit(candidate, pass)]++] = candidate;
+        candidates.swap(scratch);
+    }
+}
+
 }  // namespace
 
 LogitSummary summarize(std::span<const float> logits) {
@@ -127,29 +149,14 @@ void Ranking::select_best(size_t n) {
     std::sort(ordered_.begin(), ordered_.end(), ranks_before);
 }
 
-// Radix sort, 11 bits at a time; it is stable, so equal logits stay in order of id.
 void Ranking::sort_all() {
-    constexpr int n_bits = 11;
-    constexpr uint32_t n_digits = 1u << n_bits;
-    std::array<std::array<uint32_t, n_digits>, 3> starts{};
     ordered_.clear();
-    for (size_t i = 0; i < logits_.size(); ++i) {
-        if (!(logits_[i] > -infinity)) continue;
-        ordered_.push_back({logits_[i], int32_t(i)});
-        const uint32_t key = falling_key(logits_[i]);
-        for (size_t pass = 0; pass < starts.size(); ++pass)
-            ++starts[pass][key >> (pass * n_bits) & (n_digits - 1)];
-    }
-    scratch_.resize(ordered_.size());
-    for (size_t pass = 0; pass < starts.size(); ++pass) {
-        uint32_t n_before = 0;
-        for (uint32_t& start : starts[pass])
-            n_before += std::exchange(start, n_before);
-        for (const Candidate& candidate : ordered_)
-            scratch_[starts[pass][falling_key(candidate.logit) >> (pass * n_bits) &
-                                  (n_digits - 1)]++] = candidate;
-        ordered_.swap(scratch_);
-    }
+    for (size_t i = 0; i < logits_.size(); ++i)
+        if (logits_[i] > -infinity) ordered_.push_back({logits_[i], int32_t(i)});
+    if (ordered_.size() < 4096)  // about where the radix sort's tables are paid for
+        std::sort(ordered_.begin(), ordered_.end(), ranks_before);
+    else
+        radix_sort(ordered_, scratch_);
 }
 
 inline float Ranking::exponent(float logit, float temperature) const {
