@@ -76,6 +76,7 @@ _SHALLOW_FILTERS = _names(
 _TEXT_FILTERS = _names("capitalize e escape float int lower safe title trim truncate upper")
 _SORTING_FILTERS = _names("dictsort groupby max min sort unique")
 _COMPARING_TESTS = _names("eq equalto == ne != lt lessthan < le <= gt greaterthan > ge >= in")
+_SEQUENCES = (str, list, tuple)
 _GLOBALS = _names("range dict namespace cycler joiner")
 # Widths in "%999999d" make text out of nothing.
 _WIDE_FORMAT = re.compile(r"%[^%a-zA-Z]*(?:\*|[0-9]{3})")
@@ -321,9 +322,10 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
             _check_format(left, right)
-        elif operator == "*" and isinstance(left, int) != isinstance(right, int):
-            times, value = (left, right) if isinstance(left, int) else (right, left)
-            _spend(max(times, 0) * _measure(value)[0])
+        elif operator == "*" and isinstance(left, _SEQUENCES) and isinstance(right, int):
+            _spend(max(right, 0) * _measure(left)[0])
+        elif operator == "*" and isinstance(right, _SEQUENCES) and isinstance(left, int):
+            _spend(max(left, 0) * _measure(right)[0])
         elif isinstance(left, int) and isinstance(right, int):
             bits = {"*": left.bit_length() + right.bit_length(), "**": left.bit_length() * right}
             if bits.get(operator, 0) > _MAX_INT_BITS:

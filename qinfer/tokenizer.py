@@ -174,7 +174,7 @@ class Tokenizer:
         return sorted(found, key=lambda item: -len(item[0].encode()))
 
     def _split_special(self, text: str, parse_special: bool) -> list[str | int]:
-        """Text cut at the tokens read whole: longer ones first, wherever they are, as in llama.cpp."""
+        """Text cut at the tokens read whole: longer ones first, wherever they are (llama.cpp)."""
         parts: list[str | int] = [text] if text else []
         for spelling, token_id, only_parsed in self._special:
             if (only_parsed and not parse_special) or spelling not in text:
