@@ -26,12 +26,15 @@ double best_time(const std::function<void()>& call) {
     int64_t n = 1;
     const auto pass = [&] {
         const double start = cpu_seconds();
-        for (int64_t i = 0; i < n; ++i) call();
+        for (int64_t i = 0; i < n; ++i)
+            call();
         return cpu_seconds() - start;
     };
-    while (pass() < 0.01) n *= 2;  // long against reading the clock
+    while (pass() < 0.01)
+        n *= 2;  // long against reading the clock
     double best = pass();
-    for (int i = 0; i < 8; ++i) best = std::min(best, pass());
+    for (int i = 0; i < 8; ++i)
+        best = std::min(best, pass());
     return best / double(n);
 }
 
