@@ -78,6 +78,11 @@ class Results:
         """Keeps one sample."""
         self.samples[what, engine].append(value)
 
+    def add_speed(self, what: str, engine: str, n: int, answer: dict[str, Any]) -> None:
+        """Keeps the speed of n tokens by the wall clock and by CPU time."""
+        self.add(f"{what}, tokens/s", engine, n / answer["wall"])
+        self.add(f"{what}, tokens/CPU-s", engine, n / answer["cpu"])
+
 
 @contextmanager
 def busy_loop() -> Iterator[None]:
@@ -103,25 +108,20 @@ def measure_round(workers: list[Worker], results: Results) -> None:
     for worker in workers:
         answer = worker.ask("load")
         results.add("load to first token, ms", worker.engine, answer["wall"] * 1e3)
-        results.add(
-            "memory beyond file and KV, MB", worker.engine, worker.ask("memory")["bytes"] / 1e6
-        )
     for n in (128, 512):
         for worker in workers:
             answer = measured(worker, results, "prefill", n)
-            results.add(f"prefill {n}, tokens/s", worker.engine, n / answer["wall"])
-            results.add(f"prefill {n}, tokens/CPU-s", worker.engine, n / answer["cpu"])
+            results.add_speed(f"prefill {n}", worker.engine, n, answer)
+    for worker in workers:  # now that pages of keys and values are full and scratch is in use
+        answer = worker.ask("memory")
+        results.add("memory beyond file and KV, MB", worker.engine, answer["bytes"] / 1e6)
     for worker in workers:
         answer = measured(worker, results, "decode", N_DECODE)
-        results.add("decode, tokens/s", worker.engine, N_DECODE / answer["wall"])
-        results.add("decode, tokens/CPU-s", worker.engine, N_DECODE / answer["cpu"])
+        results.add_speed("decode", worker.engine, N_DECODE, answer)
     for worker in workers:
         with busy_loop():
             answer = worker.ask("decode", n=N_DECODE)
-        results.add("decode beside a busy loop, tokens/s", worker.engine, N_DECODE / answer["wall"])
-        results.add(
-            "decode beside a busy loop, tokens/CPU-s", worker.engine, N_DECODE / answer["cpu"]
-        )
+        results.add_speed("decode beside a busy loop", worker.engine, N_DECODE, answer)
 
 
 def measured(worker: Worker, results: Results, what: str, n: int) -> dict[str, Any]:
