@@ -149,12 +149,12 @@ def report(results: Results, bytes_per_token: int) -> None:
     click.echo(f"read bandwidth       {spread(gigabytes, ' GB/s')}")
     click.echo(f"read per token       {bytes_per_token / 1e6:.1f} MB")
     click.echo(f"busy with others     {spread(results.foreign)} cores\n")
-    click.echo(f"{'':<40}{PEER:>24}{OURS:>24}{'ratio':>22}")
+    click.echo(f"{'':<40}{PEER:>24}{OURS:>24}{'ratio':>24}")
     for what in dict.fromkeys(what for what, _ in results.samples):
         peer, ours = results.samples[what, PEER], results.samples[what, OURS]
         ratios = [b / a for a, b in zip(peer, ours, strict=True)]
         ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
-        click.echo(f"{what:<40}{spread(peer):>24}{spread(ours):>24}{ratio:>22}")
+        click.echo(f"{what:<40}{spread(peer):>24}{spread(ours):>24}{ratio:>24}")
         if what == "decode, tokens/s":
             shares = [
                 [100 * rate * bytes_per_token / bandwidth for rate in rates]
