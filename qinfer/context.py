@@ -201,13 +201,14 @@ class Context:
         for seq in seqs:
             self._check_seq(seq)
         with self._exclusive(), self._transaction() as pointer:
+            pointers = [sampler.pointer for sampler in samplers]  # held for the whole call
             drawn = ffi.new("int32_t[]", n)
             error = new_error()
             status = lib.qi_context_step(
                 pointer,
                 ffi.from_buffer("int32_t[]", ids),
                 ffi.new("int32_t[]", list(seqs)),
-                ffi.new("qi_sampler *[]", [sampler.pointer for sampler in samplers]),
+                ffi.new("qi_sampler *[]", pointers),
                 n,
                 drawn,
                 error,

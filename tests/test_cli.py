@@ -184,6 +184,19 @@ def test_a_reader_that_has_seen_enough_is_no_error(stories260k: Path) -> None:
         assert process.stderr.read() == b""
 
 
+def test_ctrl_c_ends_a_run_quietly(stories260k: Path) -> None:
+    command = qinfer_command("run", stories260k, "-p", PROMPT, "--ignore-eos", "-c", "100000")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(5)
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        assert process.wait(timeout=60) == 130
+        # A warning that n_ctx is more than was trained, and an end to the line that shows ^C.
+        assert [line[:8] for line in process.stderr.read().splitlines()] == [b"warning:", b""]
+
+
 def test_warnings_are_lines_on_standard_error(stories260k: Path) -> None:
     done = run("run", stories260k, "-p", PROMPT, "-n", "1", "-c", "600")
     assert done.returncode == 0

@@ -213,6 +213,8 @@ def test_step_refuses_what_does_not_match(context: Context) -> None:
         context.step([1, 2], [sampler])
     with pytest.raises(qinfer.ArgumentError, match="twice"):
         context.step([1, 2], [sampler, Sampler(512)], seqs=[0, 0])
+    with pytest.raises(qinfer.ArgumentError, match="a sampler is given for two sequences"):
+        context.step([1, 2], [sampler, sampler], seqs=[0, 1])
     with pytest.raises(qinfer.ArgumentError, match="300"):
         context.step([1], [Sampler(300)])
     assert context.length() == 0

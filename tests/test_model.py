@@ -698,6 +698,24 @@ def test_the_only_model_in_a_folder_can_be_meant_by_the_folder(
         Model(tmp_path)
 
 
+def test_a_model_comes_from_the_hub_with_all_options(
+    stories260k: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def download(repo_id: str, filename: str | None, **options: object) -> Path:
+        asked.extend([repo_id, filename, options])
+        return stories260k
+
+    monkeypatch.setattr("qinfer.hub.download", download)
+    with Model.from_pretrained("owner/name", "*q4*.gguf", revision="v1", n_ctx=50) as model:
+        assert model.n_ctx == 50
+    options = {"revision": "v1", "cache_dir": None, "token": None, "local_files_only": False}
+    assert asked == ["owner/name", "*q4*.gguf", options]
+    with pytest.raises(TypeError, match="n_ctxt"):
+        Model.from_pretrained("owner/name", n_ctxt=50)
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(qinfer.FileError, match=r"none\.gguf"):
         Model(tmp_path / "none.gguf")

@@ -123,6 +123,31 @@ def test_a_context_in_use_by_another_thread_says_so(slow_model: Model) -> None:
         context.feed([1])
 
 
+def test_a_sampler_shared_by_threads_refuses_or_draws(model: Model) -> None:
+    sampler = Sampler(100_000)
+    logits = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
+    drawn: list[int] = []
+    n_refused = 0
+
+    def work() -> None:
+        nonlocal n_refused
+        for _ in range(200):
+            try:
+                drawn.append(sampler.sample(logits))
+            except qinfer.Busy:
+                n_refused += 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(drawn) + n_refused == 800
+    # As many as were drawn, and in the order one thread would have drawn them.
+    alone = Sampler(100_000, sampler.sampling)
+    assert sorted(drawn) == sorted(alone.sample(logits) for _ in drawn)
+
+
 def test_progress_may_not_use_its_own_context(slow_model: Model) -> None:
     with slow_model.context() as context:
 

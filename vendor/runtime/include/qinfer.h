@@ -307,7 +307,8 @@ int32_t qi_context_hidden(const qi_context* context, uint64_t index, const float
                           qi_error* error);
 uint64_t qi_context_n_logits(const qi_context* context);
 
-/* Feeds tokens[i] to seqs[i] (each sequence once) and draws next[i] with samplers[i]. */
+/* Feeds tokens[i] to seqs[i] and draws next[i] with samplers[i]; each sequence and each sampler
+ * once. */
 int32_t qi_context_step(qi_context* context, const int32_t* tokens, const int32_t* seqs,
                         qi_sampler* const* samplers, uint64_t n, int32_t* next, qi_error* error);
 /* Appends tokens to a sequence; logprobs[i] = log p(targets[i] | everything up to and including

@@ -1,6 +1,6 @@
 // qi_context_*: checks, the guard against two threads at once, nothing else.
-#include <atomic>
-#include <memory>
+#include <deque>
+#include <set>
 #include <vector>
 
 #include "capi/guard.h"
@@ -11,26 +11,11 @@ using namespace qi;
 
 namespace {
 
-// Holds a context for one call; another thread inside it means QI_BUSY.
-class Entered {
-  public:
-    explicit Entered(qi_context* context) : busy_(context->busy) {
-        if (busy_.exchange(true, std::memory_order_acquire))
-            fail(QI_BUSY, "this context is in use by another thread; give each thread its own");
-    }
-    ~Entered() { busy_.store(false, std::memory_order_release); }
-    Entered(const Entered&) = delete;
-    Entered& operator=(const Entered&) = delete;
-
-  private:
-    std::atomic<bool>& busy_;
-};
-
 template <typename F>
 int32_t enter(qi_context* context, qi_error* error, F&& body) {
     return guard(error, [&] {
         require_pointer(context, "context");
-        Entered entered(context);
+        Entered entered(context->busy, "context");
         body(context->context);
     });
 }
@@ -122,11 +107,16 @@ int32_t qi_context_step(qi_context* context, const int32_t* tokens, const int32_
         require_pointer(next, "next");
         std::vector<FeedToken> feed(n);
         std::vector<Sampler*> draw(n);
+        std::set<const qi_sampler*> seen;
+        std::deque<Entered> entered;
         for (uint64_t i = 0; i < n; ++i) {
             require_pointer(samplers[i], "samplers[i]");
             if (samplers[i]->n_vocab != c.model().hyper_params().n_vocab)
                 fail(QI_ARGUMENT, "the sampler was made for %d tokens, the model has %lld",
                      samplers[i]->n_vocab, (long long)c.model().hyper_params().n_vocab);
+            if (!seen.insert(samplers[i]).second)
+                fail(QI_ARGUMENT, "a sampler is given for two sequences; give each its own");
+            entered.emplace_back(samplers[i]->busy, "sampler");
             feed[i] = {tokens[i], seqs[i], QI_WANT_LOGITS};
             draw[i] = &samplers[i]->sampler;
         }

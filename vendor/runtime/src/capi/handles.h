@@ -5,6 +5,7 @@
 #include <memory>
 #include <utility>
 
+#include "base/error.h"
 #include "engine/context.h"
 #include "gguf/file.h"
 #include "model/model.h"
@@ -23,6 +24,7 @@ struct qi_sampler {
     qi_sampler(qi::SamplingParams params, int32_t n) : sampler(std::move(params), n), n_vocab(n) {}
     qi::Sampler sampler;
     int32_t n_vocab;
+    std::atomic<bool> busy{false};
 };
 
 struct qi_context {
@@ -31,3 +33,22 @@ struct qi_context {
     qi::Context context;
     std::atomic<bool> busy{false};
 };
+
+namespace qi {
+
+// Holds an object for one call; another thread inside it means QI_BUSY.
+class Entered {
+  public:
+    Entered(std::atomic<bool>& busy, const char* what) : busy_(busy) {
+        if (busy_.exchange(true, std::memory_order_acquire))
+            fail(QI_BUSY, "this %s is in use by another thread; give each thread its own", what);
+    }
+    ~Entered() { busy_.store(false, std::memory_order_release); }
+    Entered(const Entered&) = delete;
+    Entered& operator=(const Entered&) = delete;
+
+  private:
+    std::atomic<bool>& busy_;
+};
+
+}  // namespace qi

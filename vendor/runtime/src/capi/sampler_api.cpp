@@ -57,6 +57,7 @@ int32_t qi_sampler_accept(qi_sampler* sampler, const int32_t* tokens, uint64_t n
     return guard(error, [&] {
         require_pointer(sampler, "sampler");
         if (n_tokens > 0) require_pointer(tokens, "tokens");
+        Entered entered(sampler->busy, "sampler");
         sampler->sampler.accept({tokens, n_tokens});
     });
 }
@@ -67,6 +68,7 @@ int32_t qi_sampler_sample(qi_sampler* sampler, const float* logits, int32_t* tok
         require_pointer(sampler, "sampler");
         require_pointer(logits, "logits");
         require_pointer(token, "token");
+        Entered entered(sampler->busy, "sampler");
         *token = sampler->sampler.sample({logits, size_t(sampler->n_vocab)});
     });
 }
