@@ -91,6 +91,8 @@ class Settings:
         for name in sampled:
             del own[name]
         sampling = own.pop("sampling", None) or Sampling()
+        if not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling={sampling!r:.80} is not a Sampling")
         stop = own.pop("stop", None)
         stops = [stop] if isinstance(stop, (str, int, np.integer)) else list(stop or ())
         for item in stops:

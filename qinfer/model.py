@@ -473,6 +473,10 @@ def _is_batch(prompt: Any) -> TypeGuard[list[str] | list[list[int]]]:
         return False
     if isinstance(prompt, np.ndarray):
         return prompt.ndim > 1
+    if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Sequence):
+        raise ArgumentError(
+            f"a prompt is a text, token ids, or a list of either, not {type(prompt).__name__}"
+        )
     return len(prompt) == 0 or not isinstance(prompt[0], (int, np.integer))
 
 

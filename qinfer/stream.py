@@ -12,7 +12,7 @@ from ._generate import Answer, run
 from ._pool import ContextPool
 from .completion import Completion, Piece
 from .context import Context
-from .errors import Cancelled, Closed
+from .errors import Busy, Cancelled, Closed
 
 
 class Stream(Iterator[Piece]):
@@ -28,9 +28,13 @@ class Stream(Iterator[Piece]):
         self._switch = _Switch()
         # The generator does not refer to the stream, so that dropping the stream ends it.
         self._pieces = _pieces(answer, pool, self._switch)
+        self._lock = threading.Lock()
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        if self._lock.locked():
+            raise Busy("this stream is in use by another thread; give each thread its own")
+        with self._lock:
+            return next(self._pieces)
 
     @property
     def completion(self) -> Completion | None:
@@ -42,8 +46,16 @@ class Stream(Iterator[Piece]):
         self._switch.cancel()
 
     def close(self) -> None:
-        """Stops the work; calling it again does nothing."""
-        self._pieces.close()
+        """Stops the work; calling it again does nothing.
+
+        While a piece is being computed, in another thread or below a `progress` callback, this only
+        cancels: whoever waits for the piece gets one that says "cancelled".
+        """
+        if self._lock.locked():
+            self.cancel()
+            return
+        with self._lock:
+            self._pieces.close()
 
     def __enter__(self) -> Self:
         return self

@@ -336,9 +336,11 @@ def test_an_unknown_keyword_is_a_type_error_with_a_hint(model: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt", [[-1], [512], [1.5], [[1], [512]], ["a", 5], ["a", None]], ids=str
+    "prompt",
+    [[-1], [512], [1.5], [[1], [512]], ["a", 5], ["a", None], b"abc", [b"abc"], None, {"a": 1}, 5],
+    ids=str,
 )
-def test_a_prompt_of_wrong_ids_is_refused(model: Model, prompt: object) -> None:
+def test_what_is_no_prompt_is_refused(model: Model, prompt: object) -> None:
     with pytest.raises(qinfer.ArgumentError):
         model.generate(prompt, max_tokens=1)  # type: ignore[call-overload]
 

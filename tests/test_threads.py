@@ -197,6 +197,22 @@ def test_a_stream_is_cancelled_from_another_thread(slow_model: Model) -> None:
     assert [piece.finish_reason for piece in pieces] == ["cancelled"]
 
 
+def test_a_stream_serves_one_thread_and_is_closed_from_any(slow_model: Model) -> None:
+    stream = slow_model.stream([1] * N_SLOW)
+    pieces: list[qinfer.Piece] = []
+    reader = threading.Thread(target=lambda: pieces.extend(stream))
+    reader.start()
+    while not stream._lock.locked():
+        time.sleep(0.001)
+    with pytest.raises(qinfer.Busy, match="stream"):
+        next(stream)
+    stream.close()
+    reader.join()
+    assert [piece.finish_reason for piece in pieces] == ["cancelled"]
+    closing = slow_model.stream([2] * N_SLOW, progress=lambda done, total: closing.close())
+    assert [piece.finish_reason for piece in closing] == ["cancelled"]
+
+
 # ---- Ctrl-C ----
 
 INTERRUPTED = """
