@@ -175,8 +175,9 @@ void bench_vector_ops(Isa isa, double hertz) {
 
 int main() {
     const double hertz = clock_rate();
-    std::printf("%s, %.2f GHz; %% of two vector FMA per cycle\n", cpu_info().brand.c_str(),
-                hertz * 1e-9);
+    std::printf("%s, %.2f GHz, one thread reads %.1f GB/s; %% of two vector FMA per cycle\n",
+                cpu_info().brand.c_str(), hertz * 1e-9,
+                1e-9 * measure_read_bandwidth(1, size_t{256} << 20));
     std::vector<Isa> levels = supported_levels();
     std::reverse(levels.begin(), levels.end());
     for (Isa isa : levels) {
