@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ..errors import ArgumentError, FormatError
 from .pretokenize import PRE_TOKENIZERS
@@ -92,7 +92,8 @@ def _model(vocabulary: Vocabulary, whole_words: bool) -> models.BPE:
     if max(map(len, merges), default=0) <= longest + 1:  # else `tokenizers` panics
         try:
             # Of equal merges the first counts, as elsewhere; `tokenizers` would take the last.
-            pairs = [tuple(merge.split(" ")) for merge in dict.fromkeys(map(bytes.decode, merges))]
+            texts = dict.fromkeys(map(bytes.decode, merges))
+            pairs = cast("list[tuple[str, str]]", [tuple(text.split(" ")) for text in texts])
             return models.BPE(plain, pairs, ignore_merges=whole_words)
         except Exception as error:
             logger.debug("%s: %s; looking at each merge", vocabulary.source, error)
@@ -109,7 +110,7 @@ def _checked_merges(vocabulary: Vocabulary, plain: dict[str, int]) -> list[tuple
     def error(index: int, problem: str) -> FormatError:
         return FormatError(f"{vocabulary.source}: tokenizer.ggml.merges[{index}] {problem}")
 
-    pairs = {}
+    pairs: dict[tuple[str, str], int] = {}
     for index, merge in enumerate(vocabulary.merges):
         try:
             parts = merge.decode().split(" ")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 from typing import Any
 
 from ..errors import FormatError
 from .vocabulary import TokenType, Vocabulary, byte_value
+
+logger = logging.getLogger("qinfer")
 
 SPACE = "▁"  # U+2581 stands for a space in a piece
 
@@ -18,6 +21,9 @@ class SpmEncoder:
         import sentencepiece
 
         _check_bytes(vocabulary)
+        self._n_vocab = vocabulary.n_vocab
+        self._source = vocabulary.source
+        self._warned = False
         self._processor: Any = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(_model_proto(vocabulary))
@@ -27,8 +33,20 @@ class SpmEncoder:
             ) from None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text without special tokens; no space is put before it."""
+        """Token ids of a text without special tokens; no space is put before it.
+
+        Where the vocabulary has neither byte tokens nor an unknown token, characters that it does
+        not cover are left out, which is logged once.
+        """
         ids: list[int] = self._processor.EncodeAsIds(text)
+        if self._n_vocab in ids:
+            if not self._warned:
+                logger.warning(
+                    "%s: the vocabulary has no token for some characters; they are left out",
+                    self._source,
+                )
+                self._warned = True
+            ids = [token_id for token_id in ids if token_id != self._n_vocab]
         return ids
 
 
@@ -49,19 +67,22 @@ def _check_bytes(vocabulary: Vocabulary) -> None:
 
 def _model_proto(vocabulary: Vocabulary) -> bytes:
     """A sentencepiece ModelProto (protobuf wire format): pieces, BPE, no normalisation at all."""
-    types = list(vocabulary.types)
-    # sentencepiece wants exactly one unknown piece.
-    for index, kind in enumerate(types):
-        if kind == TokenType.UNKNOWN:
-            types[index] = TokenType.CONTROL
-    types[vocabulary.unk_id or 0] = TokenType.UNKNOWN
+    texts, scores, types = [*vocabulary.texts], [*vocabulary.scores], [*vocabulary.types]
+    # sentencepiece wants exactly one unknown piece: one more, if need be, after the last token.
+    unknown = vocabulary.unk_id
+    if TokenType.UNKNOWN in types:
+        unknown = types.index(TokenType.UNKNOWN)
+        types = [TokenType.CONTROL if kind == TokenType.UNKNOWN else kind for kind in types]
+    if unknown is None or types[unknown] != TokenType.CONTROL:
+        unknown = len(texts)
+        texts, scores, types = [*texts, ""], [*scores, 0.0], [*types, 0]
+    types[unknown] = TokenType.UNKNOWN
     pieces = []
-    for index, (text, score, kind) in enumerate(
-        zip(vocabulary.texts, vocabulary.scores, types, strict=True)
-    ):
+    for index, (text, score, kind) in enumerate(zip(texts, scores, types, strict=True)):
         if not text or "\0" in text:
             # What sentencepiece refuses gets a name that no text spells.
-            text, kind = f"\U0010ffff{index}", int(TokenType.CONTROL)
+            text = f"\U0010ffff{index}"
+            kind = kind if kind == TokenType.UNKNOWN else TokenType.CONTROL
         piece = _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + bytes((0x18, kind))
         pieces.append(_field(1, piece))
     byte_fallback = TokenType.BYTE in types
