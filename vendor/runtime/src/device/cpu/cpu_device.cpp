@@ -90,7 +90,7 @@ class CpuDevice final : public Device {
                bool accumulate) override {
         const int64_t width = table.n_cols;
         if (accumulate) added_.reserve(rows.size() * size_t(width));
-        for_tokens(int64_t(rows.size()), width, [&](int64_t i) {
+        for_each(int64_t(rows.size()), width, [&](int64_t i) {
             float* row = accumulate ? added_.data() + i * width : out + i * width;
             kernels::decode_row(table, rows[size_t(i)], row);
             if (accumulate) kernels::add(out + i * width, row, width, out + i * width);
@@ -100,7 +100,7 @@ class CpuDevice final : public Device {
     void norm(const Norm& norm, const float* x, int64_t n_tokens, float* out) override {
         const auto n = int64_t(norm.weight.size());
         const float* bias = norm.bias.empty() ? nullptr : norm.bias.data();
-        for_tokens(n_tokens, n, [&](int64_t t) {
+        for_each(n_tokens, n, [&](int64_t t) {
             if (norm.kind == Norm::Kind::rms)
                 kernels::rms_norm(x + t * n, norm.weight.data(), norm.epsilon, n, out + t * n);
             else
@@ -130,7 +130,7 @@ class CpuDevice final : public Device {
 
     void rope(float* heads, int64_t n_tokens, int64_t stride, int64_t n_heads, int64_t head_dim,
               const float* cos_sin, int64_t n_rot, bool neox) override {
-        for_tokens(n_tokens, n_heads * head_dim, [&](int64_t t) {
+        for_each(n_tokens, n_heads * head_dim, [&](int64_t t) {
             for (int64_t h = 0; h < n_heads; ++h)
                 kernels::rope(heads + t * stride + h * head_dim, cos_sin + t * n_rot, n_rot, neox);
         });
@@ -139,18 +139,22 @@ class CpuDevice final : public Device {
     void append_kv(int64_t layer, std::span<const Segment> segments, const float* k, const float* v,
                    int64_t stride) override {
         const KvLayout& layout = kv_.layout();
-        for (const Segment& segment : segments) {
-            for_tokens(segment.n, layout.n_head_kv * layout.head_dim, [&](int64_t i) {
-                const int64_t position = segment.position + i;
-                const int32_t page = segment.pages[position / kernels::page_size];
-                const int64_t row = (segment.row + i) * stride;
-                for (int64_t h = 0; h < layout.n_head_kv; ++h)
+        int64_t n_tokens = 0;
+        for (const Segment& segment : segments)
+            n_tokens += segment.n;
+        // By head, not by token: keys lie transposed, so neighbouring tokens share cache lines.
+        for_each(layout.n_head_kv, n_tokens * layout.head_dim, [&](int64_t h) {
+            for (const Segment& segment : segments) {
+                for (int64_t i = 0; i < segment.n; ++i) {
+                    const int64_t position = segment.position + i;
+                    const int32_t page = segment.pages[position / kernels::page_size];
+                    const int64_t at = (segment.row + i) * stride + h * layout.head_dim;
                     kernels::kv_store(layout.type, layout.head_dim,
-                                      int(position % kernels::page_size),
-                                      k + row + h * layout.head_dim, v + row + h * layout.head_dim,
+                                      int(position % kernels::page_size), k + at, v + at,
                                       kv_.head(page, layer, h));
-            });
-        }
+                }
+            }
+        });
     }
 
     void attend(int64_t layer, const AttentionShape& shape, std::span<const Segment> segments,
@@ -205,7 +209,7 @@ class CpuDevice final : public Device {
 
     void log_probabilities(const float* logits, int64_t n, int64_t n_vocab, const int32_t* targets,
                            float* out) override {
-        for_tokens(n, n_vocab, [&](int64_t i) {
+        for_each(n, n_vocab, [&](int64_t i) {
             const float* row = logits + i * n_vocab;
             float max = 0.0f;
             double sum = 0.0;
@@ -237,18 +241,18 @@ class CpuDevice final : public Device {
         check_cancelled();
     }
 
-    // body(token), in parallel when there is enough of it.
+    // body(i) for n items of `width` floats each, in parallel when there is enough to do.
     template <typename Body>
-    void for_tokens(int64_t n_tokens, int64_t width, Body&& body) {
-        if (n_tokens == 1 || n_tokens * width < small_work) {
-            for (int64_t t = 0; t < n_tokens; ++t)
-                body(t);
+    void for_each(int64_t n, int64_t width, Body&& body) {
+        if (n == 1 || n * width < small_work) {
+            for (int64_t i = 0; i < n; ++i)
+                body(i);
             return;
         }
-        const int64_t step = std::max<int64_t>(1, n_tokens / (int64_t(n_threads_) * 4));
-        loop((n_tokens + step - 1) / step, [&](int64_t chunk, int) {
-            for (int64_t t = chunk * step; t < std::min(n_tokens, (chunk + 1) * step); ++t)
-                body(t);
+        const int64_t step = std::max<int64_t>(1, n / (int64_t(n_threads_) * 4));
+        loop((n + step - 1) / step, [&](int64_t chunk, int) {
+            for (int64_t i = chunk * step; i < std::min(n, (chunk + 1) * step); ++i)
+                body(i);
         });
     }
 

@@ -11,8 +11,16 @@
 
 namespace qi {
 
+namespace {
+constexpr size_t huge_page = size_t(2) << 20;
+
+size_t round_up(size_t n, size_t to) {
+    return (n + to - 1) / to * to;
+}
+}  // namespace
+
 HostKvStore::~HostKvStore() {
-    if (base_) munmap(base_, reserved_bytes_);
+    if (mapped_) munmap(mapped_, mapped_bytes_);
 }
 
 void HostKvStore::reserve(const KvLayout& layout, int64_t n_pages) {
@@ -23,19 +31,29 @@ void HostKvStore::reserve(const KvLayout& layout, int64_t n_pages) {
     bool overflow =
         __builtin_mul_overflow(head_bytes_, size_t(layout.n_layer * layout.n_head_kv), &bytes);
     // Whole pages of the operating system, so that a released page really goes back.
-    overflow |= __builtin_add_overflow(bytes, os_page - 1, &bytes);
-    page_bytes_ = bytes / os_page * os_page;
+    overflow |= bytes > SIZE_MAX / 2;
+    page_bytes_ = round_up(bytes, os_page);
     overflow |= __builtin_mul_overflow(page_bytes_, size_t(n_pages), &reserved_bytes_);
+    overflow |= reserved_bytes_ > SIZE_MAX / 2;
     if (overflow)
         fail(QI_MEMORY, "%lld KV pages do not fit in the address space", (long long)n_pages);
-    void* base = mmap(nullptr, reserved_bytes_, PROT_READ | PROT_WRITE,
+    // A large page of keys and values fills whole huge pages of memory, which a decoding step then
+    // reads with far fewer address translations; a small one would waste them.
+    const bool huge = page_bytes_ >= huge_page;
+    mapped_bytes_ = reserved_bytes_ + (huge ? huge_page : 0);
+    void* base = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) {
         const int reason = errno;
-        reserved_bytes_ = 0;
+        mapped_bytes_ = 0;
         fail(QI_MEMORY,
              "no address space for %lld KV pages of %zu bytes: %s; ask for a smaller n_ctx",
              (long long)n_pages, page_bytes_, std::strerror(reason));
+    }
+    mapped_ = base;
+    if (huge) {
+        base = reinterpret_cast<void*>(round_up(reinterpret_cast<uintptr_t>(base), huge_page));
+        madvise(base, reserved_bytes_, MADV_HUGEPAGE);
     }
     base_ = static_cast<std::byte*>(base);
 }

@@ -33,6 +33,8 @@ class HostKvStore {
     size_t page_bytes_ = 0;
     size_t reserved_bytes_ = 0;
     std::byte* base_ = nullptr;
+    void* mapped_ = nullptr;  // what the system gave, base_ lies in it
+    size_t mapped_bytes_ = 0;
 };
 
 }  // namespace qi
