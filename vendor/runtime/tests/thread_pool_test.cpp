@@ -7,17 +7,27 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <climits>
 #include <memory>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "base/cpu.h"
 #include "base/log.h"
 #include "kernel_checks.h"
 
 using namespace qi;
 using namespace qi::test;
+
+// Instead of base/cpu.cpp's: the pool starts a worker per further core, and workers are to meet
+// each other on the smallest machine too.
+const CpuInfo& qi::cpu_info() {
+    static const CpuInfo info = {"", "", 8, 8};
+    return info;
+}
 
 // For the leak sanitizer: what threads held when exit() cut them short is no leak.
 static bool cut_short = false;
@@ -29,7 +39,7 @@ namespace {
 
 // One loop with all its promises checked; `work` bounds how long a chunk takes.
 void run_checked(Checks& checks, int n_threads, int64_t n_chunks, int work, int salt) {
-    const int n_workers = std::max(n_threads, 1);
+    const int n_workers = std::clamp(n_threads, 1, 8);                   // no more than cores
     std::vector<int> visits(size_t(std::max<int64_t>(n_chunks, 0)), 0);  // plain: races are found
     std::vector<int64_t> results(visits.size(), -1);
     std::unique_ptr<std::atomic<int>[]> inside(new std::atomic<int>[size_t(n_workers)]());
@@ -58,10 +68,38 @@ void run_checked(Checks& checks, int n_threads, int64_t n_chunks, int work, int 
 }
 
 void test_shapes(Checks& checks) {
-    for (int n_threads : {-1, 0, 1, 2, 3, 4, 7})
+    for (int n_threads : {INT_MIN, -1, 0, 1, 2, 3, 4, 7, 8, 100})
         for (int64_t n_chunks : {-1, 0, 1, 2, 3, 16, 100, 1000})
             for (int round = 0; round < 20; ++round)
                 run_checked(checks, n_threads, n_chunks, round % 2 ? 300 : 0, round);
+}
+
+// Chunks that sleep leave the core to other workers, so that all of n_threads get to work.
+void test_workers(Checks& checks) {
+    const timespec moment = {0, 300'000};
+    for (int n_threads : {8, 2, 3, 5, 8, 4}) {
+        int most_at_once = 0;
+        for (int attempt = 0; attempt < 50 && most_at_once < n_threads; ++attempt) {
+            std::atomic<int> inside[8] = {}, n_inside{0}, n_most{0}, n_wrong{0};
+            parallel_for(n_threads, 4 * n_threads, [&](int64_t, int worker) {
+                if (worker < 0 || worker >= n_threads || inside[worker].fetch_add(1) != 0) {
+                    ++n_wrong;
+                    return;
+                }
+                const int now = n_inside.fetch_add(1) + 1;
+                for (int most = n_most; now > most && !n_most.compare_exchange_weak(most, now);) {
+                }
+                nanosleep(&moment, nullptr);
+                --n_inside;
+                --inside[worker];
+            });
+            checks.expect(n_wrong == 0, "%d threads: %d calls with a worker in use or out of range",
+                          n_threads, n_wrong.load());
+            most_at_once = std::max(most_at_once, n_most.load());
+        }
+        checks.expect(most_at_once == n_threads, "of %d threads %d came together", n_threads,
+                      most_at_once);
+    }
 }
 
 // Jobs end and begin so fast that workers keep arriving late, on stacks that are gone.
@@ -184,6 +222,7 @@ void test_fork(Checks& checks) {
         const int status = run_child([](Checks& in_child) {
             for (int round = 0; round < 30; ++round)
                 run_checked(in_child, 3, 40, 500, round);
+            test_workers(in_child);
         });
         checks.expect(status == 0, "forked child %d ended with status %#x", i, status);
     }
@@ -238,6 +277,7 @@ int main() {
     test_exit(checks);
     test_no_threads(checks);
     test_shapes(checks);
+    test_workers(checks);
     test_rapid_jobs(checks);
     test_callers(checks);
     test_gaps(checks);

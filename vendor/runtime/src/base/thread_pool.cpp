@@ -137,7 +137,8 @@ class Pool {
     Slot* take_slot();
     void publish(Slot& slot, int n_invited, int64_t n_chunks, const Body& body);
     static void wait_for_workers(Slot& slot, Share share);
-    int start_workers(const Slot& slot, int n_invited);
+    int muster(const Slot& slot, int n_wanted);
+    void start_workers(int n_wanted);
     void work(Worker& self);
     static bool help(Worker& self, Slot& slot);
     bool help_any(Worker& self);
@@ -161,18 +162,19 @@ void restart_after_fork() {
 }
 
 void Pool::run(int n_threads, int64_t n_chunks, Body body) {
-    int n_invited = int(std::min<int64_t>({n_threads - 1, max_workers, n_chunks - 1}));
-    Slot* slot = n_invited > 0 ? take_slot() : nullptr;
-    if (slot) n_invited = std::min(n_invited, start_workers(*slot, n_invited));
-    if (!slot || n_invited == 0) {
-        for (int64_t chunk = 0; chunk < n_chunks; ++chunk)
-            body(chunk, 0);
-    } else {
+    const int64_t n_useful = std::min<int64_t>(n_threads, n_chunks) - 1;
+    const int n_wanted = int(std::clamp<int64_t>(n_useful, 0, max_workers));
+    Slot* slot = n_wanted > 0 ? take_slot() : nullptr;
+    const int n_invited = slot ? muster(*slot, n_wanted) : 0;
+    if (n_invited > 0) {
         Share share{0, Clock::now()};
         publish(*slot, n_invited, n_chunks, body);
         for (int64_t n_left; (n_left = slot->take()) > 0; ++share.n_chunks)
             body(n_chunks - n_left, 0);
         wait_for_workers(*slot, share);
+    } else {
+        for (int64_t chunk = 0; chunk < n_chunks; ++chunk)
+            body(chunk, 0);
     }
     if (slot) slot->taken.store(false, std::memory_order_release);
 }
@@ -219,22 +221,23 @@ void Pool::wait_for_workers(Slot& slot, Share share) {
     slot.caller_asleep.store(0, std::memory_order_relaxed);
 }
 
-// Makes sure of n_invited workers if the system has them, and returns how many there are. Callers
-// at work together get workers of their own as far as there are cores.
-int Pool::start_workers(const Slot& slot, int n_invited) {
+// How many workers to invite, n_wanted at most, all of them started. Callers and workers together
+// do not exceed the cores: one more would only wait for a core, or keep another waiting.
+int Pool::muster(const Slot& slot, int n_wanted) {
     const int n_callers = int(&slot - slots_) + 1;
-    int n_wanted = n_invited;
-    if (n_callers > 1)
-        n_wanted = std::max(n_invited,
-                            std::min(n_callers * n_invited, cpu_info().n_usable_cores - n_callers));
-    n_wanted = std::min(n_wanted, n_startable_.load(std::memory_order_relaxed));
-    int n = n_workers_.load(std::memory_order_acquire);
-    if (n >= n_wanted) return n;
+    const int n_free = std::min(cpu_info().n_usable_cores - n_callers,
+                                n_startable_.load(std::memory_order_relaxed));
+    const int n_invited = std::min(n_wanted, n_free);
+    const int n_started = std::min(n_invited * n_callers, n_free);  // so that all have their own
+    if (n_started > n_workers_.load(std::memory_order_acquire)) start_workers(n_started);
+    return std::min(n_invited, n_workers_.load(std::memory_order_acquire));
+}
 
+void Pool::start_workers(int n_wanted) {
     std::lock_guard lock(starting_);
     restart_after_fork();
     const FaultSignalsOnly mask;
-    for (n = n_workers_.load(std::memory_order_relaxed); n < n_wanted; ++n) {
+    for (int n = n_workers_.load(std::memory_order_relaxed); n < n_wanted; ++n) {
         Worker& worker = workers_[n];
         worker.index = n;
         try {
@@ -248,7 +251,6 @@ int Pool::start_workers(const Slot& slot, int n_invited) {
         }
         n_workers_.store(n + 1, std::memory_order_release);
     }
-    return n;
 }
 
 void Pool::work(Worker& self) {
@@ -263,8 +265,7 @@ void Pool::work(Worker& self) {
     }
 }
 
-// Works on the next open job after the one helped last, so that no caller starves; false when none
-// is.
+// Works on the next open job after the one helped last, so that no caller starves. False: none is.
 bool Pool::help_any(Worker& self) {
     for (int i = 1; i <= n_slots; ++i) {
         const int slot = (self.last_slot + i) % n_slots;
