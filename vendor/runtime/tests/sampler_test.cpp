@@ -1,5 +1,4 @@
-// The sampler against a slow reference: every stage, the whole pipeline, and the statistics of
-// draws.
+// The sampler against a slow reference: each stage, the whole pipeline, the statistics of draws.
 #include "sampling/sampler.h"
 
 #include <cmath>

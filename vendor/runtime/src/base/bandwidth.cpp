@@ -1,5 +1,6 @@
 // Measures how fast this machine reads memory: the roof that decoding speed is compared with.
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -7,7 +8,6 @@
 #include <chrono>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #include "base/cpu.h"
 #include "base/error.h"
@@ -63,8 +63,7 @@ ReadFunction widest_read() {
     return read_16;
 }
 
-// Private memory of our own, on huge pages where the system gives them: address translation is not
-// measured.
+// Private memory, on huge pages where they are to be had: address translation is not the subject.
 class Pages {
   public:
     explicit Pages(size_t n_bytes) : n_bytes_(n_bytes) {
@@ -90,7 +89,8 @@ class Pages {
 
 double measure_read_bandwidth(int n_threads, size_t n_bytes) {
     if (n_threads < 1) fail(QI_ARGUMENT, "n_threads is %d; it must be at least 1", n_threads);
-    constexpr size_t most_bytes = size_t(std::numeric_limits<int64_t>::max()) / 2;
+    // Half of the memory: what a process takes beyond what there is, it may be killed for.
+    const size_t most_bytes = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE)) / 2;
     if (n_bytes < chunk_bytes || n_bytes > most_bytes)
         fail(QI_ARGUMENT, "n_bytes is %zu; it must be from %zu to %zu", n_bytes, chunk_bytes,
              most_bytes);
@@ -99,8 +99,7 @@ double measure_read_bandwidth(int n_threads, size_t n_bytes) {
     const ReadFunction read = widest_read();
     std::atomic<uint64_t> sink{0};  // so that no read can be left out
 
-    // Touched by the threads that will read, so that pages lie near them on machines with several
-    // memories.
+    // Touched by the threads that will read: on machines of several nodes, pages lie near them.
     parallel_for(n_threads, n_chunks, [&](int64_t chunk, int) {
         std::memset(pages.data() + size_t(chunk) * chunk_bytes, 1, chunk_bytes);
     });

@@ -54,8 +54,7 @@ bool has_item(const std::string& list, const std::string& item) {
     return ("," + list + ",").find("," + item + ",") != std::string::npos;
 }
 
-// CPUs' worth of time the controller files in one cgroup directory allow; nothing when they set no
-// limit.
+// CPUs' worth of time that one cgroup directory's controller files allow; nothing: no limit.
 std::optional<double> quota_in(const std::string& directory, bool is_v2) {
     double quota = 0.0, period = 0.0;
     if (is_v2) {

@@ -8,8 +8,7 @@ namespace qi {
 
 struct CpuLimits {
     int n_physical_cores;  // online, of the whole machine
-    int n_usable_cores;  // physical cores in the affinity mask, at most the cgroup's quota rounded
-                         // up
+    int n_usable_cores;    // those in the affinity mask, at most the cgroup's quota rounded up
 };
 
 // `root` precedes /proc and /sys ("" for the machine itself), `affinity` lists the CPUs this

@@ -22,12 +22,10 @@ void keep_min_p(Ranking& ranking, double p, size_t min_keep) {
 
 void keep_typical(Ranking& ranking, double p, size_t min_keep) {
     const Mass mass = ranking.mass(1.0f);
-    // Where surprise equals the entropy: ln(total) - x = entropy, with x counted from the best
-    // logit.
+    // Where surprise equals the entropy: ln(total) - x = entropy, x counted from the best logit.
     const double typical = ranking[0].logit + std::log(mass.weight) - mass.entropy();
     const auto distance = [&](size_t rank) { return std::abs(ranking[rank].logit - typical); };
-    // What is nearest in surprise is nearest in rank, so the candidates kept grow from there to
-    // both sides.
+    // What is nearest in surprise is nearest in rank: those kept grow from there to both sides.
     size_t begin = ranking.count_from(float(typical)), end = begin;
     double weight = 0.0;
     while (end - begin < ranking.size() && (end - begin < min_keep || weight < p * mass.weight)) {

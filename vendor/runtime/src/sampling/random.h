@@ -1,5 +1,4 @@
-// The generator behind every draw: xoshiro256++ 1.0 (Blackman and Vigna, 2019), seeded by
-// SplitMix64.
+// The generator of every draw: xoshiro256++ (Blackman and Vigna, 2019) seeded by SplitMix64.
 #pragma once
 
 #include <bit>

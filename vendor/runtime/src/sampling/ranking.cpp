@@ -14,8 +14,7 @@ namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
-// Sums are kept in this many lanes, so that the compiler may use vectors without changing the
-// result.
+// Sums are kept in this many lanes: vector code then changes no result.
 constexpr size_t n_lanes = 16;
 
 // How far candidates are put in order at a time; who looks further gets all of them.

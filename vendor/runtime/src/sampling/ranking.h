@@ -26,8 +26,7 @@ struct LogitSummary {
 };
 LogitSummary summarize(std::span<const float> logits);
 
-// A candidate's weight is e^x with x = (logit - best) / temperature, its probability weight /
-// total.
+// A candidate's weight is e^x, x = (logit - best) / temperature; its probability, weight / total.
 struct Mass {
     double weight = 0.0;     // sum of the weights
     double weighted = 0.0;   // sum of weight times x

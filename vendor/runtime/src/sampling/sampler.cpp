@@ -1,10 +1,11 @@
-// The sampling pipeline.
+// Checks the parameters and leads logits through the stages.
 #include "sampling/sampler.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numbers>
+#include <utility>
 
 #include "base/error.h"
 #include "sampling/filters.h"
@@ -48,7 +49,7 @@ void check_token(const char* what, int32_t token, int32_t n_vocab) {
         fail(QI_ARGUMENT, "%s is %d; the vocabulary's are 0 to %d", what, token, n_vocab - 1);
 }
 
-const SamplingParams& checked(const SamplingParams& p, int32_t n_vocab) {
+SamplingParams checked(SamplingParams p, int32_t n_vocab) {
     check_at_least("n_vocab", n_vocab, 1);
     check_at_least("temperature", p.temperature, 0.0f);
     check_at_least("dynatemp_range", p.dynatemp_range, 0.0f);
@@ -78,7 +79,7 @@ const SamplingParams& checked(const SamplingParams& p, int32_t n_vocab) {
 }  // namespace
 
 Sampler::Sampler(SamplingParams params, int32_t n_vocab)
-    : params_(checked(params, n_vocab)),
+    : params_(checked(std::move(params), n_vocab)),
       n_vocab_(n_vocab),
       penalties_(params_),
       random_(params_.seed),
@@ -141,8 +142,7 @@ void Sampler::filter() {
     if (params_.min_p > 0.0f) keep_min_p(ranking_, params_.min_p, min_keep);
 }
 
-// From temperature - range to + range, by the entropy of what is left as a share of the largest
-// possible.
+// From temperature - range to + range, by the candidates' entropy as a share of the largest.
 float Sampler::dynamic_temperature() {
     if (params_.dynatemp_range == 0.0f || ranking_.size() == 1) return params_.temperature;
     const double range = params_.dynatemp_range;
@@ -183,8 +183,7 @@ int32_t Sampler::draw_mirostat() {
     return drawn.token;
 }
 
-// Fits Zipf's law, p ~ rank^-s, to the most likely candidates; from s follows how many stay below
-// mu bits.
+// Fits Zipf's law, p ~ rank^-s, to the most likely; from s follows how many stay below mu bits.
 size_t Sampler::mirostat_1_size() {
     const size_t n_fitted = std::min<size_t>(ranking_.size(), 100);
     const auto fitted = ranking_.first(n_fitted);

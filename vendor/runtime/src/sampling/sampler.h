@@ -41,8 +41,7 @@ class Sampler {
     // Throws QI_ARGUMENT naming the parameter, its value and its legal range.
     Sampler(SamplingParams params, int32_t n_vocab);
 
-    // Puts tokens into the penalty window without drawing them; QI_ARGUMENT when one is out of
-    // range.
+    // Puts tokens into the penalty window, undrawn; QI_ARGUMENT when one is out of range.
     void accept(std::span<const int32_t> tokens);
 
     // Draws from n_vocab logits and accepts the token drawn. QI_ARGUMENT, and nothing has changed,
