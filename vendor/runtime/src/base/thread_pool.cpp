@@ -81,21 +81,50 @@ struct Ticket {
     static int n_invited(int64_t ticket) { return int(ticket & 1023); }
 };
 
+// Neighbouring chunks mostly go to one thread, which so reads memory in one stream: matrix rows
+// came 35 % faster from DRAM than with chunks handed out in turn.
+struct Range {
+    alignas(line) std::atomic<int64_t> next{0};
+    int64_t end = 0;
+};
+
 // A worker reads the job only while it holds a chunk it has not reported done, and the caller
 // leaves only when every chunk is reported. So a late worker finds no chunk, or one of the next
 // job: both are fine, and nobody waits for workers to arrive or to go.
 struct Slot {
     alignas(line) std::atomic<int64_t> ticket{0};
     int64_t n_chunks = 0;
+    int n_ranges = 0;  // one a thread
     const Body* body = nullptr;
     int caller_cpu = 0;
     alignas(line) std::atomic<int64_t> n_done{0};  // by workers
     std::atomic<uint32_t> caller_asleep{0};
     alignas(line) std::atomic<bool> taken{false};
+    Range ranges[max_workers + 1];
 
-    // Chunks that were left before this one was taken; none when below one.
-    int64_t take() {
-        return Ticket::n_left(ticket.fetch_sub(Ticket::one_chunk, std::memory_order_relaxed));
+    void share_out(int64_t n, int n_threads) {
+        n_chunks = n;
+        n_ranges = n_threads;
+        for (int64_t i = 0; i < n_threads; ++i) {
+            ranges[i].next.store(n * i / n_threads, std::memory_order_relaxed);
+            ranges[i].end = n * (i + 1) / n_threads;
+        }
+    }
+
+    // Leave to take one chunk, if any is left.
+    bool admit() {
+        return Ticket::n_left(ticket.fetch_sub(Ticket::one_chunk, std::memory_order_relaxed)) > 0;
+    }
+
+    // The chunk for a thread that was admitted: the next of its own range, then of the others'. As
+    // many are admitted as there are chunks and a range once empty stays so: one pass finds it.
+    int64_t take(int thread) {
+        for (int i = thread;; i = i + 1 < n_ranges ? i + 1 : 0) {
+            Range& range = ranges[i];
+            if (range.next.load(std::memory_order_relaxed) >= range.end) continue;
+            const int64_t chunk = range.next.fetch_add(1, std::memory_order_relaxed);
+            if (chunk < range.end) return chunk;
+        }
     }
 };
 
@@ -169,8 +198,8 @@ void Pool::run(int n_threads, int64_t n_chunks, Body body) {
     if (n_invited > 0) {
         Share share{0, Clock::now()};
         publish(*slot, n_invited, n_chunks, body);
-        for (int64_t n_left; (n_left = slot->take()) > 0; ++share.n_chunks)
-            body(n_chunks - n_left, 0);
+        for (; slot->admit(); ++share.n_chunks)
+            body(slot->take(0), 0);
         wait_for_workers(*slot, share);
     } else {
         for (int64_t chunk = 0; chunk < n_chunks; ++chunk)
@@ -192,7 +221,7 @@ void Pool::publish(Slot& slot, int n_invited, int64_t n_chunks, const Body& body
     // Callers at work together invite different workers as far as there are enough.
     const int n_choices = n_workers_.load(std::memory_order_relaxed) - n_invited + 1;
     const int first = int(&slot - slots_) * n_invited % n_choices;
-    slot.n_chunks = n_chunks;
+    slot.share_out(n_chunks, n_invited + 1);
     slot.body = &body;
     slot.caller_cpu = sched_getcpu();
     slot.n_done.store(0, std::memory_order_relaxed);
@@ -285,11 +314,12 @@ bool Pool::help(Worker& self, Slot& slot) {
             return false;
     } while (!slot.ticket.compare_exchange_weak(ticket, ticket - Ticket::one_chunk,
                                                 std::memory_order_acquire));
-    const int64_t n_chunks = slot.n_chunks;
     const Body& body = *slot.body;
     int64_t n_mine = 0;
-    for (int64_t n_left = Ticket::n_left(ticket); n_left > 0; n_left = slot.take(), ++n_mine)
-        body(n_chunks - n_left, rank + 1);
+    do {
+        body(slot.take(rank + 1), rank + 1);
+        ++n_mine;
+    } while (slot.admit());
 
     self.displaced_caller = sched_getcpu() == slot.caller_cpu;
     slot.n_done.fetch_add(n_mine, std::memory_order_seq_cst);
