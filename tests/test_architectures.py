@@ -365,7 +365,8 @@ def test_instruction_sets(type_name: str, tmp_path: Path) -> None:
         out = tmp_path / f"{level}.npy"
         arguments = [str(path), str(out), json.dumps(short_texts())]
         environment = os.environ | {"QINFER_ISA": level}
-        subprocess.run([sys.executable, "-c", script, *arguments], check=True, env=environment)
+        command = [sys.executable, "-c", script, *arguments]
+        subprocess.run(command, check=True, env=environment, cwd=tmp_path)
         short = errors(np.load(out), expected)
         assert np.median(short) < 2e-6, level
         assert short.max() < 0.02, level
