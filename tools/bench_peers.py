@@ -26,7 +26,7 @@ import click
 
 PEER, OURS = "llama.cpp", "qinfer"
 WORKER = Path(__file__).with_name("bench_worker.py")
-N_DECODE = 48
+N_DECODE = 32
 HOW_TO_GET_PEER = """{python} has no llama_cpp. The peer is installed, not built here:
     python -m venv peer && peer/bin/pip install llama-cpp-python
 then add --peer-python peer/bin/python."""
