@@ -41,7 +41,7 @@ const MatmulOps* matmul_ops_for(Isa isa) {
             return &portable::matmul_ops;
 #if defined(__x86_64__)
         case Isa::avx2:
-            return &portable::matmul_ops;
+            return &avx2::matmul_ops;
         case Isa::avx512:
             return &avx512::matmul_ops;
 #elif defined(__aarch64__)
