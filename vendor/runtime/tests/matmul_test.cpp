@@ -169,7 +169,8 @@ struct Case {
 // Results [n_tokens][n_rows] of tokens [first, first + n), rows cut into ranges of row_step.
 std::vector<float> multiply(const Case& c, int64_t first, int64_t n, int64_t row_step) {
     const ActivationForm form = activation_form(c.w.type);
-    GuardedBytes prepared(activation_bytes(form, c.w.n_cols, n));
+    GuardedBytes prepared(form == ActivationForm::f32 ? activation_bytes(form, c.w.n_cols, n)
+                                                      : c.ops.quantized_bytes(c.w.n_cols, n));
     const float* x = c.x + first * c.w.n_cols;
     // In two parts, as two threads would.
     for (const auto& [begin, end] : {std::pair{int64_t(0), n / 2}, std::pair{n / 2, n}}) {

@@ -46,7 +46,7 @@ const MatmulOps* matmul_ops_for(Isa isa) {
             return &avx512::matmul_ops;
 #elif defined(__aarch64__)
         case Isa::neon:
-            return &neon::matmul_ops;
+            return &portable::matmul_ops;
 #endif
         default:
             return nullptr;
@@ -67,7 +67,7 @@ ActivationForm activation_form(Type weight_type) {
 size_t activation_bytes(ActivationForm form, int64_t n_cols, int64_t n_tokens) {
     if (form == ActivationForm::f32)
         return size_t(round_up(n_cols, col_padding) * n_tokens) * sizeof(float);
-    return size_t(round_up(n_cols, group_size) / group_size * n_tokens) * sizeof(Q8Group);
+    return active().quantized_bytes(n_cols, n_tokens);
 }
 
 void prepare_activations(ActivationForm form, const float* x, int64_t x_stride, int64_t n_cols,

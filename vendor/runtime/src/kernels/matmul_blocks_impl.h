@@ -1,19 +1,19 @@
 // Products with block formats: int8 activations, integer dot products inside a block, float sums
 // across blocks.
 //
-// The order of float operations, per row and token: eight chains, chain c taking blocks c, c + 8, c
-// + 16, ... of 32 weights. A block adds, for each of its parts (halves of 16 where the format has a
-// scale per 16, else the whole 32),
+// The order of float operations, per row and token: n_chains chains (8, or 16 in registers of 512
+// bits), chain c taking blocks c, c + n_chains, ... of 32 weights. A block adds, for each of its
+// parts (halves of 16 where the format has a scale per 16, else the whole 32),
 //     chain = fma(float(Σ (code - offset) · x), weight scale · x scale, chain)
 // and, in formats with a minimum, for each half of 16
 //     chain = fma(minimum, x scale · Σ x, chain)
-// The total is ((0+4)+(2+6)) + ((1+5)+(3+7)). The integer sums are exact, so the order inside a
-// block is free.
+// Last the chains are added in the order of add_chains(). The integer sums are exact, so the order
+// inside a block is free.
 //
-// A tile is `tile_rows` rows by one group of 256 weights, unpacked so that every dot instruction
-// feeds all chains. Few tokens: each tile is unpacked in registers and used at once. Many tokens:
-// the tiles of a panel of rows are unpacked to scratch that stays in L2, and tiles of tokens pass
-// over it.
+// A tile is `tile_rows` rows by one group of n_chains blocks, unpacked so that every dot
+// instruction feeds all chains. Few tokens: each tile is unpacked in registers and used at once.
+// Many tokens: the tiles of a panel of rows are unpacked to scratch that stays in L2, and tiles of
+// tokens pass over it.
 #pragma once
 
 #include "kernels/matmul_layout.h"
@@ -23,40 +23,60 @@ namespace qi::kernels::QI_SIMD_LEVEL {
 
 namespace {
 
+inline constexpr int group_size = n_chains * chain_size;
+inline constexpr int n_units = n_chains / unit_chains;  // of a group
+
 inline constexpr int64_t direct_tokens = 4;        // up to here, no panel
 inline constexpr size_t panel_bytes = 320 * 1024;  // of L2; the rest is for activations
 inline constexpr int64_t panel_rows_max = 64;      // then unpacking costs little already
-inline constexpr int64_t sweep_groups = 8;  // their activations for a tile of tokens stay in L1
+inline constexpr int64_t sweep_groups =
+    2048 / group_size;  // whose activations for a tile of tokens stay in L1
 
-// One token's part in a tile: all 256 products per row.
-template <Type type>
-inline Lanes add_products(const Tile<type>& tile, const Q8Group& x, Lanes chains) {
+// Adds a tile's products with n tokens, taken a few at a time so that their chains of dot
+// instructions overlap.
+template <Type type, int n>
+inline void add_products(const Tile<type>& tile, const Q8Group* x, Lanes (&chains)[n]) {
     constexpr Format format = format_of<type>;
     constexpr int part_steps = n_steps / format.parts;
-    const Lanes scales = load_lanes(x.scales);
-    for (int p = 0; p < format.parts; ++p) {
-        Ints sums = zero_ints();
-        if constexpr (dot_offset<type> != 0) {
-            // -offset · Σ x of the part's halves
-            const int first = p == 0 ? -dot_offset<type> : 0;
-            const int second = p == format.parts - 1 ? -dot_offset<type> : 0;
-            sums = weigh_pairs(x.sums, first, second);
-        }
-        sums = dot<type, part_steps>(sums, tile.codes + p * part_steps, x.codes + p * part_steps);
-        chains = fma(to_float(sums), tile.factors[p] * scales, chains);
-        if constexpr (format.minimum) {
-            chains = fma(tile.factors[format.parts + p], load_lanes(x.scaled_sums[p]), chains);
-            if (format.parts == 1)
-                chains = fma(tile.factors[1], load_lanes(x.scaled_sums[1]), chains);
+    constexpr int together = n % dot_tokens == 0 ? dot_tokens : n % 4 == 0 ? 4 : n;
+#pragma GCC unroll 16
+    for (int first = 0; first < n; first += together) {
+#pragma GCC unroll 2
+        for (int p = 0; p < format.parts; ++p) {
+            Ints sums[together];
+#pragma GCC unroll 16
+            for (int t = 0; t < together; ++t) {
+                // -offset · Σ x of the part's halves
+                const int low = p == 0 ? -dot_offset<type> : 0;
+                const int high = p == format.parts - 1 ? -dot_offset<type> : 0;
+                sums[t] =
+                    dot_offset<type> ? weigh_pairs(x[first + t].sums, low, high) : zero_ints();
+            }
+            dot<type, part_steps>(sums, tile.codes + p * part_steps, x + first, p * part_steps);
+#pragma GCC unroll 16
+            for (int t = 0; t < together; ++t) {
+                const Q8Group& token = x[first + t];
+                Lanes& chain = chains[first + t];
+                chain = fma(to_float(sums[t]), tile.factors[p] * load_lanes(token.scales), chain);
+                if constexpr (format.minimum) {
+                    const Lanes minimum = tile.factors[format.parts + p];
+                    chain = fma(minimum, load_lanes(token.scaled_sums[p]), chain);
+                    if (format.parts == 1)
+                        chain = fma(minimum, load_lanes(token.scaled_sums[1]), chain);
+                }
+            }
         }
     }
-    return chains;
 }
+
+// Stands for units beyond the end of a row.
+alignas(64) inline constexpr uint8_t zero_unit[512] = {};
 
 template <Type type>
 struct BlockKernels {
     static constexpr Format format = format_of<type>;
-    static constexpr int64_t block_bytes = format.group_bytes / n_chains;  // of 32 weights
+    static constexpr int64_t group_bytes = n_units * format.unit_bytes;
+    static constexpr int64_t block_bytes = format.unit_bytes / unit_chains;  // of 32 weights
 
     // Rows of one tile, at their first group.
     struct Rows {
@@ -67,25 +87,34 @@ struct BlockKernels {
                 at[i] = product.row(row + i);
         }
         void unpack_whole(int64_t group, Tile<type>& tile) const {
-            const uint8_t* group_at[tile_rows];
-            for (int i = 0; i < tile_rows; ++i)
-                group_at[i] = at[i] + group * format.group_bytes;
-            unpack(group_at, tile);
+            const uint8_t* units[tile_rows * n_units];
+            for (int i = 0; i < tile_rows * n_units; ++i)
+                units[i] = at[i / n_units] + group * group_bytes + i % n_units * format.unit_bytes;
+            unpack(units, tile);
         }
-        // A last group of fewer blocks: zeros stand for the rest, whose activations are zeros too.
-        void unpack_part(int64_t group, int64_t n_blocks, Tile<type>& tile) const {
-            uint8_t padded[tile_rows][format.group_bytes] = {};
-            const uint8_t* group_at[tile_rows];
-            for (int i = 0; i < tile_rows; ++i) {
-                __builtin_memcpy(padded[i], at[i] + group * format.group_bytes,
-                                 size_t(n_blocks * block_bytes));
-                group_at[i] = padded[i];
+        // A last group of n_blocks only: zeros stand for the rest, whose activations are zeros too.
+        [[gnu::noinline]] void unpack_part(int64_t group, int64_t n_blocks,
+                                           Tile<type>& tile) const {
+            static_assert(format.unit_bytes <= sizeof zero_unit);
+            alignas(cache_line) uint8_t padded[tile_rows][format.unit_bytes];
+            const uint8_t* units[tile_rows * n_units];
+            for (int i = 0; i < tile_rows * n_units; ++i) {
+                const int64_t n_before = i % n_units * unit_chains;
+                const uint8_t* unit =
+                    at[i / n_units] + group * group_bytes + n_before * block_bytes;
+                units[i] = n_blocks <= n_before ? zero_unit : unit;
+                if (n_blocks <= n_before || n_blocks - n_before >= unit_chains) continue;
+                const auto n_bytes = size_t((n_blocks - n_before) * block_bytes);
+                uint8_t* copy = padded[i / n_units];
+                __builtin_memset(copy, 0, format.unit_bytes);
+                __builtin_memcpy(copy, unit, n_bytes);
+                units[i] = copy;
             }
-            unpack(group_at, tile);
+            unpack(units, tile);
         }
         void prefetch(int64_t group) const {
             for (int i = 0; i < tile_rows; ++i)
-                prefetch_ahead(at[i] + group * format.group_bytes, format.group_bytes);
+                prefetch_ahead(at[i] + group * group_bytes, group_bytes);
         }
     };
 
@@ -126,7 +155,7 @@ struct BlockKernels {
     }
 
     template <int n>
-    static void put(const Product& product, int64_t row, int64_t token, const Lanes (&chains)[n]) {
+    static void put(const Product& product, int64_t row, int64_t token, const Lanes* chains) {
         for (int t = 0; t < n; ++t) {
             float totals[tile_rows];
             add_chains(chains[t], totals);
@@ -136,40 +165,39 @@ struct BlockKernels {
     }
 
     template <int n>
-    static void multiply_rows(const Product& product, int64_t row, int64_t token) {
+    [[gnu::flatten]] static void multiply_rows(const Product& product, int64_t row, int64_t token) {
         const Rows rows(product, row);
         const int64_t n_blocks = product.w.n_cols / chain_size;
         Lanes chains[n] = {};
         int64_t group = 0;
-        Tile<type> tile;
         for (; (group + 1) * n_chains <= n_blocks; ++group) {
+            Tile<type> tile;
             rows.prefetch(group);
             rows.unpack_whole(group, tile);
-            const Q8Group* x = activations(product, group, token);
-            for (int t = 0; t < n; ++t)
-                chains[t] = add_products<type>(tile, x[t], chains[t]);
+            add_products(tile, activations(product, group, token), chains);
         }
         if (group * n_chains < n_blocks) {
+            Tile<type> tile;
             rows.unpack_part(group, n_blocks - group * n_chains, tile);
-            const Q8Group* x = activations(product, group, token);
-            for (int t = 0; t < n; ++t)
-                chains[t] = add_products<type>(tile, x[t], chains[t]);
+            add_products(tile, activations(product, group, token), chains);
         }
-        put(product, row, token, chains);
+        put<n>(product, row, token, chains);
     }
 
-    static void multiply_panel(const Product& product, int64_t row_begin, int64_t row_end,
-                               std::byte* scratch) {
+    // The tiles of a panel [n_tiles][n_groups], and where sums wait between sweeps
+    // [n_tiles][tile_tokens].
+    struct Panel {
+        int64_t row, n_tiles, n_groups;
+        Tile<type>* tiles;
+        Lanes* kept;
+    };
+
+    static void unpack_panel(const Product& product, const Panel& panel) {
         const int64_t n_blocks = product.w.n_cols / chain_size;
-        const int64_t n_groups = ceil_div(n_blocks, n_chains);
-        const int64_t n_tiles = ceil_div(row_end - row_begin, tile_rows);
-        auto* tiles = align_up<Tile<type>>(scratch);  // [n_tiles][n_groups]
-        auto* sums =
-            reinterpret_cast<Lanes*>(tiles + n_tiles * n_groups);  // [n_tiles][tile_tokens]
-        for (int64_t i = 0; i < n_tiles; ++i) {
-            const Rows rows(product, row_begin + i * tile_rows);
-            for (int64_t group = 0; group < n_groups; ++group) {
-                Tile<type>& tile = tiles[i * n_groups + group];
+        for (int64_t i = 0; i < panel.n_tiles; ++i) {
+            const Rows rows(product, panel.row + i * tile_rows);
+            for (int64_t group = 0; group < panel.n_groups; ++group) {
+                Tile<type>& tile = panel.tiles[i * panel.n_groups + group];
                 const int64_t rest = n_blocks - group * n_chains;
                 if (rest >= n_chains)
                     rows.unpack_whole(group, tile);
@@ -177,29 +205,42 @@ struct BlockKernels {
                     rows.unpack_part(group, rest, tile);
             }
         }
+    }
+
+    // A panel's products with n tokens over groups [first, last).
+    template <int n>
+    [[gnu::flatten]] static void sweep(const Product& product, const Panel& panel, int64_t token,
+                                       int64_t first, int64_t last) {
+        for (int64_t i = 0; i < panel.n_tiles; ++i) {
+            Lanes chains[n] = {};
+            Lanes* kept = panel.kept + i * tile_tokens;
+            if (first > 0)
+#pragma GCC unroll 16
+                for (int t = 0; t < n; ++t)
+                    chains[t] = kept[t];
+            for (int64_t group = first; group < last; ++group)
+                add_products(panel.tiles[i * panel.n_groups + group],
+                             activations(product, group, token), chains);
+#pragma GCC unroll 16
+            for (int t = 0; t < n; ++t)
+                kept[t] = chains[t];
+        }
+    }
+
+    static void multiply_panel(const Product& product, int64_t row_begin, int64_t row_end,
+                               std::byte* scratch) {
+        Panel panel = {row_begin, ceil_div(row_end - row_begin, tile_rows),
+                       ceil_div(product.w.n_cols, group_size), align_up<Tile<type>>(scratch),
+                       nullptr};
+        panel.kept = reinterpret_cast<Lanes*>(panel.tiles + panel.n_tiles * panel.n_groups);
+        unpack_panel(product, panel);
         for_token_tiles<tile_tokens>(0, product.n_tokens, [&]<int n>(int64_t token) {
-            for (int64_t first = 0; first < n_groups; first += sweep_groups) {
-                const int64_t last =
-                    first + sweep_groups < n_groups ? first + sweep_groups : n_groups;
-                for (int64_t i = 0; i < n_tiles; ++i) {
-                    Lanes chains[n] = {};
-                    Lanes* kept = sums + i * tile_tokens;
-                    if (first > 0)
-                        for (int t = 0; t < n; ++t)
-                            chains[t] = kept[t];
-                    for (int64_t group = first; group < last; ++group) {
-                        const Q8Group* x = activations(product, group, token);
-                        for (int t = 0; t < n; ++t)
-                            chains[t] =
-                                add_products<type>(tiles[i * n_groups + group], x[t], chains[t]);
-                    }
-                    if (last < n_groups)
-                        for (int t = 0; t < n; ++t)
-                            kept[t] = chains[t];
-                    else
-                        put(product, row_begin + i * tile_rows, token, chains);
-                }
+            for (int64_t first = 0; first < panel.n_groups; first += sweep_groups) {
+                const int64_t end = first + sweep_groups;
+                sweep<n>(product, panel, token, first, end < panel.n_groups ? end : panel.n_groups);
             }
+            for (int64_t i = 0; i < panel.n_tiles; ++i)
+                put<n>(product, row_begin + i * tile_rows, token, panel.kept + i * tile_tokens);
         });
     }
 };
@@ -239,6 +280,10 @@ inline void quantize_block(const float* x, int chain, Q8Group& group) {
         group.sums[chain][h] = int16_t(sums[h]);
         group.scaled_sums[h][chain] = scale * float(sums[h]);
     }
+}
+
+size_t quantized_bytes(int64_t n_cols, int64_t n_tokens) {
+    return size_t(ceil_div(n_cols, group_size) * n_tokens) * sizeof(Q8Group);
 }
 
 void quantize(const float* x, int64_t x_stride, int64_t n_cols, int64_t n_tokens, int64_t begin,

@@ -18,7 +18,7 @@ namespace {
 // 4 rows by 6 tokens are 24 sums, which leaves 8 registers for operands; with 16 registers 4 by 3.
 inline constexpr int float_rows = 4;
 inline constexpr int float_tokens = n_registers == 32 ? 6 : 3;
-inline constexpr size_t float_panel_bytes = 256 * 1024;
+inline constexpr size_t float_panel_bytes = 512 * 1024;
 
 template <Type type>
 inline constexpr int64_t element_bytes = type == Type::f32 ? 4 : 2;
@@ -89,26 +89,39 @@ struct FloatKernels {
         return x + first * product.n_tokens + token * padded(n);
     }
 
+    // Calls body(row, token) for all sums of a tile, unrolled: the sums must not leave their
+    // registers.
+    template <int n, class Body>
+    static void for_sums(Body body) {
+#pragma GCC unroll 8
+        for (int r = 0; r < float_rows; ++r)
+#pragma GCC unroll 8
+            for (int t = 0; t < n; ++t)
+                body(r, t);
+    }
+
     template <int n>
     static void add_column(const Vec (&weights)[float_rows], const float* x, int64_t x_stride,
                            Vec (&sums)[float_rows][n]) {
+#pragma GCC unroll 8
         for (int t = 0; t < n; ++t) {
             const Vec column = load(x + t * x_stride);
+#pragma GCC unroll 8
             for (int r = 0; r < float_rows; ++r)
                 sums[r][t] = fma(weights[r], column, sums[r][t]);
         }
     }
 
+    // sums: [float_rows][n][width]
     template <int n>
-    static void put(const Product& product, int64_t row, int64_t token,
-                    const Vec (&sums)[float_rows][n]) {
+    static void put(const Product& product, int64_t row, int64_t token, const float* sums) {
         for (int r = 0; r < float_rows; ++r)
             for (int t = 0; t < n; ++t)
-                product.put(row + r, token + t, sum(sums[r][t]));
+                product.put(row + r, token + t, sum(load(sums + (r * n + t) * width)));
     }
 
     template <int n>
-    static void multiply_rows(const Product& product, int64_t row, int64_t token) {
+    [[gnu::flatten]] static void multiply_rows(const Product& product, int64_t row, int64_t token) {
         const uint8_t* at[float_rows];
         for (int r = 0; r < float_rows; ++r)
             at[r] = product.row(row + r);
@@ -137,57 +150,71 @@ struct FloatKernels {
                 add_column(weights, x + k, stride, sums);
             }
         }
-        put(product, row, token, sums);
+        float totals[float_rows * n * width];
+        for_sums<n>([&](int r, int t) { store(totals + (r * n + t) * width, sums[r][t]); });
+        put<n>(product, row, token, totals);
     }
 
-    // Rows as floats, chunk after chunk: [n_chunks][n_rows][padded chunk].
-    static void widen_panel(const Product& product, int64_t row_begin, int64_t n_rows,
-                            float* panel) {
+    // Rows as floats, in the order sweeps take them, so that they are one stream:
+    // [n_chunks][n_tiles][padded chunk / width][float_rows][width].
+    static void widen_panel(const Product& product, int64_t row_begin, int64_t n_tiles,
+                            float* out) {
         for (int64_t first = 0; first < product.w.n_cols; first += chunk_cols) {
-            const int64_t size = chunk_size(product, first), stride = padded(size);
-            for (int64_t r = 0; r < n_rows; ++r) {
-                const uint8_t* at = product.row(row_begin + r) + first * element_bytes<type>;
-                float* out = panel + first * n_rows + r * stride;
-                int64_t k = 0;
-                for (; k + width <= size; k += width)
-                    store(out + k, load_weights<type>(at + k * element_bytes<type>));
-                if (k < size)
-                    store(out + k,
-                          load_weights_partial<type>(at + k * element_bytes<type>, size - k));
+            const int64_t size = chunk_size(product, first);
+            for (int64_t i = 0; i < n_tiles; ++i, out += float_rows * padded(size)) {
+                for (int r = 0; r < float_rows; ++r) {
+                    const uint8_t* at =
+                        product.row(row_begin + i * float_rows + r) + first * element_bytes<type>;
+                    for (int64_t k = 0; k < size; k += width, at += width * element_bytes<type>)
+                        store(out + k * float_rows + r * width,
+                              size - k >= width ? load_weights<type>(at)
+                                                : load_weights_partial<type>(at, size - k));
+                }
             }
+        }
+    }
+
+    // The tiles of a panel, and where sums wait between chunks
+    // [n_tiles][float_rows][float_tokens][width].
+    struct Panel {
+        int64_t row, n_tiles;
+        float *weights, *kept;
+    };
+    static constexpr int64_t kept_size = float_rows * float_tokens * width;
+
+    // A panel's products with n tokens over one chunk of columns.
+    template <int n>
+    [[gnu::flatten]] static void sweep(const Product& product, const Panel& panel, int64_t token,
+                                       int64_t first) {
+        const int64_t size = chunk_size(product, first), stride = padded(size);
+        const float* x = activations(product, first, size, token);
+        for (int64_t i = 0; i < panel.n_tiles; ++i) {
+            const float* w = panel.weights + (first * panel.n_tiles + i * stride) * float_rows;
+            float* kept = panel.kept + i * kept_size;
+            Vec weights[float_rows], sums[float_rows][n] = {};
+            if (first > 0)
+                for_sums<n>([&](int r, int t) { sums[r][t] = load(kept + (r * n + t) * width); });
+            for (int64_t k = 0; k < size; k += width, w += float_rows * width) {
+                for (int r = 0; r < float_rows; ++r)
+                    weights[r] = load(w + r * width);
+                add_column(weights, x + k, stride, sums);
+            }
+            for_sums<n>([&](int r, int t) { store(kept + (r * n + t) * width, sums[r][t]); });
         }
     }
 
     static void multiply_panel(const Product& product, int64_t row_begin, int64_t row_end,
                                std::byte* scratch) {
-        const int64_t n_tiles = ceil_div(row_end - row_begin, float_rows);
-        const int64_t n_rows = n_tiles * float_rows, n_cols = product.w.n_cols;
-        auto* panel = align_up<float>(scratch);
-        float* kept =
-            panel + n_rows * padded(n_cols);  // [n_tiles][float_rows][float_tokens][width]
-        widen_panel(product, row_begin, n_rows, panel);
+        const int64_t n_cols = product.w.n_cols;
+        Panel panel = {row_begin, ceil_div(row_end - row_begin, float_rows),
+                       align_up<float>(scratch), nullptr};
+        panel.kept = panel.weights + panel.n_tiles * float_rows * padded(n_cols);
+        widen_panel(product, row_begin, panel.n_tiles, panel.weights);
         for_token_tiles<float_tokens>(0, product.n_tokens, [&]<int n>(int64_t token) {
-            for (int64_t first = 0; first < n_cols; first += chunk_cols) {
-                const int64_t size = chunk_size(product, first), stride = padded(size);
-                const float* x = activations(product, first, size, token);
-                for (int64_t i = 0; i < n_tiles; ++i) {
-                    float* tile_sums = kept + i * float_rows * float_tokens * width;
-                    Vec weights[float_rows], sums[float_rows][n] = {};
-                    for (int j = 0; first > 0 && j < float_rows * n; ++j)
-                        sums[j / n][j % n] = load(tile_sums + j * width);
-                    const float* w = panel + first * n_rows + i * float_rows * stride;
-                    for (int64_t k = 0; k < size; k += width) {
-                        for (int r = 0; r < float_rows; ++r)
-                            weights[r] = load(w + r * stride + k);
-                        add_column(weights, x + k, stride, sums);
-                    }
-                    if (first + size == n_cols)
-                        put(product, row_begin + i * float_rows, token, sums);
-                    else
-                        for (int j = 0; j < float_rows * n; ++j)
-                            store(tile_sums + j * width, sums[j / n][j % n]);
-                }
-            }
+            for (int64_t first = 0; first < n_cols; first += chunk_cols)
+                sweep<n>(product, panel, token, first);
+            for (int64_t i = 0; i < panel.n_tiles; ++i)
+                put<n>(product, row_begin + i * float_rows, token, panel.kept + i * kept_size);
         });
     }
 };

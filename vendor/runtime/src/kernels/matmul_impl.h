@@ -57,6 +57,6 @@ void rows(const Weight& w, int64_t row_begin, int64_t row_end, const std::byte* 
 
 }  // namespace
 
-const MatmulOps matmul_ops = {quantize, scratch_bytes, rows};
+const MatmulOps matmul_ops = {quantized_bytes, quantize, scratch_bytes, rows};
 
 }  // namespace qi::kernels::QI_SIMD_LEVEL

@@ -29,13 +29,13 @@ struct Product {
     }
 };
 
-// Calls body.operator()<n>(first) for tiles of n tokens, then for what remains in tiles of n / 2
-// and so on.
+// Calls body.operator()<n>(first) for tiles of n tokens, then for the rest in tiles of ever smaller
+// powers of two.
 template <int n, class Body>
 inline void for_token_tiles(int64_t begin, int64_t end, Body body) {
     for (; end - begin >= n; begin += n)
         body.template operator()<n>(begin);
-    if constexpr (n > 1) for_token_tiles<n / 2>(begin, end, body);
+    if constexpr (n > 1) for_token_tiles<(n > 8 ? 8 : n > 4 ? 4 : n > 2 ? 2 : 1)>(begin, end, body);
 }
 
 inline constexpr int64_t cache_line = 64;

@@ -9,9 +9,10 @@
 
 namespace qi::kernels {
 
-// One function per function of matmul.h that depends on the instruction set; `quantize` is the part
-// of prepare_activations for ActivationForm::q8_block32.
+// One function per function of matmul.h that depends on the instruction set; `quantize` and
+// `quantized_bytes` are the parts of prepare_activations and activation_bytes for block formats.
 struct MatmulOps {
+    size_t (*quantized_bytes)(int64_t n_cols, int64_t n_tokens);
     void (*quantize)(const float* x, int64_t x_stride, int64_t n_cols, int64_t n_tokens,
                      int64_t begin, int64_t end, std::byte* prepared);
     size_t (*scratch_bytes)(const Weight& w, int64_t n_tokens);

@@ -1,4 +1,5 @@
-// Block tiles for AVX-512 with VNNI and VBMI: two rows, one in each half of a register.
+// Block tiles for AVX-512 with VNNI and VBMI: one row, two units of 256 weights at once, one in
+// each half of a register.
 #pragma once
 
 #include "kernels/matmul_layout.h"
@@ -11,8 +12,13 @@ inline Vec load_bf16(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-inline constexpr int tile_rows = 2;
+inline constexpr int tile_rows = 1;
+inline constexpr int n_chains = 16;
+using Q8Group = ActivationGroup<n_chains>;
+
 // 12 sums beside 8 registers of codes leave 12 for factors and what is in flight.
+// Tokens whose dot products overlap: 6 chains of 4 cycles, 2 started per cycle.
+inline constexpr int dot_tokens = 6;
 inline constexpr int tile_tokens = 12;
 
 using Lanes = Vec;
@@ -29,33 +35,28 @@ template <Type type>
 inline constexpr int dot_offset = format_of<type>.offset;
 
 inline Lanes load_lanes(const float (&p)[n_chains]) {
-    return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
-}
-inline __m512i broadcast_256(const void* p) {
-    return _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+    return load(p);
 }
 inline Ints zero_ints() {
     return _mm512_setzero_si512();
 }
 inline Ints weigh_pairs(const int16_t (&p)[n_chains][2], int first, int second) {
     const int pair = (first & 0xffff) | int(unsigned(second) << 16);
-    return _mm512_madd_epi16(broadcast_256(p), _mm512_set1_epi32(pair));
+    return _mm512_madd_epi16(_mm512_loadu_si512(p), _mm512_set1_epi32(pair));
 }
-template <Type type, int steps>
-inline Ints dot(Ints sums, const Codes* w, const int8_t (*x)[n_chains][4]) {
+template <Type type, int steps, int n>
+inline void dot(Ints (&sums)[n], const Codes* w, const Q8Group* x, int first) {
+#pragma GCC unroll 8
     for (int s = 0; s < steps; ++s)
-        sums = _mm512_dpbusd_epi32(sums, w[s], broadcast_256(x[s]));
-    return sums;
+#pragma GCC unroll 16
+        for (int t = 0; t < n; ++t)
+            sums[t] = _mm512_dpbusd_epi32(sums[t], w[s], _mm512_loadu_si512(x[t].codes[first + s]));
 }
 inline Lanes to_float(Ints sums) {
     return _mm512_cvtepi32_ps(sums);
 }
 inline void add_chains(Lanes chains, float (&totals)[tile_rows]) {
-    chains += _mm512_shuffle_f32x4(chains, chains, _MM_SHUFFLE(2, 3, 0, 1));
-    chains += _mm512_permute_ps(chains, _MM_SHUFFLE(1, 0, 3, 2));
-    chains += _mm512_permute_ps(chains, _MM_SHUFFLE(2, 3, 0, 1));
-    totals[0] = _mm512_cvtss_f32(chains);
-    totals[1] = _mm256_cvtss_f32(_mm512_extractf32x8_ps(chains, 1));
+    totals[0] = sum(chains);
 }
 
 // For each byte of a register a number: where the byte comes from, or at which bit.
@@ -146,7 +147,7 @@ constexpr OffsetMap quad_map(int offset, int quad) {
             uint16_t((4 * quad + i % 16 / 4) * int(sizeof(Block)) + offset + i / 16 * 4 + i % 4);
     return map;
 }
-// A field of two or four bytes of all eight blocks, in both rows' places. Lanes 2 and 3 take the
+// A field of two or four bytes of all eight blocks, in both units' places. Lanes 2 and 3 take the
 // field at `upper`.
 template <class Block>
 constexpr OffsetMap field_map(int n_bytes, int lower, int upper) {
@@ -176,7 +177,7 @@ inline __m512i merge_bits(__m512i low, __m512i high, int8_t mask, int8_t all) {
 }
 
 template <class Block, class Tile>
-inline void unpack_factors(const Raw<8 * sizeof(Block)> (&raw)[tile_rows], Tile& tile) {
+inline void unpack_factors(const Raw<unit_chains * sizeof(Block)> (&raw)[2], Tile& tile) {
     constexpr int d = offsetof(Block, d);
     constexpr bool minimum = requires(Block b) {
         b.m;
@@ -190,14 +191,14 @@ inline void unpack_factors(const Raw<8 * sizeof(Block)> (&raw)[tile_rows], Tile&
 
 // The bytes at `offset` of blocks of 32: out[i] has bytes 4·i to 4·i + 3 of each block.
 template <class Block, int offset>
-inline void take_sixteen(const Raw<8 * sizeof(Block)> (&raw)[tile_rows], __m512i* out) {
+inline void take_sixteen(const Raw<unit_chains * sizeof(Block)> (&raw)[2], __m512i* out) {
     constexpr OffsetMap first = quad_map<Block>(offset, 0), second = quad_map<Block>(offset, 1);
     transpose_lanes(pick<first>(raw[0]), pick<second>(raw[0]), pick<first>(raw[1]),
                     pick<second>(raw[1]), out);
 }
 
 template <class Block, class Tile>
-inline void unpack_nibbles(const Raw<8 * sizeof(Block)> (&raw)[tile_rows], Tile& tile) {
+inline void unpack_nibbles(const Raw<unit_chains * sizeof(Block)> (&raw)[2], Tile& tile) {
     const __m512i mask = _mm512_set1_epi8(15);
     __m512i pairs[4];
     take_sixteen<Block, offsetof(Block, qs)>(raw, pairs);
@@ -213,7 +214,7 @@ template <class Shift>
 constexpr ByteMap bit_map(int odd, int spread, Shift shift) {
     ByteMap map = {};
     for (int i = 0; i < 64; ++i)
-        map.at[i] = uint8_t((32 * odd + spread * (i % 4) + shift(i / 4 % n_chains) + 64) % 64);
+        map.at[i] = uint8_t((32 * odd + spread * (i % 4) + shift(i / 4 % unit_chains) + 64) % 64);
     return map;
 }
 
@@ -236,9 +237,9 @@ inline void add_fifth_bits(__m512i qh, Tile& tile) {
 }
 
 template <class Block, class Tile>
-inline void unpack_five_bits(const uint8_t* const (&rows)[tile_rows], Tile& tile) {
-    const Raw<8 * sizeof(Block)> raw[tile_rows] = {Raw<8 * sizeof(Block)>(rows[0]),
-                                                   Raw<8 * sizeof(Block)>(rows[1])};
+inline void unpack_five_bits(const uint8_t* const (&units)[2], Tile& tile) {
+    const Raw<unit_chains * sizeof(Block)> raw[2] = {Raw<unit_chains * sizeof(Block)>(units[0]),
+                                                     Raw<unit_chains * sizeof(Block)>(units[1])};
     unpack_factors<Block>(raw, tile);
     unpack_nibbles<Block>(raw, tile);
     constexpr OffsetMap map = field_map<Block>(4, offsetof(Block, qh), offsetof(Block, qh));
@@ -246,28 +247,28 @@ inline void unpack_five_bits(const uint8_t* const (&rows)[tile_rows], Tile& tile
 }
 
 template <class Block, class Tile>
-inline void unpack_four_bits(const uint8_t* const (&rows)[tile_rows], Tile& tile) {
-    const Raw<8 * sizeof(Block)> raw[tile_rows] = {Raw<8 * sizeof(Block)>(rows[0]),
-                                                   Raw<8 * sizeof(Block)>(rows[1])};
+inline void unpack_four_bits(const uint8_t* const (&units)[2], Tile& tile) {
+    const Raw<unit_chains * sizeof(Block)> raw[2] = {Raw<unit_chains * sizeof(Block)>(units[0]),
+                                                     Raw<unit_chains * sizeof(Block)>(units[1])};
     unpack_factors<Block>(raw, tile);
     unpack_nibbles<Block>(raw, tile);
 }
 
-inline void unpack(const uint8_t* const (&rows)[tile_rows], Tile<Type::q4_0>& tile) {
-    unpack_four_bits<BlockQ4_0>(rows, tile);
+inline void unpack(const uint8_t* const (&units)[2], Tile<Type::q4_0>& tile) {
+    unpack_four_bits<BlockQ4_0>(units, tile);
 }
-inline void unpack(const uint8_t* const (&rows)[tile_rows], Tile<Type::q4_1>& tile) {
-    unpack_four_bits<BlockQ4_1>(rows, tile);
+inline void unpack(const uint8_t* const (&units)[2], Tile<Type::q4_1>& tile) {
+    unpack_four_bits<BlockQ4_1>(units, tile);
 }
-inline void unpack(const uint8_t* const (&rows)[tile_rows], Tile<Type::q5_0>& tile) {
-    unpack_five_bits<BlockQ5_0>(rows, tile);
+inline void unpack(const uint8_t* const (&units)[2], Tile<Type::q5_0>& tile) {
+    unpack_five_bits<BlockQ5_0>(units, tile);
 }
-inline void unpack(const uint8_t* const (&rows)[tile_rows], Tile<Type::q5_1>& tile) {
-    unpack_five_bits<BlockQ5_1>(rows, tile);
+inline void unpack(const uint8_t* const (&units)[2], Tile<Type::q5_1>& tile) {
+    unpack_five_bits<BlockQ5_1>(units, tile);
 }
-inline void unpack(const uint8_t* const (&rows)[tile_rows], Tile<Type::q8_0>& tile) {
-    using Bytes = Raw<8 * sizeof(BlockQ8_0)>;
-    const Bytes raw[tile_rows] = {Bytes(rows[0]), Bytes(rows[1])};
+inline void unpack(const uint8_t* const (&units)[2], Tile<Type::q8_0>& tile) {
+    using Bytes = Raw<unit_chains * sizeof(BlockQ8_0)>;
+    const Bytes raw[2] = {Bytes(units[0]), Bytes(units[1])};
     unpack_factors<BlockQ8_0>(raw, tile);
     take_sixteen<BlockQ8_0, offsetof(BlockQ8_0, qs)>(raw, tile.codes);
     take_sixteen<BlockQ8_0, offsetof(BlockQ8_0, qs) + 16>(raw, tile.codes + 4);
@@ -275,7 +276,7 @@ inline void unpack(const uint8_t* const (&rows)[tile_rows], Tile<Type::q8_0>& ti
         codes = _mm512_xor_si512(codes, _mm512_set1_epi8(-128));  // the offset is 128
 }
 
-// A K type's scales: small integers, eight of each row, times a float of each row.
+// A K type's scales: small integers, eight of each unit, times a float of each unit.
 inline Lanes scale_factors(__m128i integers, Lanes unit) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(integers)) * unit;
 }
@@ -285,31 +286,32 @@ inline T load_as(const uint8_t* p) {
     __builtin_memcpy(&value, p, sizeof value);
     return value;
 }
-// One half of each row as floats in that row's lanes; and two neighbouring ones.
-inline Lanes load_half(const uint8_t* const (&rows)[tile_rows], int offset) {
-    const __m128 values = _mm_cvtph_ps(_mm_set_epi16(
-        0, 0, 0, 0, 0, 0, load_as<int16_t>(rows[1] + offset), load_as<int16_t>(rows[0] + offset)));
+// One half of each unit as a float in that unit's lanes; and two neighbouring ones.
+inline Lanes load_half(const uint8_t* const (&units)[2], int offset) {
+    const __m128 values =
+        _mm_cvtph_ps(_mm_set_epi16(0, 0, 0, 0, 0, 0, load_as<int16_t>(units[1] + offset),
+                                   load_as<int16_t>(units[0] + offset)));
     const __m512i index = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
     return _mm512_permutexvar_ps(index, _mm512_castps128_ps512(values));
 }
-inline void load_two_halves(const uint8_t* const (&rows)[tile_rows], int offset, Lanes& first,
+inline void load_two_halves(const uint8_t* const (&units)[2], int offset, Lanes& first,
                             Lanes& second) {
     const __m128 values = _mm_cvtph_ps(
-        _mm_set_epi32(0, 0, load_as<int>(rows[1] + offset), load_as<int>(rows[0] + offset)));
+        _mm_set_epi32(0, 0, load_as<int>(units[1] + offset), load_as<int>(units[0] + offset)));
     const __m512i index = _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0);
     first = _mm512_permutexvar_ps(index, _mm512_castps128_ps512(values));
     second = _mm512_permutexvar_ps(_mm512_add_epi32(index, _mm512_set1_epi32(1)),
                                    _mm512_castps128_ps512(values));
 }
 
-// Sixteen bytes of each row, of which number 2·c + part belongs to chain c: parts[part] has those
-// of both rows.
-inline void split_parts(__m128i row0, __m128i row1, __m128i (&parts)[2]) {
+// Sixteen bytes of each unit, of which number 2·c + part belongs to chain c: parts[part] has those
+// of both units.
+inline void split_parts(__m128i first, __m128i second, __m128i (&parts)[2]) {
     const __m128i evens_odds = _mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
-    row0 = _mm_shuffle_epi8(row0, evens_odds);
-    row1 = _mm_shuffle_epi8(row1, evens_odds);
-    parts[0] = _mm_unpacklo_epi64(row0, row1);
-    parts[1] = _mm_unpackhi_epi64(row0, row1);
+    first = _mm_shuffle_epi8(first, evens_odds);
+    second = _mm_shuffle_epi8(second, evens_odds);
+    parts[0] = _mm_unpacklo_epi64(first, second);
+    parts[1] = _mm_unpackhi_epi64(first, second);
 }
 inline __m128i load_128(const uint8_t* p) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -330,11 +332,11 @@ struct SixBits {
 };
 
 template <class Block, class Tile>
-inline void unpack_six_bit_factors(const uint8_t* const (&rows)[tile_rows], Tile& tile) {
-    const SixBits first(rows[0] + offsetof(Block, scales)),
-        second(rows[1] + offsetof(Block, scales));
+inline void unpack_six_bit_factors(const uint8_t* const (&units)[2], Tile& tile) {
+    const SixBits first(units[0] + offsetof(Block, scales)),
+        second(units[1] + offsetof(Block, scales));
     Lanes d, dmin;
-    load_two_halves(rows, offsetof(Block, d), d, dmin);
+    load_two_halves(units, offsetof(Block, d), d, dmin);
     tile.factors[0] =
         scale_factors(_mm_set_epi64x(int64_t(second.scales), int64_t(first.scales)), d);
     tile.factors[1] = scale_factors(_mm_set_epi64x(int64_t(second.minima), int64_t(first.minima)),
@@ -343,7 +345,7 @@ inline void unpack_six_bit_factors(const uint8_t* const (&rows)[tile_rows], Tile
 
 // Four runs of 32 bytes, each the low and the high nibbles of two chains.
 template <class Tile>
-inline void unpack_nibble_runs(const uint8_t* row0, const uint8_t* row1, Tile& tile) {
+inline void unpack_nibble_runs(const uint8_t* first, const uint8_t* second, Tile& tile) {
     // Quadwords i and i + 1 of all runs.
     constexpr auto map = [](int first) {
         OffsetMap result = {};
@@ -352,10 +354,10 @@ inline void unpack_nibble_runs(const uint8_t* row0, const uint8_t* row1, Tile& t
         return result;
     };
     constexpr auto nibble = [](int chain) { return chain % 2 * 4; };
-    const Raw<128> raw0(row0), raw1(row1);
+    const Raw<128> raw0(first), raw1(second);
     const __m512i mask = _mm512_set1_epi8(15);
-    const __m512i early[tile_rows] = {pick<map(0)>(raw0), pick<map(0)>(raw1)};
-    const __m512i late[tile_rows] = {pick<map(2)>(raw0), pick<map(2)>(raw1)};
+    const __m512i early[2] = {pick<map(0)>(raw0), pick<map(0)>(raw1)};
+    const __m512i late[2] = {pick<map(2)>(raw0), pick<map(2)>(raw1)};
     const __m512i quads[4] = {
         _mm512_shuffle_i64x2(early[0], early[1], _MM_SHUFFLE(1, 0, 1, 0)),
         _mm512_shuffle_i64x2(early[0], early[1], _MM_SHUFFLE(3, 2, 3, 2)),
@@ -389,34 +391,35 @@ inline void spread_bits(const __m512i (&quarters)[2], Shift shift, Use use) {
     }
 }
 
-// 32 bytes of each row, for all its chains.
-inline void share_run(const uint8_t* row0, const uint8_t* row1, __m512i (&quarters)[2]) {
+// 32 bytes of each unit, for all its chains.
+inline void share_run(const uint8_t* first, const uint8_t* second, __m512i (&quarters)[2]) {
     const __m512i both = _mm512_inserti64x4(
-        _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row0))),
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row1)), 1);
+        _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first))),
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)), 1);
     quarters[0] = _mm512_shuffle_i64x2(both, both, _MM_SHUFFLE(2, 2, 0, 0));
     quarters[1] = _mm512_shuffle_i64x2(both, both, _MM_SHUFFLE(3, 3, 1, 1));
 }
-// 64 bytes of each row: 32 for chains 0-3, 32 for chains 4-7.
-inline void share_two_runs(const uint8_t* row0, const uint8_t* row1, __m512i (&quarters)[2]) {
-    const __m512i first = _mm512_loadu_si512(row0), second = _mm512_loadu_si512(row1);
-    quarters[0] = _mm512_shuffle_i64x2(first, second, _MM_SHUFFLE(2, 0, 2, 0));
-    quarters[1] = _mm512_shuffle_i64x2(first, second, _MM_SHUFFLE(3, 1, 3, 1));
+// 64 bytes of each unit: 32 for chains 0-3, 32 for chains 4-7.
+inline void share_two_runs(const uint8_t* first, const uint8_t* second, __m512i (&quarters)[2]) {
+    const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+    quarters[0] = _mm512_shuffle_i64x2(a, b, _MM_SHUFFLE(2, 0, 2, 0));
+    quarters[1] = _mm512_shuffle_i64x2(a, b, _MM_SHUFFLE(3, 1, 3, 1));
 }
 
-inline void unpack(const uint8_t* const (&rows)[tile_rows], Tile<Type::q2_k>& tile) {
+inline void unpack(const uint8_t* const (&units)[2], Tile<Type::q2_k>& tile) {
     __m512i quarters[2];
-    share_two_runs(rows[0] + offsetof(BlockQ2_K, qs), rows[1] + offsetof(BlockQ2_K, qs), quarters);
+    share_two_runs(units[0] + offsetof(BlockQ2_K, qs), units[1] + offsetof(BlockQ2_K, qs),
+                   quarters);
     spread_bits(
         quarters, [](int chain) { return chain % 4 * 2; },
         [&](int step, __m512i bits) {
             tile.codes[step] = _mm512_and_si512(bits, _mm512_set1_epi8(3));
         });
     Lanes d, dmin;
-    load_two_halves(rows, offsetof(BlockQ2_K, d), d, dmin);
+    load_two_halves(units, offsetof(BlockQ2_K, d), d, dmin);
     __m128i parts[2];
-    split_parts(load_128(rows[0] + offsetof(BlockQ2_K, scales)),
-                load_128(rows[1] + offsetof(BlockQ2_K, scales)), parts);
+    split_parts(load_128(units[0] + offsetof(BlockQ2_K, scales)),
+                load_128(units[1] + offsetof(BlockQ2_K, scales)), parts);
     const __m128i mask = _mm_set1_epi8(15);
     for (int p = 0; p < 2; ++p) {
         tile.factors[p] = scale_factors(_mm_and_si128(parts[p], mask), d);
@@ -438,36 +441,40 @@ inline __m128i unpack_q3_k_scales(const uint8_t* p) {
     return _mm_sub_epi8(packed, _mm_set1_epi8(32));
 }
 
-inline void unpack(const uint8_t* const (&rows)[tile_rows], Tile<Type::q3_k>& tile) {
+inline void unpack(const uint8_t* const (&units)[2], Tile<Type::q3_k>& tile) {
     __m512i quarters[2];
-    share_two_runs(rows[0] + offsetof(BlockQ3_K, qs), rows[1] + offsetof(BlockQ3_K, qs), quarters);
+    share_two_runs(units[0] + offsetof(BlockQ3_K, qs), units[1] + offsetof(BlockQ3_K, qs),
+                   quarters);
     spread_bits(
         quarters, [](int chain) { return chain % 4 * 2; },
         [&](int step, __m512i bits) { tile.codes[step] = bits; });
-    share_run(rows[0] + offsetof(BlockQ3_K, hmask), rows[1] + offsetof(BlockQ3_K, hmask), quarters);
+    share_run(units[0] + offsetof(BlockQ3_K, hmask), units[1] + offsetof(BlockQ3_K, hmask),
+              quarters);
     spread_bits(
         quarters, [](int chain) { return chain - 2; },
         [&](int step, __m512i bits) {
             tile.codes[step] = merge_bits(tile.codes[step], bits, 3, 7);
         });
-    const Lanes d = load_half(rows, offsetof(BlockQ3_K, d));
+    const Lanes d = load_half(units, offsetof(BlockQ3_K, d));
     __m128i parts[2];
-    split_parts(unpack_q3_k_scales(rows[0] + offsetof(BlockQ3_K, scales)),
-                unpack_q3_k_scales(rows[1] + offsetof(BlockQ3_K, scales)), parts);
+    split_parts(unpack_q3_k_scales(units[0] + offsetof(BlockQ3_K, scales)),
+                unpack_q3_k_scales(units[1] + offsetof(BlockQ3_K, scales)), parts);
     for (int p = 0; p < 2; ++p)
         tile.factors[p] = scale_factors(parts[p], d);
 }
 
-inline void unpack(const uint8_t* const (&rows)[tile_rows], Tile<Type::q4_k>& tile) {
-    unpack_six_bit_factors<BlockQ4_K>(rows, tile);
-    unpack_nibble_runs(rows[0] + offsetof(BlockQ4_K, qs), rows[1] + offsetof(BlockQ4_K, qs), tile);
+inline void unpack(const uint8_t* const (&units)[2], Tile<Type::q4_k>& tile) {
+    unpack_six_bit_factors<BlockQ4_K>(units, tile);
+    unpack_nibble_runs(units[0] + offsetof(BlockQ4_K, qs), units[1] + offsetof(BlockQ4_K, qs),
+                       tile);
 }
 
-inline void unpack(const uint8_t* const (&rows)[tile_rows], Tile<Type::q5_k>& tile) {
-    unpack_six_bit_factors<BlockQ5_K>(rows, tile);
-    unpack_nibble_runs(rows[0] + offsetof(BlockQ5_K, qs), rows[1] + offsetof(BlockQ5_K, qs), tile);
+inline void unpack(const uint8_t* const (&units)[2], Tile<Type::q5_k>& tile) {
+    unpack_six_bit_factors<BlockQ5_K>(units, tile);
+    unpack_nibble_runs(units[0] + offsetof(BlockQ5_K, qs), units[1] + offsetof(BlockQ5_K, qs),
+                       tile);
     __m512i quarters[2];
-    share_run(rows[0] + offsetof(BlockQ5_K, qh), rows[1] + offsetof(BlockQ5_K, qh), quarters);
+    share_run(units[0] + offsetof(BlockQ5_K, qh), units[1] + offsetof(BlockQ5_K, qh), quarters);
     spread_bits(
         quarters, [](int chain) { return chain - 4; },
         [&](int step, __m512i bits) {
@@ -475,8 +482,8 @@ inline void unpack(const uint8_t* const (&rows)[tile_rows], Tile<Type::q5_k>& ti
         });
 }
 
-inline void unpack(const uint8_t* const (&rows)[tile_rows], Tile<Type::q6_k>& tile) {
-    // Four of the eight steps: lane by half of the row (of chains 0-3 and 4-7), in it one quadword
+inline void unpack(const uint8_t* const (&units)[2], Tile<Type::q6_k>& tile) {
+    // Four of the eight steps: lane by half of the unit (of chains 0-3 and 4-7), in it one quadword
     // per step, of which the dwords come from the runs of even and of odd chains.
     constexpr auto map = [](int first) {
         OffsetMap result = {};
@@ -486,9 +493,10 @@ inline void unpack(const uint8_t* const (&rows)[tile_rows], Tile<Type::q6_k>& ti
         }
         return result;
     };
-    const Raw<128> raw0(rows[0] + offsetof(BlockQ6_K, ql)), raw1(rows[1] + offsetof(BlockQ6_K, ql));
-    const __m512i early[tile_rows] = {pick<map(0)>(raw0), pick<map(0)>(raw1)};
-    const __m512i late[tile_rows] = {pick<map(4)>(raw0), pick<map(4)>(raw1)};
+    const Raw<128> raw0(units[0] + offsetof(BlockQ6_K, ql)),
+        raw1(units[1] + offsetof(BlockQ6_K, ql));
+    const __m512i early[2] = {pick<map(0)>(raw0), pick<map(0)>(raw1)};
+    const __m512i late[2] = {pick<map(4)>(raw0), pick<map(4)>(raw1)};
     const __m512i steps[4] = {
         _mm512_shuffle_i64x2(early[0], early[1], _MM_SHUFFLE(1, 0, 1, 0)),
         _mm512_shuffle_i64x2(early[0], early[1], _MM_SHUFFLE(3, 2, 3, 2)),
@@ -502,16 +510,17 @@ inline void unpack(const uint8_t* const (&rows)[tile_rows], Tile<Type::q6_k>& ti
             _mm512_srlv_epi32(_mm512_unpackhi_epi64(steps[i], steps[i]), nibble);
     }
     __m512i quarters[2];
-    share_two_runs(rows[0] + offsetof(BlockQ6_K, qh), rows[1] + offsetof(BlockQ6_K, qh), quarters);
+    share_two_runs(units[0] + offsetof(BlockQ6_K, qh), units[1] + offsetof(BlockQ6_K, qh),
+                   quarters);
     spread_bits(
         quarters, [](int chain) { return chain % 4 * 2 - 4; },
         [&](int step, __m512i bits) {
             tile.codes[step] = merge_bits(tile.codes[step], bits, 15, 63);
         });
-    const Lanes d = load_half(rows, offsetof(BlockQ6_K, d));
+    const Lanes d = load_half(units, offsetof(BlockQ6_K, d));
     __m128i parts[2];
-    split_parts(load_128(rows[0] + offsetof(BlockQ6_K, scales)),
-                load_128(rows[1] + offsetof(BlockQ6_K, scales)), parts);
+    split_parts(load_128(units[0] + offsetof(BlockQ6_K, scales)),
+                load_128(units[1] + offsetof(BlockQ6_K, scales)), parts);
     for (int p = 0; p < 2; ++p)
         tile.factors[p] = scale_factors(parts[p], d);
 }

@@ -11,6 +11,7 @@ inline Vec load_bf16(const uint16_t* p) {
 }
 
 inline constexpr int tile_rows = 1;
+inline constexpr int dot_tokens = 1;
 inline constexpr int tile_tokens = 4;
 
 // A float for each chain of each row of a tile; an integer likewise; a step's four codes likewise.
@@ -54,14 +55,14 @@ inline Ints weigh_pairs(const int16_t (&p)[n_chains][2], int first, int second) 
         sums.v[c] = first * p[c][0] + second * p[c][1];
     return sums;
 }
-// sums + Σ w · x over a part's steps.
-template <Type type, int steps>
-inline Ints dot(Ints sums, const Codes* w, const int8_t (*x)[n_chains][4]) {
-    for (int s = 0; s < steps; ++s)
-        for (int c = 0; c < n_chains; ++c)
-            for (int i = 0; i < 4; ++i)
-                sums.v[c] += w[s][c][i] * x[s][c][i];
-    return sums;
+// sums[t] += Σ w · x over `steps` steps of n tokens, from step `first` of x on.
+template <Type type, int steps, int n>
+inline void dot(Ints (&sums)[n], const Codes* w, const Q8Group* x, int first) {
+    for (int t = 0; t < n; ++t)
+        for (int s = 0; s < steps; ++s)
+            for (int c = 0; c < n_chains; ++c)
+                for (int i = 0; i < 4; ++i)
+                    sums[t].v[c] += w[s][c][i] * x[t].codes[first + s][c][i];
 }
 inline Lanes to_float(Ints sums) {
     Lanes lanes;
