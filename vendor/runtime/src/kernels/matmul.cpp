@@ -46,7 +46,7 @@ const MatmulOps* matmul_ops_for(Isa isa) {
             return &avx512::matmul_ops;
 #elif defined(__aarch64__)
         case Isa::neon:
-            return &portable::matmul_ops;
+            return &neon::matmul_ops;
 #endif
         default:
             return nullptr;
