@@ -112,9 +112,12 @@ struct BlockKernels {
             }
             unpack(units, tile);
         }
+        // In the order of addresses over all rows of the tile, though they are used side by side:
+        // DRAM gives one stream faster than several. The last row is used that much ahead of its
+        // place.
         void prefetch(int64_t group) const {
-            for (int i = 0; i < tile_rows; ++i)
-                prefetch_ahead(at[i] + group * group_bytes, group_bytes);
+            prefetch_ahead(at[tile_rows - 1] + group * tile_rows * group_bytes,
+                           tile_rows * group_bytes);
         }
     };
 

@@ -53,10 +53,14 @@ struct FloatKernels {
             }
             return;
         }
-        for (int64_t row = row_begin; row < product.row_end; row += float_rows)
+        for (int64_t row = row_begin; row < product.row_end; row += float_rows) {
+            const int64_t end =
+                row + float_rows < product.row_end ? row + float_rows : product.row_end;
             for_token_tiles<float_tokens>(0, product.n_tokens, [&]<int n>(int64_t token) {
-                multiply_rows<n>(product, row, token);
+                for (int64_t r = row; r < end; r += rows_together(n))
+                    multiply_rows<n>(product, r, token);
             });
+        }
     }
 
     static size_t scratch_bytes(const Weight& w, int64_t n_tokens) {
@@ -100,14 +104,14 @@ struct FloatKernels {
                 body(r, t);
     }
 
-    template <int n>
-    static void add_column(const Vec (&weights)[float_rows], const float* x, int64_t x_stride,
-                           Vec (&sums)[float_rows][n]) {
+    template <int n_rows, int n>
+    static void add_column(const Vec (&weights)[n_rows], const float* x, int64_t x_stride,
+                           Vec (&sums)[n_rows][n]) {
 #pragma GCC unroll 8
         for (int t = 0; t < n; ++t) {
             const Vec column = load(x + t * x_stride);
 #pragma GCC unroll 8
-            for (int r = 0; r < float_rows; ++r)
+            for (int r = 0; r < n_rows; ++r)
                 sums[r][t] = fma(weights[r], column, sums[r][t]);
         }
     }
@@ -120,39 +124,47 @@ struct FloatKernels {
                 product.put(row + r, token + t, sum(load(sums + (r * n + t) * width)));
     }
 
+    // Rows read side by side: one stream comes fastest from memory, more share the loads of several
+    // tokens.
+    static constexpr int rows_together(int n_tokens) {
+        return n_tokens > 2 ? float_rows : 1;
+    }
+
     template <int n>
     [[gnu::flatten]] static void multiply_rows(const Product& product, int64_t row, int64_t token) {
-        const uint8_t* at[float_rows];
-        for (int r = 0; r < float_rows; ++r)
+        constexpr int n_rows = rows_together(n);
+        const uint8_t* at[n_rows];
+        for (int r = 0; r < n_rows; ++r)
             at[r] = product.row(row + r);
-        Vec weights[float_rows], sums[float_rows][n] = {};
+        const uint8_t* ahead = at[n_rows - 1];  // in the order of addresses, see BlockKernels
+        Vec weights[n_rows], sums[n_rows][n] = {};
         for (int64_t first = 0; first < product.w.n_cols; first += chunk_cols) {
             const int64_t size = chunk_size(product, first), stride = padded(size);
             const float* x = activations(product, first, size, token);
             int64_t k = 0;
             for (; k + line_cols <= size; k += line_cols) {
-                for (int r = 0; r < float_rows; ++r)
-                    prefetch_ahead(at[r], cache_line);
+                prefetch_ahead(ahead, n_rows * cache_line);
+                ahead += n_rows * cache_line;
                 for (int64_t i = 0; i < line_cols; i += width) {
-                    for (int r = 0; r < float_rows; ++r)
+                    for (int r = 0; r < n_rows; ++r)
                         weights[r] = load_weights<type>(at[r] + i * element_bytes<type>);
                     add_column(weights, x + k + i, stride, sums);
                 }
-                for (int r = 0; r < float_rows; ++r)
+                for (int r = 0; r < n_rows; ++r)
                     at[r] += cache_line;
             }
             for (; k < size; k += width) {
                 const int64_t rest = size - k < width ? size - k : width;
-                for (int r = 0; r < float_rows; ++r) {
+                for (int r = 0; r < n_rows; ++r) {
                     weights[r] = load_weights_partial<type>(at[r], rest);
                     at[r] += rest * element_bytes<type>;
                 }
                 add_column(weights, x + k, stride, sums);
             }
         }
-        float totals[float_rows * n * width];
-        for_sums<n>([&](int r, int t) { store(totals + (r * n + t) * width, sums[r][t]); });
-        put<n>(product, row, token, totals);
+        for (int r = 0; r < n_rows; ++r)
+            for (int t = 0; t < n; ++t)
+                product.put(row + r, token + t, sum(sums[r][t]));
     }
 
     // Rows as floats, in the order sweeps take them, so that they are one stream:
