@@ -66,13 +66,15 @@ def test_smollm2_greedy_text(number: int, smollm2: Path, test_data: Path) -> Non
     pytest.fail(f"parts from the expected text after {tokenizer.decode(history[n_prompt:])!r}")
 
 
-def test_smollm2_logits(smollm2: Path) -> None:
-    """Thirty layers of int8 activations against none; llama.cpp's differ by 0.040 here."""
+def test_smollm2_logits(smollm2: Path, test_data: Path) -> None:
+    """Thirty layers of int8 activations against none: the median of llama.cpp's tokens is 0.020."""
+    text = (test_data / "texts" / "wikitext-2-raw.wiki.test.raw").read_text(encoding="utf-8")
     with Model(smollm2) as model, model.context() as context:
-        tokens = model.tokenizer.encode("Once upon a time, in a small village, there")
+        tokens = model.tokenizer.encode(text[:1000])[:96]
         context.feed(tokens, logits="all")
         difference = errors(context.all_logits, forward(read_gguf(smollm2), tokens))
-    assert np.sqrt((difference**2).mean()) < 0.05
+    assert np.median(difference) < 0.03
+    assert difference.max() < 0.2
 
 
 def chunked_perplexity(path: Path, text: str, n_chunks: int, n_ctx: int = 512) -> float:

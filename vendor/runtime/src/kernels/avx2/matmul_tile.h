@@ -15,7 +15,10 @@ inline Vec load_bf16(const uint16_t* p) {
 }
 
 inline constexpr int tile_rows = 1;
-inline constexpr int dot_tokens = 2;
+// A token's products do not wait for each other, so tokens need not overlap; with one at a time the
+// codes stay in eight of the sixteen registers.
+inline constexpr int dot_tokens = 1;
+// Enough for the loads of codes to cost little, and their activations still fit L1.
 inline constexpr int tile_tokens = 8;
 
 using Lanes = Vec;
@@ -71,23 +74,28 @@ inline void dot_signed(Ints (&sums)[n], const Codes* w, const Q8Group* x) {
 // sums[t] += Σ w · x over `steps` steps of n tokens, from step `first` of x on.
 template <Type type, int steps, int n>
 inline void dot(Ints (&sums)[n], const Codes* w, const Q8Group* x, int first) {
-    if constexpr (type == Type::q8_0) return dot_signed(sums, w, x);
-    // Steps whose sums of pairs fit 16 bits together.
-    constexpr int fitting = 32767 / (2 * 127 * format_of<type>.max_code);
-    constexpr int together = fitting < steps ? fitting : steps;
+    if constexpr (type == Type::q8_0) {
+        dot_signed(sums, w, x);
+    } else {
+        // Steps whose sums of pairs fit 16 bits together; more than four only cost registers.
+        constexpr int fitting = 32767 / (2 * 127 * format_of<type>.max_code);
+        constexpr int together = fitting < 4 ? fitting : 4;
+        static_assert(steps % together == 0);
 #pragma GCC unroll 8
-    for (int t = 0; t < n; ++t) {
+        for (int t = 0; t < n; ++t) {
 #pragma GCC unroll 8
-        for (int s = 0; s < steps; s += together) {
-            __m256i pairs = _mm256_maddubs_epi16(w[s], load_256(x[t].codes[first + s]));
+            for (int s = 0; s < steps; s += together) {
+                __m256i pairs = _mm256_maddubs_epi16(w[s], load_256(x[t].codes[first + s]));
 #pragma GCC unroll 8
-            for (int i = s + 1; i < s + together; ++i)
-                pairs = _mm256_add_epi16(
-                    pairs, _mm256_maddubs_epi16(w[i], load_256(x[t].codes[first + i])));
-            sums[t] = add_pairs(sums[t], pairs);
+                for (int i = s + 1; i < s + together; ++i)
+                    pairs = _mm256_add_epi16(
+                        pairs, _mm256_maddubs_epi16(w[i], load_256(x[t].codes[first + i])));
+                sums[t] = add_pairs(sums[t], pairs);
+            }
         }
     }
 }
+
 inline Lanes to_float(Ints sums) {
     return _mm256_cvtepi32_ps(sums);
 }
