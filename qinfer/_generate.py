@@ -334,7 +334,8 @@ def _step(
     answers = list(active.values())
     tokens = [answer.next_token for answer in answers]
     if any(answer.changes_logits for answer in answers):
-        context.feed_batch({seq: [token] for seq, token in zip(active, tokens, strict=True)})
+        fed = {seq: [token] for seq, token in zip(active, tokens, strict=True)}
+        context.feed_batch(fed, generated=True)
         logits = context.all_logits
         drawn = [answer.draw(row) for answer, row in zip(answers, logits, strict=True)]
         return dict(zip(active, zip(drawn, logits, strict=True), strict=True))

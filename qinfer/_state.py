@@ -1,7 +1,8 @@
 """Files of one sequence of a context: versioned, bound to one model, whole or not there.
 
 Layout, little-endian: magic, version (u32), number of tokens (u32), number of state bytes (u64),
-the model's fingerprint (32 bytes), sha256 of all that follows (32 bytes), tokens (i32 each), state.
+the model's fingerprint (32 bytes), sha256 of all that follows (32 bytes), tokens (i32 each), their
+roles (a byte each), state.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ._gguf import GGUF, StrPath
 from .errors import FileError, FormatError
 
 _MAGIC = b"QINFSEQ\0"
-_VERSION = 1
+_VERSION = 2
 _HEADER = struct.Struct("<8sIIQ32s32s")
 # Bytes looked at where a tensor begins and where its middle is.
 _SAMPLE = 1024
@@ -36,10 +37,13 @@ def fingerprint(file: GGUF) -> bytes:
     return digest.digest()
 
 
-def write(path: StrPath, model: bytes, tokens: list[int], data: NDArray[np.uint8]) -> None:
+def write(
+    path: StrPath, model: bytes, tokens: list[int], roles: bytes, data: NDArray[np.uint8]
+) -> None:
     """Writes a sequence; the file takes its name when it is complete."""
     ids = np.array(tokens, "<i4")
     digest = hashlib.sha256(ids.data)
+    digest.update(roles)
     digest.update(data.data)
     header = _HEADER.pack(_MAGIC, _VERSION, len(ids), data.nbytes, model, digest.digest())
     target = Path(path)
@@ -49,6 +53,7 @@ def write(path: StrPath, model: bytes, tokens: list[int], data: NDArray[np.uint8
             with os.fdopen(descriptor, "wb") as file:
                 file.write(header)
                 file.write(ids.data)
+                file.write(roles)
                 file.write(data.data)
             Path(temporary).replace(target)
         except BaseException:
@@ -59,8 +64,8 @@ def write(path: StrPath, model: bytes, tokens: list[int], data: NDArray[np.uint8
         raise FileError(f"{target}: cannot write the state: {error.strerror}") from error
 
 
-def read(path: StrPath, model: bytes) -> tuple[list[int], NDArray[np.uint8]]:
-    """The tokens and the state of a file; refuses one that is damaged or of another model."""
+def read(path: StrPath, model: bytes) -> tuple[list[int], bytes, NDArray[np.uint8]]:
+    """Tokens, their roles and the state of a file; refuses a damaged one, or another model's."""
     name = os.fspath(path)
     try:
         content = Path(path).read_bytes()
@@ -71,7 +76,7 @@ def read(path: StrPath, model: bytes) -> tuple[list[int], NDArray[np.uint8]]:
     _, version, n_tokens, n_bytes, found, digest = _HEADER.unpack_from(content)
     if version != _VERSION:
         raise FormatError(f"{name} has version {version}, this qinfer reads version {_VERSION}")
-    expected = _HEADER.size + 4 * n_tokens + n_bytes
+    expected = _HEADER.size + 5 * n_tokens + n_bytes
     if len(content) != expected:
         raise FormatError(f"{name} has {len(content)} bytes, its header says {expected}")
     if hashlib.sha256(memoryview(content)[_HEADER.size :]).digest() != digest:
@@ -79,4 +84,6 @@ def read(path: StrPath, model: bytes) -> tuple[list[int], NDArray[np.uint8]]:
     if found != model:
         raise FormatError(f"{name} was written with another model than the one loaded")
     tokens = np.frombuffer(content, "<i4", n_tokens, _HEADER.size).tolist()
-    return tokens, np.frombuffer(content, np.uint8, n_bytes, _HEADER.size + 4 * n_tokens)
+    start = _HEADER.size + 4 * n_tokens
+    roles = content[start : start + n_tokens]
+    return tokens, roles, np.frombuffer(content, np.uint8, n_bytes, start + n_tokens)

@@ -33,9 +33,14 @@ class ModelInfo:
         sliding_window: positions a token attends to; 0 means all.
         is_powerinfer: whether the file is a PowerInfer one.
         tied_head: whether embedding and head are one tensor.
+        has_sparse_act: whether the activation is zero for many inputs, as ReLU is.
+        predictor_rank: of the largest activation predictor; 0 means there are none.
+        down_by_neuron: whether the down projections are stored by neuron.
+        sparse_threshold: of the predictions, as the file gives it.
         n_params: number of weights.
         n_weight_bytes: their bytes.
-        n_bytes_per_token: weight bytes that one generated token reads.
+        n_bytes_per_token: weight bytes that one generated token reads with all neurons computed.
+        n_ffn_bytes_per_token: of these, the bytes of feed-forward networks.
         kv_bytes_per_token_f16: bytes of keys and values per token, in F16.
     """
 
@@ -52,9 +57,14 @@ class ModelInfo:
     sliding_window: int
     is_powerinfer: bool
     tied_head: bool
+    has_sparse_act: bool
+    predictor_rank: int
+    down_by_neuron: bool
+    sparse_threshold: float
     n_params: int
     n_weight_bytes: int
     n_bytes_per_token: int
+    n_ffn_bytes_per_token: int
     kv_bytes_per_token_f16: int
 
 
@@ -97,7 +107,7 @@ class Weights:
         fields = {name: getattr(out, name) for name in ModelInfo.__annotations__}
         for name in ("architecture", "hidden_act"):
             fields[name] = text(fields[name])
-        for name in ("is_powerinfer", "tied_head"):
+        for name in ("is_powerinfer", "tied_head", "has_sparse_act", "down_by_neuron"):
             fields[name] = bool(fields[name])
         return ModelInfo(**fields)
 

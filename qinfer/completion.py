@@ -8,6 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .sparsity import LayerStats
+
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -54,6 +56,7 @@ class Stats:
         generated_seconds: spent computing the latter.
         sample_seconds: spent drawing tokens.
         weight_bytes_read: by generated tokens.
+        layers: what the feed-forward network of each layer did.
     """
 
     n_prompt_tokens: int = 0
@@ -62,10 +65,15 @@ class Stats:
     generated_seconds: float = 0.0
     sample_seconds: float = 0.0
     weight_bytes_read: int = 0
+    layers: tuple[LayerStats, ...] = ()
 
     def __sub__(self, earlier: Stats) -> Stats:
-        now, then = asdict(self), asdict(earlier)
-        return Stats(**{name: now[name] - then[name] for name in now})
+        layers = self.layers
+        if earlier.layers:
+            layers = tuple(a - b for a, b in zip(self.layers, earlier.layers, strict=True))
+        names = [name for name in self.__slots__ if name != "layers"]
+        counters = {name: getattr(self, name) - getattr(earlier, name) for name in names}
+        return Stats(**counters, layers=layers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from ._weights import Weights
 from .completion import Stats
 from .errors import ArgumentError, Busy, FormatError
 from .sampling import Sampler
+from .sparsity import LayerStats, Policy
 
 Tokens = Sequence[int] | NDArray[np.integer[Any]]
 Wanted = Literal["none", "last", "all"]
@@ -29,6 +31,7 @@ Progress = Callable[[int, int], None]
 SHORT_FEED = 16
 
 _INT32_MAX = 2**31 - 1
+_ALL_NEURONS = Policy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +100,10 @@ class Context:
         n_batch: int | None = None,
         threads: int | None = None,
         kv_type: str = "f16",
+        policy: Policy = _ALL_NEURONS,
     ) -> None:
         self._weights = weights
+        self.policy = policy
         self.model_info = weights.info
         params = ffi.new("qi_context_params *")
         params.n_ctx = positive("n_ctx", n_ctx)
@@ -106,6 +111,9 @@ class Context:
         params.n_batch = positive("n_batch", n_batch)
         params.n_threads = positive("threads", threads)
         params.kv_type = kv_type_number(kv_type)
+        params.prompt_rule = policy.prompt_rule
+        params.generated_rule = policy.generated_rule
+        params.sparse_threshold = math.nan if policy.threshold is None else policy.threshold
         out = ffi.new("qi_context **")
         error = new_error()
         check(lib.qi_context_create(weights.pointer, params, out, error), error)
@@ -113,6 +121,8 @@ class Context:
         self._lock = threading.Lock()
         self.n_seq = n_seq
         self._histories: list[list[int]] = [[] for _ in range(n_seq)]
+        # By token of each history: 1 for one that was computed as generated.
+        self._roles = [bytearray() for _ in range(n_seq)]
         self._outputs: dict[str, NDArray[np.float32]] = {}
         self._n_hidden = 0
         weights.contexts.add(self)
@@ -126,6 +136,7 @@ class Context:
         seq: int = 0,
         logits: Wanted = "last",
         hidden: Wanted = "none",
+        generated: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Appends tokens to a sequence and computes them.
@@ -135,6 +146,8 @@ class Context:
             seq: which sequence.
             logits: of which of these tokens to compute logits.
             hidden: of which to keep the final normalised hidden state.
+            generated: computes them as generated tokens and not as a prompt, where the context's
+                policy tells these apart.
             progress: called about twenty times a second as `progress(done, total)`, in tokens.
 
         Raises:
@@ -143,7 +156,9 @@ class Context:
             Cancelled: `cancel()` was called.
             Busy: another thread is inside this context.
         """
-        self.feed_batch({seq: tokens}, logits=logits, hidden=hidden, progress=progress)
+        self.feed_batch(
+            {seq: tokens}, logits=logits, hidden=hidden, generated=generated, progress=progress
+        )
 
     def feed_batch(
         self,
@@ -151,6 +166,7 @@ class Context:
         *,
         logits: Wanted = "last",
         hidden: Wanted = "none",
+        generated: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Appends tokens to several sequences at once: `{sequence: tokens}`.
@@ -167,21 +183,23 @@ class Context:
             return
         ids = np.concatenate(list(parts.values()))
         seqs = np.repeat(np.fromiter(parts, np.int32, len(parts)), lengths)
-        want = _wanted("logits", logits, lengths) * np.uint8(lib.QI_WANT_LOGITS)
-        want |= _wanted("hidden", hidden, lengths) * np.uint8(lib.QI_WANT_HIDDEN)
+        flags = _wanted("logits", logits, lengths) * np.uint8(lib.QI_WANT_LOGITS)
+        flags |= _wanted("hidden", hidden, lengths) * np.uint8(lib.QI_WANT_HIDDEN)
+        if generated:
+            flags |= np.uint8(lib.QI_GENERATED)
         with self._exclusive(), self._transaction() as pointer:
             error = new_error()
             arguments = (
                 ffi.from_buffer("int32_t[]", ids),
                 ffi.from_buffer("int32_t[]", seqs),
-                ffi.from_buffer("uint8_t[]", want),
+                ffi.from_buffer("uint8_t[]", flags),
                 total,
                 error,
             )
             self._call(pointer, lib.qi_context_feed, arguments, total, error, progress)
-            self._n_hidden = int(np.count_nonzero(want & lib.QI_WANT_HIDDEN))
+            self._n_hidden = int(np.count_nonzero(flags & lib.QI_WANT_HIDDEN))
             for seq, part in parts.items():
-                self._histories[seq].extend(part.tolist())
+                self._remember(seq, part, generated)
 
     def step(
         self, tokens: Sequence[int], samplers: Sequence[Sampler], *, seqs: Sequence[int] = (0,)
@@ -214,8 +232,8 @@ class Context:
                 error,
             )
             check(status, error)
-            for seq, token in zip(seqs, ids.tolist(), strict=True):
-                self._histories[seq].append(token)
+            for seq, token in zip(seqs, ids, strict=True):
+                self._remember(seq, token[np.newaxis], generated=True)
             return list(ffi.unpack(drawn, n))
 
     def sample(self, sampler: Sampler, index: int = -1) -> int:
@@ -228,12 +246,14 @@ class Context:
         targets: Sequence[int] | NDArray[np.integer[Any]] | None = None,
         *,
         seq: int = 0,
+        generated: bool = False,
         progress: Progress | None = None,
     ) -> NDArray[np.float32]:
         """Appends tokens to a sequence and returns log p(targets[i] | all up to tokens[i]).
 
         `targets` are as many token ids, -1 where no answer is wanted (0 is written there); without
-        it each token's target is the one after it, and the last has none. Returns float32 of shape
+        it each token's target is the one after it, and the last has none. `generated` is as in
+        `feed`. Returns float32 of shape
         (n_tokens,), natural logarithms. Logits are never all kept. Raises as `feed` does.
         """
         n_vocab = self.model_info.n_vocab
@@ -257,12 +277,21 @@ class Context:
                 ffi.from_buffer("int32_t[]", ids),
                 ffi.from_buffer("int32_t[]", wanted),
                 len(ids),
+                generated,
                 ffi.from_buffer("float[]", logprobs),
                 error,
             )
             self._call(pointer, lib.qi_context_score, arguments, len(ids), error, progress)
-            self._histories[seq].extend(ids.tolist())
+            self._remember(seq, ids, generated)
         return logprobs
+
+    def _remember(self, seq: int, ids: NDArray[np.int32], generated: bool) -> None:
+        self._histories[seq].extend(ids.tolist())
+        self._roles[seq].extend(bytes([generated]) * len(ids))
+
+    def _forget_from(self, seq: int, length: int) -> None:
+        del self._histories[seq][length:]
+        del self._roles[seq][length:]
 
     def _call(
         self,
@@ -307,7 +336,7 @@ class Context:
         except BaseException:
             for seq, length in enumerate(lengths):
                 lib.qi_context_truncate(pointer, seq, length, ffi.NULL)
-                del self._histories[seq][length:]
+                self._forget_from(seq, length)
             lib.qi_context_clear_cancel(pointer)
             raise
 
@@ -375,7 +404,7 @@ class Context:
                 raise ArgumentError(f"cannot keep {n} tokens of sequence {seq}, which has {held}")
             error = new_error()
             check(lib.qi_context_truncate(self._handle.pointer, seq, n, error), error)
-            del self._histories[seq][n:]
+            self._forget_from(seq, n)
 
     def fork(self, source: int, target: int, n_keep: int | None = None) -> None:
         """Makes sequence `target` the first `n_keep` tokens (all without it) of `source`.
@@ -392,11 +421,18 @@ class Context:
             error = new_error()
             check(lib.qi_context_fork(self._handle.pointer, source, target, n, error), error)
             self._histories[target] = self._histories[source][:n]
+            self._roles[target] = self._roles[source][:n]
 
     def n_shared(self, tokens: Sequence[int], seq: int = 0) -> int:
-        """Number of tokens that a sequence and `tokens` begin with in common."""
+        """Number of tokens that a sequence and the prompt `tokens` begin with in common.
+
+        What was generated is not part of a prompt where the policy computes it otherwise.
+        """
         self._check_seq(seq)
         history = self._histories[seq]
+        if self.policy.tells_roles_apart:
+            first_generated = self._roles[seq].find(1)
+            history = history if first_generated < 0 else history[:first_generated]
         pairs = zip(history, tokens, strict=False)
         shorter = min(len(history), len(tokens))
         return next((i for i, (held, new) in enumerate(pairs) if held != new), shorter)
@@ -434,7 +470,8 @@ class Context:
                 error,
             )
             tokens = list(self._histories[seq])
-        _state.write(path, self._weights.fingerprint, tokens, data)
+            roles = bytes(self._roles[seq])
+        _state.write(path, self._weights.fingerprint, tokens, roles, data)
 
     def load_state(self, path: StrPath, seq: int = 0) -> None:
         """Replaces a sequence by one that `save_state` wrote.
@@ -447,11 +484,11 @@ class Context:
         from . import _state
 
         self._check_seq(seq)
-        tokens, data = _state.read(path, self._weights.fingerprint)
+        tokens, roles, data = _state.read(path, self._weights.fingerprint)
         with self._exclusive():
             pointer = self._handle.pointer
             self._forget_outputs()
-            self._histories[seq].clear()
+            self._forget_from(seq, 0)
             error = new_error()
             buffer = ffi.from_buffer(data)
             try:
@@ -459,6 +496,7 @@ class Context:
                 if lib.qi_context_seq_length(pointer, seq) != len(tokens):
                     raise FormatError(f"{path!r} does not hold the tokens that its header lists")
                 self._histories[seq] = tokens
+                self._roles[seq] = bytearray(roles)
             except BaseException:
                 lib.qi_context_truncate(pointer, seq, 0, ffi.NULL)
                 raise
@@ -499,8 +537,14 @@ class Context:
     def stats(self) -> Stats:
         """The counters since the context was made or `reset_stats` was called."""
         out = ffi.new("qi_stats *")
+        layer = ffi.new("qi_layer_stats *")
+        layers = []
         with self._exclusive():
             check(lib.qi_context_get_stats(self._handle.pointer, out))
+            for index in range(self.model_info.n_layer):
+                check(lib.qi_context_get_layer_stats(self._handle.pointer, index, layer, ffi.NULL))
+                fields = {name: getattr(layer, name) for name in LayerStats.__slots__}
+                layers.append(LayerStats(**fields))
         return Stats(
             n_prompt_tokens=out.n_prompt_tokens,
             n_generated_tokens=out.n_generated_tokens,
@@ -508,12 +552,48 @@ class Context:
             generated_seconds=out.generated_seconds,
             sample_seconds=out.sample_seconds,
             weight_bytes_read=out.weight_bytes_read,
+            layers=tuple(layers),
         )
 
     def reset_stats(self) -> None:
         """Sets the counters to zero."""
         with self._exclusive():
             lib.qi_context_reset_stats(self._handle.pointer)
+
+    def check_predictions(self, every: int) -> None:
+        """Holds the predictions for every n-th generated token against all gates; 0 stops it.
+
+        What was found is in `stats()`: `n_checked`, `n_due` and `n_missed` of each layer.
+        """
+        error = new_error()
+        with self._exclusive():
+            check(lib.qi_context_check_predictions(self._handle.pointer, every, error), error)
+
+    def count_activations(self, on: bool = True) -> None:
+        """Starts counting, from 0, for how many tokens each neuron is active; or stops."""
+        error = new_error()
+        with self._exclusive():
+            check(lib.qi_context_count_activations(self._handle.pointer, on, error), error)
+
+    def activation_counts(self, layer: int) -> NDArray[np.uint64]:
+        """For how many tokens each neuron of a layer was active: uint64 of shape (n_ff,).
+
+        Raises ArgumentError when they are not being counted or the layer does not exist.
+        """
+        counts = np.empty(self.model_info.n_ff, np.uint64)
+        error = new_error()
+        with self._exclusive():
+            check(
+                lib.qi_context_activations(
+                    self._handle.pointer,
+                    layer,
+                    ffi.from_buffer("uint64_t[]", counts),
+                    len(counts),
+                    error,
+                ),
+                error,
+            )
+        return counts
 
     def cancel(self) -> None:
         """From any thread: the feed now running, or else the next one, raises Cancelled."""

@@ -22,6 +22,7 @@ from ._weights import ModelInfo, Weights
 from .completion import Completion, Piece, Score
 from .context import Context, Tokens, Wanted, kv_type_number, positive, token_array
 from .errors import ArgumentError, ContextFull, DeviceError
+from .sparsity import Prefill, SparsityMode, choose
 from .stream import Stream, asynchronous
 from .tokenizer import Tokenizer
 
@@ -60,6 +61,12 @@ class Model:
         hidden_act: overrides the activation: "silu", "relu", "gelu", "gelu_tanh", "relu_relu" or
             "fatrelu:<threshold>".
         chat_template: Jinja source that replaces the file's own template.
+        sparsity: which neurons a generated token computes. "off" is all of them. "exact", for ReLU
+            models, is those whose gate is not zero, which changes no result. "predict", for models
+            with activation predictors, is those that they name. "auto" is whichever of these is
+            fastest here, found by timing a few tokens when the model is first used on a machine.
+        sparse_threshold: predictions below it leave a neuron out; None takes the file's.
+        prefill: "dense" computes all neurons of prompt tokens, "sparse" treats them as generated.
 
     Raises:
         FileError: the file cannot be read.
@@ -81,6 +88,9 @@ class Model:
         mmap: bool = True,
         hidden_act: str | None = None,
         chat_template: str | None = None,
+        sparsity: SparsityMode = "auto",
+        sparse_threshold: float | None = None,
+        prefill: Prefill = "dense",
     ) -> None:
         self._arguments = {
             "device": device,
@@ -90,6 +100,9 @@ class Model:
             "mmap": mmap,
             "hidden_act": hidden_act,
             "chat_template": chat_template,
+            "sparsity": sparsity,
+            "sparse_threshold": sparse_threshold,
+            "prefill": prefill,
         }
         _check_device(device)
         positive("n_ctx", n_ctx)
@@ -103,10 +116,16 @@ class Model:
         weights = self._weights = Weights(path, mmap=mmap, hidden_act=hidden_act)
         self.n_ctx = _n_ctx(weights.info, n_ctx, kv_type)
         limit = self.n_ctx
+        policy = self.policy = choose(weights, sparsity, prefill, sparse_threshold, threads)
 
         def make() -> Context:
             return Context(
-                weights, n_ctx=limit, n_seq=_KEPT_SEQUENCES, threads=threads, kv_type=kv_type
+                weights,
+                n_ctx=limit,
+                n_seq=_KEPT_SEQUENCES,
+                threads=threads,
+                kv_type=kv_type,
+                policy=policy,
             )
 
         self._pool = ContextPool(make)
@@ -388,6 +407,9 @@ class Model:
         n_batch: int | None = None,
         threads: int | None = None,
         kv_type: str | None = None,
+        sparsity: SparsityMode | None = None,
+        sparse_threshold: float | None = None,
+        prefill: Prefill | None = None,
     ) -> Context:
         """A context of one's own: tokens in, logits out. Everything else is built on it.
 
@@ -397,7 +419,16 @@ class Model:
             n_batch: tokens computed together at most; None means 512.
             threads: how many compute; None takes the model's.
             kv_type: "f16" or "q8_0"; None takes the model's.
+            sparsity, sparse_threshold, prefill: as of `Model`; None takes the model's.
         """
+        own = self.policy
+        policy = choose(
+            self._weights,
+            own.mode if sparsity is None else sparsity,
+            own.prefill if prefill is None else prefill,
+            own.threshold if sparse_threshold is None else sparse_threshold,
+            self._threads if threads is None else threads,
+        )
         return Context(
             self._weights,
             n_ctx=self.n_ctx if n_ctx is None else n_ctx,
@@ -405,6 +436,7 @@ class Model:
             n_batch=n_batch,
             threads=self._threads if threads is None else threads,
             kv_type=self._kv_type if kv_type is None else kv_type,
+            policy=policy,
         )
 
     @cached_property

@@ -10,6 +10,7 @@ import numpy as np
 
 from .errors import ArgumentError
 from .model import Model
+from .sparsity import SparsityMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ def perplexity(
     *,
     n_ctx: int = 512,
     n_chunks: int | None = None,
+    sparsity: SparsityMode | None = None,
+    sparse_threshold: float | None = None,
     on_chunk: Callable[[int, float], None] | None = None,
 ) -> Perplexity:
     """Perplexity over chunks of a text.
@@ -40,6 +43,9 @@ def perplexity(
         text: the text.
         n_ctx: tokens per chunk.
         n_chunks: how many chunks at most; None takes all.
+        sparsity: the mode to measure, in which every token is computed with neurons of its own;
+            None takes the model's.
+        sparse_threshold: of predictions; None takes the model's.
         on_chunk: called after each chunk with its number, from 1, and the perplexity so far.
 
     Raises:
@@ -56,14 +62,18 @@ def perplexity(
     bos = tokenizer.bos_id if tokenizer.add_bos else None
     first = n_ctx // 2  # the first position whose prediction counts
     scores: list[np.ndarray[tuple[int], np.dtype[np.float64]]] = []
-    with model.context(n_ctx=n_ctx) as context:
+    with model.context(
+        n_ctx=n_ctx, sparsity=sparsity, sparse_threshold=sparse_threshold
+    ) as context:
         for number in range(min(len(tokens) // n_ctx, n_chunks or len(tokens))):
             chunk = tokens[number * n_ctx : (number + 1) * n_ctx]
             targets = [-1] * first + chunk[first + 1 :] + [-1]
             if bos is not None:
                 chunk[0] = bos
             context.truncate(0)
-            scores.append(-context.score(chunk, targets)[first:-1].astype(np.float64))
+            scores.append(
+                -context.score(chunk, targets, generated=True)[first:-1].astype(np.float64)
+            )
             if on_chunk is not None:
                 on_chunk(number + 1, math.exp(np.concatenate(scores).mean()))
     losses = np.concatenate(scores)

@@ -4,9 +4,14 @@ Weights are random block bytes with scales chosen so that all layers together ad
 variance, which keeps logits of ordinary size at any depth. The vocabulary is a SentencePiece one
 of made-up words, complete enough for every engine to load.
 
+With --sparse it writes a PowerInfer file whose tokens activate a share of the neurons, few of them
+always and most of them rarely; its predictors say which. --dense-twin writes the same weights as
+an ordinary file (only ffn_down, stored the other way, has random weights of its own).
+
 \b
     python tools/make_model.py llama-1.1b.q4_0.gguf --arch llama --n-embd 2048 --n-ff 8192 \\
         --n-layer 16 --n-head 16 --n-vocab 32000 --type q4_0
+    python tools/make_model.py sparse-1.3b.q4_0.gguf --sparse --active 0.1 --n-pred 512
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import itertools
 import math
 import string
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +29,15 @@ from typing import Any
 import click
 import numpy as np
 import numpy.typing as npt
+import sparsity
+from sparsity import Sparsity
 
 from qinfer import QInferError
 from qinfer._gguf import Writer
+from qinfer._types import encode
 
 ARCHITECTURES = ("llama", "qwen2", "falcon", "opt", "bamboo")
-
+SPARSE_ARCHITECTURES = ("llama", "falcon", "opt", "bamboo")
 
 PIECE_WEIGHTS = 1 << 24  # weights made at a time
 
@@ -133,6 +142,12 @@ class Shape:
     n_vocab: int
     n_ctx: int
     tied_head: bool
+    sparsity: Sparsity | None = None
+
+    @property
+    def neuron_major(self) -> bool:
+        """Whether the file is PowerInfer's: down matrices by neuron, predictors beside them."""
+        return self.sparsity is not None and not self.sparsity.dense_twin
 
     @property
     def n_embd_kv(self) -> int:

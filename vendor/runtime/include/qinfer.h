@@ -29,7 +29,7 @@ extern "C" {
 
 /* --- declarations begin --- */
 
-#define QI_ABI_VERSION 1
+#define QI_ABI_VERSION 2
 
 typedef enum qi_status {
     QI_OK = 0,
@@ -202,9 +202,14 @@ typedef struct qi_model_info {
     int32_t sliding_window; /* 0: none */
     int32_t is_powerinfer;
     int32_t tied_head;
+    int32_t has_sparse_act; /* an activation that is zero for many inputs: QI_RULE_EXACT works */
+    int32_t predictor_rank; /* the largest of the layers'; 0: no predictors */
+    int32_t down_by_neuron; /* the down projection is stored by neuron in every layer */
+    float sparse_threshold; /* of predictions, as the file gives it */
     uint64_t n_params;
     uint64_t n_weight_bytes;
-    uint64_t n_bytes_per_token; /* weight bytes one decoded token reads */
+    uint64_t n_bytes_per_token;     /* weight bytes one token reads with all neurons computed */
+    uint64_t n_ffn_bytes_per_token; /* of these, the feed-forward networks' */
     uint64_t kv_bytes_per_token_f16;
 } qi_model_info;
 
@@ -254,13 +259,20 @@ int32_t qi_sampler_sample(qi_sampler* sampler, const float* logits, int32_t* tok
 
 typedef struct qi_context qi_context;
 
+/* Which neurons of the feed-forward networks a token computes. */
+#define QI_RULE_ALL 0
+#define QI_RULE_EXACT 1   /* those whose gate is not zero */
+#define QI_RULE_PREDICT 2 /* of those a predictor names, the ones whose gate is not zero */
+
 typedef struct qi_context_params {
-    int32_t n_ctx;     /* positions per sequence; 0: what the model was trained for */
-    int32_t n_seq;     /* sequences this context can hold */
-    int32_t n_batch;   /* tokens computed together at most; 0: 512 */
-    int32_t n_threads; /* 0: usable physical cores */
-    int32_t kv_type;   /* GGUF type number: F16 (1) or Q8_0 (8) */
-    int32_t reserved;
+    int32_t n_ctx;          /* positions per sequence; 0: what the model was trained for */
+    int32_t n_seq;          /* sequences this context can hold */
+    int32_t n_batch;        /* tokens computed together at most; 0: 512 */
+    int32_t n_threads;      /* 0: usable physical cores */
+    int32_t kv_type;        /* GGUF type number: F16 (1) or Q8_0 (8) */
+    int32_t prompt_rule;    /* QI_RULE_* of tokens fed without QI_GENERATED, */
+    int32_t generated_rule; /* and of those with it */
+    float sparse_threshold; /* a neuron is left out when its prediction is below; NaN: the file's */
 } qi_context_params;
 
 typedef struct qi_context_info {
@@ -284,21 +296,35 @@ typedef struct qi_stats {
     uint64_t weight_bytes_read; /* by generated tokens */
 } qi_stats;
 
+/* What one layer's feed-forward network did; neurons are summed over tokens. */
+typedef struct qi_layer_stats {
+    uint64_t n_tokens;    /* computed under a rule other than QI_RULE_ALL */
+    uint64_t n_active;    /* neurons that contributed to them */
+    uint64_t n_predicted; /* neurons that the predictor named */
+    uint64_t n_checked;   /* tokens whose predictions were held against all gates */
+    uint64_t n_due;       /* neurons that should have contributed to those */
+    uint64_t n_missed;    /* of which the predictor did not name so many */
+    uint64_t n_bytes;     /* weight bytes read, for tokens under any rule */
+    double predict_seconds;
+    double seconds; /* all of it, prediction included */
+} qi_layer_stats;
+
 int32_t qi_context_create(qi_model* model, const qi_context_params* params, qi_context** out,
                           qi_error* error);
 void qi_context_close(qi_context* context);
 int32_t qi_context_get_info(const qi_context* context, qi_context_info* out);
 int32_t qi_context_set_threads(qi_context* context, int32_t n_threads, qi_error* error);
 
-/* What is wanted of a token fed, or-ed together. */
+/* What is wanted of a token fed, and its role; or-ed together. */
 #define QI_WANT_LOGITS 1
 #define QI_WANT_HIDDEN 2 /* the final normalised hidden state */
+#define QI_GENERATED 4   /* computed by the rule of generated tokens, not of a prompt */
 
 /* Appends token i to sequence seqs[i] (NULL: all to sequence 0) in the order given; several
- * sequences may be mixed. want[i] (NULL: logits of the last token of each sequence) asks for
- * outputs. On any failure no sequence has changed. */
+ * sequences may be mixed. flags[i] (NULL: a prompt, logits of the last token of each sequence)
+ * asks for outputs. On any failure no sequence has changed. */
 int32_t qi_context_feed(qi_context* context, const int32_t* tokens, const int32_t* seqs,
-                        const uint8_t* want, uint64_t n_tokens, qi_error* error);
+                        const uint8_t* flags, uint64_t n_tokens, qi_error* error);
 /* Outputs of the last feed in the order asked for: n_vocab logits, or n_embd of the hidden state.
  * Valid until the next feed. */
 int32_t qi_context_logits(const qi_context* context, uint64_t index, const float** logits,
@@ -307,15 +333,16 @@ int32_t qi_context_hidden(const qi_context* context, uint64_t index, const float
                           qi_error* error);
 uint64_t qi_context_n_logits(const qi_context* context);
 
-/* Feeds tokens[i] to seqs[i] and draws next[i] with samplers[i]; each sequence and each sampler
- * once. */
+/* Feeds tokens[i] to seqs[i] as generated ones and draws next[i] with samplers[i]; each sequence
+ * and each sampler once. */
 int32_t qi_context_step(qi_context* context, const int32_t* tokens, const int32_t* seqs,
                         qi_sampler* const* samplers, uint64_t n, int32_t* next, qi_error* error);
 /* Appends tokens to a sequence; logprobs[i] = log p(targets[i] | everything up to and including
  * tokens[i]), natural logarithm; a target of -1 is skipped (0 is written). Logits are reduced block
- * by block, never all kept. */
+ * by block, never all kept. generated: their role, as QI_GENERATED gives it. */
 int32_t qi_context_score(qi_context* context, int32_t seq, const int32_t* tokens,
-                         const int32_t* targets, uint64_t n, float* logprobs, qi_error* error);
+                         const int32_t* targets, uint64_t n, int32_t generated, float* logprobs,
+                         qi_error* error);
 
 int64_t qi_context_seq_length(const qi_context* context, int32_t seq);
 int32_t qi_context_truncate(qi_context* context, int32_t seq, int64_t n_keep, qi_error* error);
@@ -336,7 +363,18 @@ void qi_context_clear_cancel(qi_context* context);
 /* From any thread: tokens done of the feed now running, as a share in [0, 1]. */
 double qi_context_progress(const qi_context* context);
 int32_t qi_context_get_stats(const qi_context* context, qi_stats* out);
+/* Also of the layers, and of the activations counted. */
 void qi_context_reset_stats(qi_context* context);
+int32_t qi_context_get_layer_stats(const qi_context* context, int32_t layer, qi_layer_stats* out,
+                                   qi_error* error);
+/* Holds the predictions for every n-th generated token against all gates, which costs computing
+ * those; 0, as at first: of none. */
+int32_t qi_context_check_predictions(qi_context* context, int32_t every, qi_error* error);
+/* Starts counting, from 0, for how many tokens each neuron is active (on 1), or stops (on 0). */
+int32_t qi_context_count_activations(qi_context* context, int32_t on, qi_error* error);
+/* The counts of a layer: n_ff of them into out. */
+int32_t qi_context_activations(const qi_context* context, int32_t layer, uint64_t* out,
+                               uint64_t n_ff, qi_error* error);
 
 /* --- declarations end --- */
 

@@ -1,4 +1,5 @@
 // qi_context_*: checks, the guard against two threads at once, nothing else.
+#include <algorithm>
 #include <deque>
 #include <set>
 #include <vector>
@@ -20,6 +21,13 @@ int32_t enter(qi_context* context, qi_error* error, F&& body) {
     });
 }
 
+NeuronRule rule(int32_t number, const char* name) {
+    if (number < QI_RULE_ALL || number > QI_RULE_PREDICT)
+        fail(QI_ARGUMENT, "%s is %d, expected %d to %d", name, number, QI_RULE_ALL,
+             QI_RULE_PREDICT);
+    return NeuronRule(number);
+}
+
 }  // namespace
 
 int32_t qi_context_create(qi_model* model, const qi_context_params* params, qi_context** out,
@@ -37,6 +45,8 @@ int32_t qi_context_create(qi_model* model, const qi_context_params* params, qi_c
             fail(QI_ARGUMENT, "kv_type is type number %d, expected F16 (1) or Q8_0 (8)",
                  params->kv_type);
         options.kv_type = Type(params->kv_type);
+        options.policy = {rule(params->prompt_rule, "prompt_rule"),
+                          rule(params->generated_rule, "generated_rule"), params->sparse_threshold};
         *out = new qi_context(model->model, options);
     });
 }
@@ -65,13 +75,13 @@ int32_t qi_context_set_threads(qi_context* context, int32_t n_threads, qi_error*
 }
 
 int32_t qi_context_feed(qi_context* context, const int32_t* tokens, const int32_t* seqs,
-                        const uint8_t* want, uint64_t n_tokens, qi_error* error) {
+                        const uint8_t* flags, uint64_t n_tokens, qi_error* error) {
     return enter(context, error, [&](Context& c) {
         if (n_tokens > 0) require_pointer(tokens, "tokens");
         std::vector<FeedToken> feed(n_tokens);
         for (uint64_t i = 0; i < n_tokens; ++i)
-            feed[i] = {tokens[i], seqs ? seqs[i] : 0, want ? want[i] : uint8_t(0)};
-        if (!want) c.want_last_logits(feed);
+            feed[i] = {tokens[i], seqs ? seqs[i] : 0, flags ? flags[i] : uint8_t(0)};
+        if (!flags) c.want_last_logits(feed);
         c.feed(feed);
     });
 }
@@ -117,7 +127,7 @@ int32_t qi_context_step(qi_context* context, const int32_t* tokens, const int32_
             if (!seen.insert(samplers[i]).second)
                 fail(QI_ARGUMENT, "a sampler is given for two sequences; give each its own");
             entered.emplace_back(samplers[i]->busy, "sampler");
-            feed[i] = {tokens[i], seqs[i], QI_WANT_LOGITS};
+            feed[i] = {tokens[i], seqs[i], QI_WANT_LOGITS | QI_GENERATED};
             draw[i] = &samplers[i]->sampler;
         }
         c.step(feed, draw, next);
@@ -125,14 +135,15 @@ int32_t qi_context_step(qi_context* context, const int32_t* tokens, const int32_
 }
 
 int32_t qi_context_score(qi_context* context, int32_t seq, const int32_t* tokens,
-                         const int32_t* targets, uint64_t n, float* logprobs, qi_error* error) {
+                         const int32_t* targets, uint64_t n, int32_t generated, float* logprobs,
+                         qi_error* error) {
     return enter(context, error, [&](Context& c) {
         if (n > 0) {
             require_pointer(tokens, "tokens");
             require_pointer(targets, "targets");
             require_pointer(logprobs, "logprobs");
         }
-        c.score(seq, {tokens, n}, {targets, n}, logprobs);
+        c.score(seq, {tokens, n}, {targets, n}, generated != 0, logprobs);
     });
 }
 
@@ -191,4 +202,39 @@ int32_t qi_context_get_stats(const qi_context* context, qi_stats* out) {
 
 void qi_context_reset_stats(qi_context* context) {
     if (context) context->context.reset_stats();
+}
+
+int32_t qi_context_get_layer_stats(const qi_context* context, int32_t layer, qi_layer_stats* out,
+                                   qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(context, "context");
+        require_pointer(out, "out");
+        const FfnCounters& c = context->context.layer_counters(layer);
+        *out = {c.n_tokens, c.n_active, c.n_predicted,     c.n_checked, c.n_due,
+                c.n_missed, c.n_bytes,  c.predict_seconds, c.seconds};
+    });
+}
+
+int32_t qi_context_check_predictions(qi_context* context, int32_t every, qi_error* error) {
+    return enter(context, error, [&](Context& c) {
+        if (every < 0) fail(QI_ARGUMENT, "every is %d, expected 0 or more", every);
+        c.check_predictions(every);
+    });
+}
+
+int32_t qi_context_count_activations(qi_context* context, int32_t on, qi_error* error) {
+    return enter(context, error, [&](Context& c) { c.count_activations(on != 0); });
+}
+
+int32_t qi_context_activations(const qi_context* context, int32_t layer, uint64_t* out,
+                               uint64_t n_ff, qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(context, "context");
+        require_pointer(out, "out");
+        const std::span<const uint64_t> counts = context->context.activations(layer);
+        if (n_ff != counts.size())
+            fail(QI_ARGUMENT, "a layer has %zu neurons, room was given for %llu", counts.size(),
+                 (unsigned long long)n_ff);
+        std::copy(counts.begin(), counts.end(), out);
+    });
 }

@@ -54,6 +54,7 @@ uint64_t qi_struct_size(const char* name) {
         {"qi_context_params", sizeof(qi_context_params)},
         {"qi_context_info", sizeof(qi_context_info)},
         {"qi_stats", sizeof(qi_stats)},
+        {"qi_layer_stats", sizeof(qi_layer_stats)},
     };
     if (!name) return 0;
     for (const auto& known : structs)

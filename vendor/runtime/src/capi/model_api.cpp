@@ -56,9 +56,14 @@ int32_t qi_model_get_info(const qi_model* model, qi_model_info* out) {
     out->sliding_window = int32_t(hp.sliding_window);
     out->is_powerinfer = m.file().is_powerinfer();
     out->tied_head = m.tied_head();
+    out->has_sparse_act = is_sparse(hp.act);
+    out->predictor_rank = int32_t(m.predictor_rank());
+    out->down_by_neuron = m.down_by_neuron();
+    out->sparse_threshold = hp.sparse_threshold;
     out->n_params = m.n_params();
     out->n_weight_bytes = m.n_weight_bytes();
     out->n_bytes_per_token = m.n_bytes_per_token();
+    out->n_ffn_bytes_per_token = m.n_ffn_bytes_per_token();
     out->kv_bytes_per_token_f16 = uint64_t(hp.n_layer) * uint64_t(hp.n_head_kv) *
                                   kernels::kv_head_bytes(Type::f16, hp.head_dim) /
                                   kernels::page_size;

@@ -9,11 +9,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "kernels/matmul.h"
 #include "quant/types.h"
+#include "sparse/counters.h"
+#include "sparse/policy.h"
 
 namespace qi {
 
@@ -39,14 +42,43 @@ struct HiddenAct {
     float threshold = 0.0f;  // fatrelu: values at or below it become 0
 };
 
+// Whether an activation is zero for about half of all inputs, so that neurons can be left out.
+inline bool is_sparse(const HiddenAct& act) {
+    return act.kind == HiddenAct::Kind::relu || act.kind == HiddenAct::Kind::fatrelu ||
+           act.kind == HiddenAct::Kind::relu_relu;
+}
+
+// p = fc2 · relu(fc1 · z): high where a neuron is likely to be active.
+struct Predictor {
+    Linear fc1;  // [rank][n_embd]
+    Linear fc2;  // [n_ff][rank]
+};
+
 // y = down · (act(gate·x) ⊙ up·x), or down · act(up·x) without a gate. relu_relu: relu(gate·x) ⊙
 // relu(up·x).
 struct FeedForward {
     bool gated = false;
     Linear gate;  // [n_ff][n_embd]
     Linear up;    // [n_ff][n_embd]
-    Linear down;  // [n_embd][n_ff]
+    Linear down;  // [n_embd][n_ff], or [n_ff][n_embd] when it is stored by neuron
+    bool down_by_neuron = false;
     HiddenAct act;
+    std::optional<Predictor> predictor;
+
+    // Neuron j's activation depends on this row j first.
+    const Linear& first() const { return gated ? gate : up; }
+};
+
+// What the tokens of a batch bring to a feed-forward network.
+struct FfnBatch {
+    const float* x;  // [n_tokens][n_embd], normalised
+    const float* z;  // [n_tokens][n_embd], what the predictor looks at; may be null without one
+    int64_t n_tokens;
+    std::span<const NeuronRule> rules;  // [n_tokens]
+    float threshold;                    // of predictions
+    bool check;                         // hold predictions against all gates, and count
+    FfnCounters* counters;
+    uint64_t* activations;  // [n_ff], counts tokens that a neuron was active for; or null
 };
 
 // One output of a projection: rows of y = W·x + b, or y += W·x + b.
@@ -113,9 +145,9 @@ class Device {
     virtual void attend(int64_t layer, const AttentionShape& shape,
                         std::span<const Segment> segments, const float* q, int64_t stride,
                         float* out) = 0;
-    // y += FFN(x)
-    virtual void feed_forward(const FeedForward& ffn, const float* x, int64_t n_tokens,
-                              float* y) = 0;
+    // y += FFN(x), each token by the neurons its rule chooses. Its result depends on nothing else
+    // in the batch; with down by neuron, `exact` gives the bits that `all` gives.
+    virtual void feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) = 0;
     // Natural-log probability of targets[i] under logits [n][n_vocab].
     virtual void log_probabilities(const float* logits, int64_t n, int64_t n_vocab,
                                    const int32_t* targets, float* out) = 0;

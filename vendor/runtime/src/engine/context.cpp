@@ -16,6 +16,8 @@ namespace {
 constexpr int64_t default_batch = 512;
 // Rows of logits held at a time while scoring: 32 rows of a 128k vocabulary are 16 MB.
 constexpr int64_t score_rows = 32;
+// The flags of a token that ask for an output.
+constexpr uint8_t wants = QI_WANT_LOGITS | QI_WANT_HIDDEN;
 
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) {
@@ -47,6 +49,18 @@ ContextOptions completed(const Model& model, ContextOptions options) {
         fail(QI_ARGUMENT,
              "kv_type Q8_0 needs heads of a multiple of 32 dimensions; this model's have %lld",
              (long long)hp.head_dim);
+    for (NeuronRule rule : {options.policy.prompt, options.policy.generated}) {
+        if (rule == NeuronRule::exact && !is_sparse(hp.act))
+            fail(QI_ARGUMENT,
+                 "sparsity \"exact\" needs an activation that is zero for many inputs, such as "
+                 "relu; "
+                 "this model's is %s",
+                 hidden_act_name(hp.act).c_str());
+        if (rule == NeuronRule::predict && model.predictor_rank() == 0)
+            fail(QI_ARGUMENT, "sparsity \"predict\" needs predictors, which %s does not have",
+                 model.file().path().c_str());
+    }
+    if (std::isnan(options.policy.threshold)) options.policy.threshold = hp.sparse_threshold;
     return options;
 }
 
@@ -59,6 +73,8 @@ Context::Context(std::shared_ptr<const Model> model, const ContextOptions& optio
       forward_(*model_, *device_, options_.kv_type),
       kv_(*device_, forward_.kv_layout(), options_.n_seq, options_.n_ctx) {
     device_->set_cancel(&cancel_);
+    monitor_.threshold = options_.policy.threshold;
+    monitor_.counters.resize(size_t(model_->hyper_params().n_layer));
 }
 
 void Context::check_seq(int32_t seq) const {
@@ -94,6 +110,11 @@ void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done
     tokens_all_.store(int64_t(tokens.size()), std::memory_order_relaxed);
     tokens_done_.store(0, std::memory_order_relaxed);
     const auto start_time = Clock::now();
+    const uint64_t ffn_bytes_before = ffn_bytes_read();
+    if (generating && check_every_ > 0) {
+        monitor_.check = n_until_check_ == 0;
+        n_until_check_ = monitor_.check ? check_every_ - 1 : n_until_check_ - 1;
+    }
     // Where each sequence's next token goes, while chunks are computed.
     std::vector<int64_t> next(size_t(options_.n_seq), 0);
     try {
@@ -117,7 +138,8 @@ void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done
     if (generating) {
         stats_.n_generated_tokens += tokens.size();
         stats_.generated_seconds += seconds_since(start_time);
-        stats_.weight_bytes_read += model_->n_bytes_per_token();
+        stats_.weight_bytes_read += model_->n_bytes_per_token() - model_->n_ffn_bytes_per_token() +
+                                    ffn_bytes_read() - ffn_bytes_before;
     } else {
         stats_.n_prompt_tokens += tokens.size();
         stats_.prompt_seconds += seconds_since(start_time);
@@ -137,6 +159,7 @@ void Context::compute_chunk(std::span<const FeedToken> tokens, std::vector<int64
     chunk_tokens_.resize(n);
     chunk_positions_.resize(n);
     row_of_.resize(n);
+    rules_.resize(n);
     segments_.clear();
     for (size_t row = 0; row < n; ++row) {
         const FeedToken& t = tokens[size_t(order_[row])];
@@ -145,19 +168,20 @@ void Context::compute_chunk(std::span<const FeedToken> tokens, std::vector<int64
             segments_.push_back({int64_t(row), 0, position, kv_.pages(t.seq)});
         ++segments_.back().n;
         chunk_tokens_[row] = t.token;
+        rules_[row] = options_.policy.rule((t.flags & QI_GENERATED) != 0);
         chunk_positions_[row] = int32_t(position++);
         row_of_[size_t(order_[row])] = int64_t(row);
     }
     tokens_chunk_.store(int64_t(n), std::memory_order_relaxed);
     layers_done_.store(0, std::memory_order_relaxed);
-    forward_.run({chunk_tokens_, chunk_positions_, segments_}, &layers_done_);
+    forward_.run({chunk_tokens_, chunk_positions_, segments_, rules_}, monitor_, &layers_done_);
 }
 
 void Context::want_last_logits(std::span<FeedToken> tokens) const {
     std::vector<bool> seen(size_t(options_.n_seq), false);
     for (auto t = tokens.rbegin(); t != tokens.rend(); ++t) {
         check_seq(t->seq);
-        if (!seen[size_t(t->seq)]) t->want |= QI_WANT_LOGITS;
+        if (!seen[size_t(t->seq)]) t->flags |= QI_WANT_LOGITS;
         seen[size_t(t->seq)] = true;
     }
 }
@@ -166,8 +190,8 @@ void Context::feed(std::span<const FeedToken> tokens) {
     const HyperParams& hp = model_->hyper_params();
     uint64_t n_logits = 0, n_hidden = 0;
     for (const FeedToken& t : tokens) {
-        n_logits += (t.want & QI_WANT_LOGITS) != 0;
-        n_hidden += (t.want & QI_WANT_HIDDEN) != 0;
+        n_logits += (t.flags & QI_WANT_LOGITS) != 0;
+        n_hidden += (t.flags & QI_WANT_HIDDEN) != 0;
     }
     n_logits_ = n_hidden_ = 0;
     if (tokens.empty()) return;
@@ -179,14 +203,14 @@ void Context::feed(std::span<const FeedToken> tokens) {
     run(tokens, [&](int64_t first, int64_t n) {
         rows.clear();
         for (int64_t i = 0; i < n; ++i)
-            if (tokens[size_t(first + i)].want) rows.push_back(row_of_[size_t(i)]);
+            if (tokens[size_t(first + i)].flags & wants) rows.push_back(row_of_[size_t(i)]);
         if (rows.empty()) return;
         float* normed = normed_rows_.reserve(rows.size() * size_t(hp.n_embd));
         forward_.final_norm(rows, normed);
         // Rows whose logits are wanted move to the front of what the head is given.
         size_t n_head = 0, row = 0;
         for (int64_t i = 0; i < n; ++i) {
-            const uint8_t want = tokens[size_t(first + i)].want;
+            const uint8_t want = tokens[size_t(first + i)].flags & wants;
             if (!want) continue;
             const float* source = normed + row++ * size_t(hp.n_embd);
             if (want & QI_WANT_HIDDEN)
@@ -235,13 +259,13 @@ void Context::step(std::span<const FeedToken> tokens, std::span<Sampler* const> 
 }
 
 void Context::score(int32_t seq, std::span<const int32_t> tokens, std::span<const int32_t> targets,
-                    float* logprobs) {
+                    bool generated, float* logprobs) {
     const HyperParams& hp = model_->hyper_params();
     std::vector<FeedToken> feed_tokens;
     feed_tokens.reserve(tokens.size());
     for (size_t i = 0; i < tokens.size(); ++i) {
         if (targets[i] != -1) check_token(targets[i]);
-        feed_tokens.push_back({tokens[i], seq, uint8_t(targets[i] != -1 ? QI_WANT_LOGITS : 0)});
+        feed_tokens.push_back({tokens[i], seq, uint8_t(generated ? QI_GENERATED : 0)});
     }
     n_logits_ = n_hidden_ = 0;
     if (tokens.empty()) return;
@@ -312,6 +336,43 @@ void Context::set_threads(int n_threads) {
     changed.n_threads = n_threads;
     options_ = completed(*model_, changed);
     device_->set_threads(options_.n_threads);
+}
+
+uint64_t Context::ffn_bytes_read() const {
+    uint64_t total = 0;
+    for (const FfnCounters& counters : monitor_.counters)
+        total += counters.n_bytes;
+    return total;
+}
+
+void Context::reset_stats() {
+    stats_ = {};
+    std::fill(monitor_.counters.begin(), monitor_.counters.end(), FfnCounters{});
+    std::fill(monitor_.activations.begin(), monitor_.activations.end(), 0);
+}
+
+void Context::count_activations(bool on) {
+    const HyperParams& hp = model_->hyper_params();
+    monitor_.activations.clear();
+    if (on) monitor_.activations.resize(size_t(hp.n_layer * hp.n_ff));
+}
+
+const FfnCounters& Context::layer_counters(int64_t layer) const {
+    check_layer(layer);
+    return monitor_.counters[size_t(layer)];
+}
+
+std::span<const uint64_t> Context::activations(int64_t layer) const {
+    check_layer(layer);
+    if (monitor_.activations.empty()) fail(QI_ARGUMENT, "activations are not being counted");
+    const auto n_ff = size_t(model_->hyper_params().n_ff);
+    return {monitor_.activations.data() + size_t(layer) * n_ff, n_ff};
+}
+
+void Context::check_layer(int64_t layer) const {
+    if (layer < 0 || layer >= model_->hyper_params().n_layer)
+        fail(QI_ARGUMENT, "layer %lld does not exist: the model has 0 to %lld", (long long)layer,
+             (long long)model_->hyper_params().n_layer - 1);
 }
 
 int Context::page_size() const {

@@ -23,12 +23,13 @@ struct ContextOptions {
     int64_t n_batch = 0;  // tokens computed together at most; 0: 512
     int n_threads = 0;    // 0: usable physical cores
     Type kv_type = Type::f16;
+    NeuronPolicy policy;
 };
 
 struct FeedToken {
     int32_t token;
     int32_t seq;
-    uint8_t want;  // QI_WANT_* or-ed together
+    uint8_t flags;  // QI_WANT_*, QI_GENERATED or-ed together
 };
 
 // Not safe for two threads at once, except cancel(), clear_cancel() and progress().
@@ -44,11 +45,12 @@ class Context {
     std::span<const float> hidden(uint64_t index) const;
     uint64_t n_logits() const { return n_logits_; }
 
-    // Feeds one token to each sequence and draws the next with its sampler.
+    // Feeds one token, whose logits are wanted, to each sequence and draws the next with its
+    // sampler.
     void step(std::span<const FeedToken> tokens, std::span<Sampler* const> samplers, int32_t* next);
     // logprobs[i] = log p(targets[i] | … tokens[i]); a target of -1 gives 0.
     void score(int32_t seq, std::span<const int32_t> tokens, std::span<const int32_t> targets,
-               float* logprobs);
+               bool generated, float* logprobs);
 
     int64_t length(int32_t seq) const;
     void truncate(int32_t seq, int64_t n_keep);
@@ -66,7 +68,13 @@ class Context {
     const Model& model() const { return *model_; }
     const ContextOptions& options() const { return options_; }
     const qi_stats& stats() const { return stats_; }
-    void reset_stats() { stats_ = {}; }
+    void reset_stats();
+    // Holds the predictions of every n-th generated token against all gates; 0: of none.
+    void check_predictions(int64_t every) { check_every_ = every; }
+    // Starts counting, from 0, for how many tokens each neuron is active; or stops.
+    void count_activations(bool on);
+    const FfnCounters& layer_counters(int64_t layer) const;
+    std::span<const uint64_t> activations(int64_t layer) const;  // [n_ff]
     int page_size() const;
     uint64_t kv_bytes_used() const { return kv_.bytes_used(); }
     uint64_t kv_bytes_reserved() const { return kv_.bytes_reserved(); }
@@ -78,6 +86,8 @@ class Context {
 
     void check_seq(int32_t seq) const;
     void check_token(int32_t token) const;
+    void check_layer(int64_t layer) const;
+    uint64_t ffn_bytes_read() const;
     void run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done);
     // next: by sequence, the position of its next token.
     void compute_chunk(std::span<const FeedToken> tokens, std::vector<int64_t>& next);
@@ -92,6 +102,10 @@ class Context {
     std::vector<Segment> segments_;
     std::vector<int64_t> order_;   // row of a chunk → index of its token in the chunk
     std::vector<int64_t> row_of_;  // the inverse
+    std::vector<NeuronRule> rules_;
+
+    FfnMonitor monitor_;
+    int64_t check_every_ = 0, n_until_check_ = 0;
 
     AlignedBuffer<float> normed_rows_;
     AlignedBuffer<float> logits_, hidden_;

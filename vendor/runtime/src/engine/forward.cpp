@@ -16,10 +16,12 @@ KvLayout ForwardPass::kv_layout() const {
 
 size_t ForwardPass::scratch_bytes() const {
     return residual_.capacity_bytes() + normed_.capacity_bytes() + qkv_.capacity_bytes() +
-           attended_.capacity_bytes() + cos_sin_.capacity_bytes() + shifted_.capacity_bytes();
+           attended_.capacity_bytes() + cos_sin_.capacity_bytes() + shifted_.capacity_bytes() +
+           input_.capacity_bytes();
 }
 
-const float* ForwardPass::run(const Batch& batch, std::atomic<int64_t>* layers_done) {
+const float* ForwardPass::run(const Batch& batch, FfnMonitor& monitor,
+                              std::atomic<int64_t>* layers_done) {
     const auto n = int64_t(batch.tokens.size());
     float* x = residual_.reserve(size_t(n * hp_.n_embd));
     float* normed = normed_.reserve(size_t(n * hp_.n_embd));
@@ -40,6 +42,14 @@ const float* ForwardPass::run(const Batch& batch, std::atomic<int64_t>* layers_d
     int64_t index = 0;
     for (const Layer& layer : model_.layers()) {
         device_.norm(layer.attn_norm, x, n, normed);
+        // Predictors look at what attention leaves, or with a parallel residual at what it is
+        // given.
+        const float* predicted_from = x;
+        if (hp_.arch->parallel_residual && layer.ffn.predictor) {
+            float* input = input_.reserve(size_t(n * hp_.n_embd));
+            std::memcpy(input, x, size_t(n * hp_.n_embd) * sizeof(float));
+            predicted_from = input;
+        }
         if (!hp_.arch->parallel_residual) {
             attention(layer, index, batch, normed, x);
             device_.norm(layer.ffn_norm, x, n, normed);
@@ -53,7 +63,12 @@ const float* ForwardPass::run(const Batch& batch, std::atomic<int64_t>* layers_d
             device_.norm(*layer.attn_norm_2, x, n, attn_input);
             attention(layer, index, batch, attn_input, x);
         }
-        device_.feed_forward(layer.ffn, normed, n, x);
+        uint64_t* activations =
+            monitor.activations.empty() ? nullptr : monitor.activations.data() + index * hp_.n_ff;
+        device_.feed_forward(layer.ffn,
+                             {normed, predicted_from, n, batch.rules, monitor.threshold,
+                              monitor.check, &monitor.counters[size_t(index)], activations},
+                             x);
         layers_done->store(++index, std::memory_order_relaxed);
     }
     return x;

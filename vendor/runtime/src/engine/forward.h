@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "base/aligned_buffer.h"
 #include "device/device.h"
@@ -16,6 +17,15 @@ struct Batch {
     std::span<const int32_t> tokens;     // [n]
     std::span<const int32_t> positions;  // [n]
     std::span<const Segment> segments;
+    std::span<const NeuronRule> rules;  // [n]
+};
+
+// What the layers' feed-forward networks are told and report besides activations.
+struct FfnMonitor {
+    float threshold = 0.0f;
+    bool check = false;                 // this run's predictions are held against all gates
+    std::vector<FfnCounters> counters;  // [n_layer]
+    std::vector<uint64_t> activations;  // [n_layer][n_ff], or empty
 };
 
 class ForwardPass {
@@ -24,7 +34,7 @@ class ForwardPass {
 
     // Runs all layers; returns the residual stream [n][n_embd] before the final norm, valid until
     // the next run. *layers_done counts up to n_layer while it works.
-    const float* run(const Batch& batch, std::atomic<int64_t>* layers_done);
+    const float* run(const Batch& batch, FfnMonitor& monitor, std::atomic<int64_t>* layers_done);
 
     // The final norm of some rows of that residual: out [rows.size()][n_embd].
     void final_norm(std::span<const int64_t> rows, float* out);
@@ -48,6 +58,7 @@ class ForwardPass {
     AlignedBuffer<float> attended_;   // [n][n_head · head_dim]
     AlignedBuffer<float> cos_sin_;    // [n][n_rot/2][2]
     AlignedBuffer<int32_t> shifted_;  // [n] rows of the position table
+    AlignedBuffer<float> input_;      // [n][n_embd] a layer's input, for predictors that look at it
 };
 
 }  // namespace qi

@@ -87,6 +87,11 @@ void matmul_rows(const Weight& w, int64_t row_begin, int64_t row_end, const std:
     active().rows(w, row_begin, row_end, prepared, n_tokens, y, y_stride, scratch);
 }
 
+void matmul_listed(const Weight& w, const int32_t* list, int64_t n_rows, const std::byte* prepared,
+                   int64_t n_tokens, float* y, int64_t y_stride) {
+    if (n_rows > 0) active().listed(w, list, n_rows, prepared, n_tokens, y, y_stride);
+}
+
 void decode_row(const Weight& w, int64_t row, float* out) {
     decode(w.type, w.data + size_t(row) * w.row_bytes, w.n_cols, out);
 }

@@ -47,6 +47,11 @@ inline constexpr int64_t row_granularity = 16;
 void matmul_rows(const Weight& w, int64_t row_begin, int64_t row_end, const std::byte* prepared,
                  int64_t n_tokens, float* y, int64_t y_stride, std::byte* scratch);
 
+// The same for rows chosen by number: y[t * y_stride + i] is row list[i]'s. Rows that follow in the
+// list are fetched ahead, so a list in ascending order comes fastest.
+void matmul_listed(const Weight& w, const int32_t* list, int64_t n_rows, const std::byte* prepared,
+                   int64_t n_tokens, float* y, int64_t y_stride);
+
 // One row of a weight as floats: embedding look-up.
 void decode_row(const Weight& w, int64_t row, float* out);
 

@@ -81,10 +81,13 @@ struct BlockKernels {
     // Rows of one tile, at their first group.
     struct Rows {
         const uint8_t* at[tile_rows];
+        const uint8_t* ahead[tile_rows];  // of a list: the rows that many places on
 
         Rows(const Product& product, int64_t row) {
-            for (int i = 0; i < tile_rows; ++i)
+            for (int i = 0; i < tile_rows; ++i) {
                 at[i] = product.row(row + i);
+                if (product.list) ahead[i] = product.row(row + i + product.places_ahead);
+            }
         }
         void unpack_whole(int64_t group, Tile<type>& tile) const {
             const uint8_t* units[tile_rows * n_units];
@@ -115,14 +118,19 @@ struct BlockKernels {
         // In the order of addresses over all rows of the tile, though they are used side by side:
         // DRAM gives one stream faster than several. The last row is used that much ahead of its
         // place.
-        void prefetch(int64_t group) const {
+        void prefetch(int64_t group, bool listed) const {
+            if (listed) {
+                for (const uint8_t* row : ahead)
+                    prefetch_lines(row + group * group_bytes, group_bytes);
+                return;
+            }
             prefetch_ahead(at[tile_rows - 1] + group * tile_rows * group_bytes,
                            tile_rows * group_bytes);
         }
     };
 
     static void rows(const Product& product, int64_t row_begin, std::byte* scratch) {
-        if (product.n_tokens > direct_tokens) {
+        if (product.n_tokens > direct_tokens && !product.list) {
             const int64_t step = panel_rows(product.w.n_cols);
             for (int64_t row = row_begin; row < product.row_end; row += step) {
                 const int64_t end = row + step < product.row_end ? row + step : product.row_end;
@@ -171,11 +179,12 @@ struct BlockKernels {
     [[gnu::flatten]] static void multiply_rows(const Product& product, int64_t row, int64_t token) {
         const Rows rows(product, row);
         const int64_t n_blocks = product.w.n_cols / chain_size;
+        const bool listed = product.list != nullptr;
         Lanes chains[n] = {};
         int64_t group = 0;
         for (; (group + 1) * n_chains <= n_blocks; ++group) {
             Tile<type> tile;
-            rows.prefetch(group);
+            rows.prefetch(group, listed);
             rows.unpack_whole(group, tile);
             add_products(tile, activations(product, group, token), chains);
         }

@@ -45,7 +45,7 @@ inline Vec load_weights_partial(const uint8_t* p, int64_t n) {
 template <Type type>
 struct FloatKernels {
     static void rows(const Product& product, int64_t row_begin, std::byte* scratch) {
-        if (product.n_tokens > float_tokens) {
+        if (product.n_tokens > float_tokens && !product.list) {
             const int64_t step = panel_rows(product.w.n_cols);
             for (int64_t row = row_begin; row < product.row_end; row += step) {
                 const int64_t end = row + step < product.row_end ? row + step : product.row_end;
@@ -134,15 +134,20 @@ struct FloatKernels {
     template <int n>
     [[gnu::flatten]] static void multiply_rows(const Product& product, int64_t row, int64_t token) {
         constexpr int n_rows = rows_together(n);
-        const uint8_t* at[n_rows];
-        for (int r = 0; r < n_rows; ++r)
+        const uint8_t *at[n_rows], *ahead[n_rows] = {};
+        for (int r = 0; r < n_rows; ++r) {
             at[r] = product.row(row + r);
+            if (product.list) ahead[r] = product.row(row + r + product.places_ahead);
+        }
         Vec weights[n_rows], sums[n_rows][n] = {};
         for (int64_t first = 0; first < product.w.n_cols; first += chunk_cols) {
             const int64_t size = chunk_size(product, first), stride = padded(size);
             const float* x = activations(product, first, size, token);
             int64_t k = 0;
             for (; k + line_cols <= size; k += line_cols) {
+                if (product.list)
+                    for (int r = 0; r < n_rows; ++r)
+                        __builtin_prefetch(ahead[r] + (first + k) * element_bytes<type>);
                 for (int64_t i = 0; i < line_cols; i += width) {
                     for (int r = 0; r < n_rows; ++r)
                         weights[r] = load_weights<type>(at[r] + i * element_bytes<type>);

@@ -10,7 +10,7 @@ namespace qi::kernels::QI_SIMD_LEVEL {
 
 namespace {
 
-// One call of matmul_rows.
+// One call of matmul_rows or matmul_listed.
 struct Product {
     const Weight& w;
     int64_t row_end;
@@ -18,11 +18,14 @@ struct Product {
     int64_t n_tokens;
     float* y;
     int64_t y_stride;
+    const int32_t* list = nullptr;  // [row_end]: row r is the weight's row list[r]
+    int64_t places_ahead = 0;       // how many places of the list to fetch ahead
 
     // Rows of a tile that reaches past row_end read the last row again; put() drops their results.
     const uint8_t* row(int64_t r) const {
         const int64_t inside = r < row_end ? r : row_end - 1;
-        return reinterpret_cast<const uint8_t*>(w.data) + size_t(inside) * w.row_bytes;
+        return reinterpret_cast<const uint8_t*>(w.data) +
+               size_t(list ? list[inside] : inside) * w.row_bytes;
     }
     void put(int64_t r, int64_t token, float value) const {
         if (r < row_end) y[token * y_stride + r] = value;
@@ -49,6 +52,12 @@ inline void prefetch_ahead(const uint8_t* p, int64_t n) {
     const uintptr_t ahead = reinterpret_cast<uintptr_t>(p) + prefetch_distance;
     for (int64_t i = 0; i < n; i += cache_line)
         __builtin_prefetch(reinterpret_cast<const void*>(ahead + uintptr_t(i)));
+}
+
+// Starts fetching n bytes at p.
+inline void prefetch_lines(const uint8_t* p, int64_t n) {
+    for (int64_t i = 0; i < n; i += cache_line)
+        __builtin_prefetch(p + i);
 }
 
 inline int64_t ceil_div(int64_t n, int64_t by) {

@@ -18,6 +18,8 @@ struct MatmulOps {
     size_t (*scratch_bytes)(const Weight& w, int64_t n_tokens);
     void (*rows)(const Weight& w, int64_t row_begin, int64_t row_end, const std::byte* prepared,
                  int64_t n_tokens, float* y, int64_t y_stride, std::byte* scratch);
+    void (*listed)(const Weight& w, const int32_t* list, int64_t n_rows, const std::byte* prepared,
+                   int64_t n_tokens, float* y, int64_t y_stride);
 };
 
 // nullptr when this build has no kernels of that level.

@@ -14,12 +14,12 @@ using NormIs = Norm::Kind;
 
 // clang-format off
 constexpr std::array architectures{
-    //           name      norm         rope                   learned offset fused  biases parallel gated hidden_act
-    Architecture{"llama",  NormIs::rms,    RopeKind::interleaved, false,  0,     false, false, false,   true,  "silu"},
-    Architecture{"qwen2",  NormIs::rms,    RopeKind::neox,        false,  0,     false, false, false,   true,  "silu"},
-    Architecture{"falcon", NormIs::layer,  RopeKind::neox,        false,  0,     true,  false, true,    false, "gelu"},
-    Architecture{"opt",    NormIs::layer,  RopeKind::none,        true,   2,     false, true,  false,   false, "relu"},
-    Architecture{"bamboo", NormIs::rms,    RopeKind::interleaved, false,  0,     false, false, false,   true,  "relu_relu"},
+    //           name      norm         rope                   learned offset fused  biases parallel gated hidden_act  sparse_act
+    Architecture{"llama",  NormIs::rms,    RopeKind::interleaved, false,  0,     false, false, false,   true,  "silu",      "relu"},
+    Architecture{"qwen2",  NormIs::rms,    RopeKind::neox,        false,  0,     false, false, false,   true,  "silu",      "relu"},
+    Architecture{"falcon", NormIs::layer,  RopeKind::neox,        false,  0,     true,  false, true,    false, "gelu",      "relu"},
+    Architecture{"opt",    NormIs::layer,  RopeKind::none,        true,   2,     false, true,  false,   false, "relu",      "relu"},
+    Architecture{"bamboo", NormIs::rms,    RopeKind::interleaved, false,  0,     false, false, false,   true,  "relu_relu", "relu_relu"},
 };
 // clang-format on
 
@@ -179,13 +179,21 @@ HyperParams read_hyper_params(const gguf::File& file, const std::string& hidden_
     std::string act = hidden_act;
     const char* source = "hidden_act";
     if (act.empty()) {
-        act = file.get_string("qinfer.hidden_act").value_or(hp.arch->hidden_act);
+        act = file.get_string("qinfer.hidden_act")
+                  .value_or(file.is_powerinfer() ? hp.arch->sparse_act : hp.arch->hidden_act);
         source = path;
     }
     hp.act = parse_hidden_act(act, source);
     if (hp.act.kind == HiddenAct::Kind::relu_relu && !hp.arch->gated)
         fail(QI_ARGUMENT, "%s: relu_relu needs a gate, which architecture %s does not have", source,
              hp.arch->name);
+
+    if (const auto threshold = file.get_float("powerinfer.sparse_threshold")) {
+        hp.sparse_threshold = float(*threshold);
+        if (!std::isfinite(hp.sparse_threshold))
+            fail(QI_FORMAT, "%s: powerinfer.sparse_threshold is %g, expected a finite number", path,
+                 *threshold);
+    }
 
     if (hp.arch->rope != RopeKind::none) {
         hp.n_rot = read.size_or("rope.dimension_count", hp.head_dim);

@@ -26,6 +26,7 @@ struct Architecture {
                              // feeds attention
     bool gated;
     const char* hidden_act;  // when the file does not say
+    const char* sparse_act;  // the same for PowerInfer files, which hold ReLU models only
 };
 
 std::span<const Architecture> all_architectures();
@@ -60,6 +61,7 @@ struct HyperParams {
     int64_t sliding_window = 0;  // 0: none
     float norm_epsilon = 0.0f;
     HiddenAct act;
+    float sparse_threshold = 0.0f;  // of the predictors
     int64_t n_rot = 0;
     double rope_base = 10000.0;
     RopeScaling rope_scaling;

@@ -1,5 +1,6 @@
 #include "model/model.h"
 
+#include <algorithm>
 #include <cmath>
 #include <unordered_set>
 
@@ -127,9 +128,51 @@ class Builder {
         layer.ffn.gated = hp_.arch->gated;
         if (hp_.arch->gated) layer.ffn.gate = linear(prefix + "ffn_gate", hp_.n_embd, hp_.n_ff);
         layer.ffn.up = linear(prefix + "ffn_up", hp_.n_embd, hp_.n_ff);
-        layer.ffn.down = linear(prefix + "ffn_down", hp_.n_ff, hp_.n_embd);
+        down(prefix, layer.ffn);
         layer.ffn.act = hp_.act;
         return layer;
+    }
+
+    // By neuron where the file has it so, as PowerInfer files do.
+    void down(const std::string& prefix, FeedForward& ffn) {
+        ffn.down_by_neuron = bind_.has(prefix + "ffn_down_t.weight");
+        if (!ffn.down_by_neuron) {
+            ffn.down = linear(prefix + "ffn_down", hp_.n_ff, hp_.n_embd);
+            return;
+        }
+        ffn.down.weight = bind_.matrix(prefix + "ffn_down_t.weight", hp_.n_embd, hp_.n_ff);
+        const bool renamed = bind_.has(prefix + "ffn_down_t.bias");
+        const std::string bias = prefix + (renamed ? "ffn_down_t.bias" : "ffn_down.bias");
+        ffn.down.bias = hp_.arch->required_biases ? bind_.vector(bias, hp_.n_embd)
+                                                  : bind_.optional_vector(bias, hp_.n_embd);
+    }
+
+    // Predictors of all layers. A model runs without them as well: a faulty one is left out with a
+    // warning, and one layer without makes all do without.
+    void predictors(std::vector<Layer>& layers, const char* path) {
+        std::string problem;
+        size_t n_found = 0;
+        for (size_t i = 0; i < layers.size() && problem.empty(); ++i) {
+            const std::string fc1 = format("blk.%zu.fc1.weight", i),
+                              fc2 = format("blk.%zu.fc2.weight", i);
+            if (!bind_.has(fc1) && !bind_.has(fc2)) continue;
+            try {
+                Predictor predictor;
+                predictor.fc1.weight = bind_.matrix(fc1, hp_.n_embd, 0);
+                predictor.fc2.weight = bind_.matrix(fc2, predictor.fc1.weight.n_rows, hp_.n_ff);
+                layers[i].ffn.predictor = std::move(predictor);
+                ++n_found;
+            } catch (const Error& error) {
+                problem = error.what();
+            }
+        }
+        if (n_found == layers.size() || (n_found == 0 && problem.empty())) return;
+        if (problem.empty())
+            problem =
+                format("%s: %zu of %zu layers have a predictor", path, n_found, layers.size());
+        log(LogLevel::warning, format("no predictors will be used: %s", problem.c_str()));
+        for (Layer& layer : layers)
+            layer.ffn.predictor.reset();
     }
 
     TensorBinder& bind() { return bind_; }
@@ -164,9 +207,6 @@ void check_finite(const gguf::File& file) {
 
 Model::Model(std::shared_ptr<const gguf::File> file, const ModelOptions& options)
     : file_(std::move(file)), hp_(read_hyper_params(*file_, options.hidden_act)) {
-    if (file_->is_powerinfer())
-        fail(QI_UNSUPPORTED, "%s: PowerInfer files (magic PWRI) cannot be run yet",
-             file_->path().c_str());
     Builder build(*file_, hp_);
     TensorBinder& bind = build.bind();
 
@@ -190,6 +230,7 @@ Model::Model(std::shared_ptr<const gguf::File> file, const ModelOptions& options
         rope_ = Rope(hp_, bind.optional_vector("rope_freqs.weight", hp_.n_rot / 2));
     for (int64_t i = 0; i < hp_.n_layer; ++i)
         layers_.push_back(build.layer(i));
+    build.predictors(layers_, file_->path().c_str());
     output_norm_ = build.norm("output_norm");
     tied_head_ = !bind.has("output.weight");
     if (tied_head_)
@@ -209,18 +250,39 @@ int64_t Model::n_ctx_max() const {
     return position_embedding_.data ? position_embedding_.n_rows - hp_.arch->position_offset : 0;
 }
 
-uint64_t Model::n_bytes_per_token() const {
-    const auto bytes = [](const Linear& linear) {
-        return uint64_t(linear.weight.n_rows) * linear.weight.row_bytes +
-               linear.bias.size() * sizeof(float);
-    };
-    uint64_t total = bytes(head_) + token_embedding_.row_bytes + position_embedding_.row_bytes;
-    for (const Layer& layer : layers_) {
-        total += bytes(layer.qkv) + bytes(layer.q) + bytes(layer.k) + bytes(layer.v);
-        total += bytes(layer.attn_output);
-        total += bytes(layer.ffn.gate) + bytes(layer.ffn.up) + bytes(layer.ffn.down);
-    }
+namespace {
+uint64_t bytes_of(const Linear& linear) {
+    return uint64_t(linear.weight.n_rows) * linear.weight.row_bytes +
+           linear.bias.size() * sizeof(float);
+}
+}  // namespace
+
+uint64_t Model::n_ffn_bytes_per_token() const {
+    uint64_t total = 0;
+    for (const Layer& layer : layers_)
+        total += bytes_of(layer.ffn.gate) + bytes_of(layer.ffn.up) + bytes_of(layer.ffn.down);
     return total;
+}
+
+uint64_t Model::n_bytes_per_token() const {
+    uint64_t total = bytes_of(head_) + token_embedding_.row_bytes + position_embedding_.row_bytes;
+    for (const Layer& layer : layers_) {
+        total += bytes_of(layer.qkv) + bytes_of(layer.q) + bytes_of(layer.k) + bytes_of(layer.v);
+        total += bytes_of(layer.attn_output);
+    }
+    return total + n_ffn_bytes_per_token();
+}
+
+int64_t Model::predictor_rank() const {
+    int64_t rank = 0;
+    for (const Layer& layer : layers_)
+        if (layer.ffn.predictor) rank = std::max(rank, layer.ffn.predictor->fc1.weight.n_rows);
+    return rank;
+}
+
+bool Model::down_by_neuron() const {
+    return std::all_of(layers_.begin(), layers_.end(),
+                       [](const Layer& layer) { return layer.ffn.down_by_neuron; });
 }
 
 }  // namespace qi

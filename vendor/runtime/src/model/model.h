@@ -49,7 +49,12 @@ class Model {
     int64_t n_ctx_max() const;  // positions the model can address at all; 0: no limit
     uint64_t n_params() const { return n_params_; }
     uint64_t n_weight_bytes() const { return n_weight_bytes_; }
-    uint64_t n_bytes_per_token() const;  // weight bytes one decoded token reads
+    // Weight bytes one decoded token reads when all neurons are computed, and those of its
+    // feed-forward networks.
+    uint64_t n_bytes_per_token() const;
+    uint64_t n_ffn_bytes_per_token() const;
+    int64_t predictor_rank() const;  // the largest of the layers'; 0 without predictors
+    bool down_by_neuron() const;     // in all layers
 
   private:
     std::shared_ptr<const gguf::File> file_;

@@ -1,4 +1,4 @@
-// Blocks of 32: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
+// Floats to blocks of 32: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
 #include <algorithm>
 #include <cmath>
 
@@ -7,18 +7,6 @@
 namespace qi {
 
 namespace {
-
-uint32_t load_bits(const uint8_t (&qh)[4]) {
-    return uint32_t(qh[0]) | uint32_t(qh[1]) << 8 | uint32_t(qh[2]) << 16 | uint32_t(qh[3]) << 24;
-}
-
-// Codes of elements 0-31 out of nibbles and, for 5-bit formats, a word of fifth bits.
-void unpack(const uint8_t (&qs)[16], uint32_t high_bits, int (&codes)[32]) {
-    for (int i = 0; i < 16; i++) {
-        codes[i] = (qs[i] & 15) | int(high_bits >> i & 1) << 4;
-        codes[i + 16] = (qs[i] >> 4) | int(high_bits >> (i + 16) & 1) << 4;
-    }
-}
 
 void pack_nibbles(const uint8_t (&codes)[32], uint8_t (&qs)[16]) {
     for (int i = 0; i < 16; i++)
@@ -77,44 +65,6 @@ Range encode_range(const float* x, int max_code, uint8_t (&codes)[32]) {
 }
 
 }  // namespace
-
-void decode_block(const BlockQ4_0& block, float* out) {
-    const float d = f16_to_f32(block.d);
-    int codes[32];
-    unpack(block.qs, 0, codes);
-    for (int i = 0; i < 32; i++)
-        out[i] = d * float(codes[i] - 8);
-}
-
-void decode_block(const BlockQ4_1& block, float* out) {
-    const float d = f16_to_f32(block.d), m = f16_to_f32(block.m);
-    int codes[32];
-    unpack(block.qs, 0, codes);
-    for (int i = 0; i < 32; i++)
-        out[i] = d * float(codes[i]) + m;
-}
-
-void decode_block(const BlockQ5_0& block, float* out) {
-    const float d = f16_to_f32(block.d);
-    int codes[32];
-    unpack(block.qs, load_bits(block.qh), codes);
-    for (int i = 0; i < 32; i++)
-        out[i] = d * float(codes[i] - 16);
-}
-
-void decode_block(const BlockQ5_1& block, float* out) {
-    const float d = f16_to_f32(block.d), m = f16_to_f32(block.m);
-    int codes[32];
-    unpack(block.qs, load_bits(block.qh), codes);
-    for (int i = 0; i < 32; i++)
-        out[i] = d * float(codes[i]) + m;
-}
-
-void decode_block(const BlockQ8_0& block, float* out) {
-    const float d = f16_to_f32(block.d);
-    for (int i = 0; i < 32; i++)
-        out[i] = d * float(block.qs[i]);
-}
 
 void encode_block(const float* x, BlockQ4_0& block) {
     uint8_t codes[32];

@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "quant/block_codecs.h"
+#include "quant/decode_blocks.h"
 #include "quant/half.h"
 
 namespace qi {

@@ -1,0 +1,208 @@
+"""Which neurons a token computes: the modes, the choice between them, and what a layer reports."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ._native import lib
+from .errors import ArgumentError
+
+if TYPE_CHECKING:
+    from ._weights import ModelInfo, Weights
+
+logger = logging.getLogger("qinfer")
+
+Mode = Literal["off", "exact", "predict"]
+SparsityMode = Literal["auto", "off", "exact", "predict"]
+Prefill = Literal["dense", "sparse"]
+
+MODES: tuple[Mode, ...] = ("off", "exact", "predict")
+_RULES = {"off": lib.QI_RULE_ALL, "exact": lib.QI_RULE_EXACT, "predict": lib.QI_RULE_PREDICT}
+
+# A lossy mode, or one that does more, has to be faster than the one before it by this factor.
+_WORTH_IT = 0.97
+# Steps timed of each mode; the fastest counts, because other programs only ever add time.
+_STEPS = 4
+_CACHE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How tokens choose their neurons.
+
+    Attributes:
+        mode: of generated tokens: "off" computes all neurons, "exact" those whose gate is not zero,
+            "predict" of those that the model's predictors name the ones whose gate is not zero.
+        prefill: "dense" computes all neurons of prompt tokens; "sparse" treats them as generated
+            ones.
+        threshold: a neuron is left out when its prediction is below; None takes the file's.
+    """
+
+    mode: Mode = "off"
+    prefill: Prefill = "dense"
+    threshold: float | None = None
+
+    @property
+    def generated_rule(self) -> int:
+        """The runtime's number for generated tokens."""
+        return int(_RULES[self.mode])
+
+    @property
+    def prompt_rule(self) -> int:
+        """The runtime's number for prompt tokens."""
+        return self.generated_rule if self.prefill == "sparse" else int(_RULES["off"])
+
+    @property
+    def tells_roles_apart(self) -> bool:
+        """Whether a token computed as part of a prompt and as a generated one may differ."""
+        return self.mode == "predict" and self.prefill == "dense"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStats:
+    """What the feed-forward network of one layer did.
+
+    Attributes:
+        n_tokens: computed in another mode than "off".
+        n_active: neurons that contributed, summed over these tokens.
+        n_predicted: neurons that the predictor named, summed over these tokens.
+        n_checked: tokens whose predictions were held against all gates.
+        n_due: neurons that should have contributed to the tokens checked.
+        n_missed: of which the predictor did not name so many.
+        n_bytes: weight bytes read, for all tokens.
+        predict_seconds: spent on predictions.
+        seconds: all of it, predictions included.
+    """
+
+    n_tokens: int = 0
+    n_active: int = 0
+    n_predicted: int = 0
+    n_checked: int = 0
+    n_due: int = 0
+    n_missed: int = 0
+    n_bytes: int = 0
+    predict_seconds: float = 0.0
+    seconds: float = 0.0
+
+    def __sub__(self, earlier: LayerStats) -> LayerStats:
+        then = asdict(earlier)
+        return LayerStats(**{name: value - then[name] for name, value in asdict(self).items()})
+
+
+def checked(sparsity: str, prefill: str, threshold: float | None, info: ModelInfo) -> None:
+    """Raises ArgumentError for settings that are not known or that the model cannot follow."""
+    if sparsity not in ("auto", *MODES):
+        raise ArgumentError(f"sparsity={sparsity!r} is not 'auto', 'off', 'exact' or 'predict'")
+    if prefill not in ("dense", "sparse"):
+        raise ArgumentError(f"prefill={prefill!r} is neither 'dense' nor 'sparse'")
+    if threshold is not None and not math.isfinite(threshold):
+        raise ArgumentError(f"sparse_threshold={threshold!r} is not a finite number")
+    if sparsity == "exact" and not info.has_sparse_act:
+        raise ArgumentError(
+            f"sparsity='exact' needs an activation that is zero for many inputs, such as relu; "
+            f"this model's is {info.hidden_act}"
+        )
+    if sparsity == "predict" and not info.predictor_rank:
+        raise ArgumentError("sparsity='predict' needs predictors, which this model does not have")
+
+
+def choose(
+    weights: Weights,
+    sparsity: SparsityMode,
+    prefill: Prefill,
+    threshold: float | None,
+    threads: int | None,
+) -> Policy:
+    """The policy of a model: as asked for, or with "auto" the fastest mode on this machine.
+
+    "auto" times a few tokens in each mode that the model has, keeps the result in the user cache
+    for this file, processor and number of threads, and logs the choice. A mode that leaves out more
+    must be faster by 3 % to be taken.
+    """
+    info = weights.info
+    checked(sparsity, prefill, threshold, info)
+    policy = Policy("off" if sparsity == "auto" else sparsity, prefill, threshold)
+    if sparsity != "auto":
+        return policy
+    candidates: list[Mode] = ["off"]
+    if info.has_sparse_act:
+        candidates.append("exact")
+    if info.predictor_rank:
+        candidates.append("predict")
+    if len(candidates) == 1:
+        return policy
+    seconds = _seconds_per_token(weights, candidates, policy, threads)
+    best = candidates[0]
+    for mode in candidates[1:]:
+        if seconds[mode] < _WORTH_IT * seconds[best]:
+            best = mode
+    figures = ", ".join(f"{mode} {1 / seconds[mode]:.1f}" for mode in candidates)
+    logger.info("sparsity: %s, by tokens per second of each mode here: %s", best, figures)
+    return replace(policy, mode=best)
+
+
+def _seconds_per_token(
+    weights: Weights, candidates: list[Mode], policy: Policy, threads: int | None
+) -> dict[str, float]:
+    from . import _machine
+    from ._alias import cache_folder
+
+    processor = _machine.processor()
+    key = "-".join(
+        [
+            str(_CACHE_VERSION),
+            weights.fingerprint.hex()[:32],
+            processor.brand.replace(" ", "_"),
+            processor.isa,
+            str(threads or processor.n_usable_cores),
+            str(policy.threshold),
+        ]
+    )
+    path = cache_folder() / "sparsity.json"
+    known: dict[str, dict[str, float]] = {}
+    with suppress(OSError, ValueError):
+        known = json.loads(path.read_text())
+    found = known.get(key) if isinstance(known, dict) else None
+    if isinstance(found, dict) and set(found) == set(candidates):
+        return found
+    known = known if isinstance(known, dict) else {}
+    seconds = known[key] = _measure(weights, candidates, policy, threads)
+    # Another process may lose its entry to ours; it is measured again then.
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(known, file)
+        Path(file.name).replace(path)
+    return seconds
+
+
+def _measure(
+    weights: Weights, candidates: list[Mode], policy: Policy, threads: int | None
+) -> dict[str, float]:
+    """Seconds that a generated token takes in each mode, the modes taking turns."""
+    from .context import Context
+
+    n_vocab = weights.info.n_vocab
+    contexts = {
+        mode: Context(weights, n_ctx=_STEPS + 1, threads=threads, policy=replace(policy, mode=mode))
+        for mode in candidates
+    }
+    seconds: dict[str, float] = dict.fromkeys(candidates, math.inf)
+    for step in range(_STEPS + 1):
+        for mode, context in contexts.items():
+            start = time.perf_counter()
+            context.feed([(step * 977 + 259) % n_vocab], generated=True)
+            elapsed = time.perf_counter() - start
+            if step > 0:  # the first step brings pages into memory
+                seconds[mode] = min(seconds[mode], elapsed)
+    for context in contexts.values():
+        context.close()
+    return seconds
