@@ -22,15 +22,15 @@ import string
 import sys
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import numpy.typing as npt
-import sparsity
-from sparsity import Sparsity
+import sparse_weights
+from sparse_weights import Sparsity
 
 from qinfer import QInferError
 from qinfer._gguf import Writer
@@ -163,27 +163,41 @@ class Tensor:
     shape: tuple[int, ...]  # rows first, as in NumPy
     std: float = 0.0
     constant: float | None = None
+    first_rows: npt.NDArray[np.float32] | None = None  # chosen instead of random
+    first_columns: npt.NDArray[np.float32] | None = None
 
 
-def tensors(shape: Shape) -> Iterator[Tensor]:
+def generator(seed: int, name: str) -> np.random.Generator:
+    """Random numbers of one tensor, whichever others the file has."""
+    return np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
+
+
+def tensors(shape: Shape, seed: int = 0) -> Iterator[Tensor]:
     """All tensors of a model in file order."""
     n_embd = shape.n_embd
-    # A tied head must give logits of the size an untied one does.
-    embd_std = 2.0 / math.sqrt(n_embd) if shape.tied_head else 1.0
-    yield Tensor("token_embd.weight", (shape.n_vocab, n_embd), embd_std)
+    head_std = 2.0 / math.sqrt(n_embd)
+    # A tied head must give logits of the size an untied one does, by small embeddings, or where
+    # those tell neurons what to do, by a small norm.
+    embd_std = head_std if shape.tied_head and not shape.sparsity else 1.0
+    norm_weight = head_std if shape.tied_head and shape.sparsity else 1.0
+    embeddings = [Tensor("token_embd.weight", (shape.n_vocab, n_embd), embd_std)]
     if shape.arch == "opt":  # two rows come before position 0
-        yield Tensor("position_embd.weight", (shape.n_ctx + 2, n_embd), embd_std)
+        embeddings += [Tensor("position_embd.weight", (shape.n_ctx + 2, n_embd), embd_std)]
+    yield from sparse_embeddings(embeddings, seed) if shape.sparsity else embeddings
     for layer in range(shape.n_layer):
-        for tensor in layer_tensors(shape):
-            yield Tensor(f"blk.{layer}.{tensor.name}", tensor.shape, tensor.std, tensor.constant)
-    yield from norm("output_norm", shape)
+        specs = layer_tensors(shape)
+        if shape.sparsity:
+            specs = sparse_layer(specs, shape, shape.sparsity, generator(seed, f"neurons {layer}"))
+        for spec in specs:
+            yield replace(spec, name=f"blk.{layer}.{spec.name}")
+    yield from norm("output_norm", shape, norm_weight)
     if not shape.tied_head:
-        yield Tensor("output.weight", (shape.n_vocab, n_embd), 2.0 / math.sqrt(n_embd))
+        yield Tensor("output.weight", (shape.n_vocab, n_embd), head_std)
 
 
-def norm(name: str, shape: Shape) -> Iterator[Tensor]:
+def norm(name: str, shape: Shape, weight: float = 1.0) -> Iterator[Tensor]:
     """Weight of a normalisation, and its bias where the architecture has one."""
-    yield Tensor(f"{name}.weight", (shape.n_embd,), constant=1.0)
+    yield Tensor(f"{name}.weight", (shape.n_embd,), constant=weight)
     if shape.arch in ("falcon", "opt"):
         yield Tensor(f"{name}.bias", (shape.n_embd,), constant=0.0)
 
@@ -219,6 +233,49 @@ def layer_tensors(shape: Shape) -> Iterator[Tensor]:
     yield from matrix("ffn_down", n_embd, n_ff, into_residual)
 
 
+def sparse_embeddings(specs: list[Tensor], seed: int) -> Iterator[Tensor]:
+    """Embeddings that carry the tokens' codes, and nothing of the position in their place."""
+    for spec in specs:
+        columns = np.zeros((spec.shape[0], sparse_weights.N_COLUMNS), np.float32)
+        if spec.name == "token_embd.weight":
+            codes = sparse_weights.token_codes(generator(seed, "codes"), spec.shape[0])
+            columns = sparse_weights.embedding_columns(codes)
+        yield replace(spec, first_columns=columns)
+
+
+def sparse_layer(
+    specs: Iterator[Tensor], shape: Shape, how: Sparsity, rng: np.random.Generator
+) -> Iterator[Tensor]:
+    """The tensors of a layer whose neurons heed the tokens' codes and leave them alone."""
+    n_embd, n_ff = shape.n_embd, shape.n_ff
+    columns = sparse_weights.neuron_columns(sparse_weights.neuron_wishes(rng, n_ff, how.active))
+    has_gate = shape.arch in ("llama", "bamboo")
+    heeding = ["ffn_gate.weight"] if has_gate else ["ffn_up.weight"]
+    if shape.arch == "bamboo":  # ReLU of both
+        heeding.append("ffn_up.weight")
+    down_std = 1.0 / math.sqrt(2 * shape.n_layer * how.active * n_ff)
+    for spec in specs:
+        if spec.name in heeding:
+            yield replace(spec, std=sparse_weights.NOISE / math.sqrt(n_embd), first_columns=columns)
+        elif spec.name == "attn_output.weight":
+            yield replace(spec, first_rows=np.zeros((sparse_weights.N_COLUMNS, n_embd), np.float32))
+        elif spec.name == "ffn_down.weight" and how.dense_twin:
+            no_rows = np.zeros((sparse_weights.N_COLUMNS, n_ff), np.float32)
+            yield replace(spec, std=down_std, first_rows=no_rows)
+        elif spec.name == "ffn_down.weight":
+            name = "ffn_down_t.weight"
+            yield Tensor(name, (n_ff, n_embd), down_std, first_columns=np.zeros_like(columns))
+        elif spec.name == "ffn_down.bias" and not how.dense_twin:
+            yield replace(spec, name="ffn_down_t.bias")
+        else:
+            yield spec
+    if not how.dense_twin:
+        rows, n_pred = sparse_weights.predictor_rows(n_embd), how.n_pred
+        yield Tensor("fc1.weight", (n_pred, n_embd), 1.0 / math.sqrt(n_embd), first_rows=rows)
+        noise = sparse_weights.NOISE / math.sqrt(n_pred)
+        yield Tensor("fc2.weight", (n_ff, n_pred), noise, first_columns=columns)
+
+
 def metadata(shape: Shape, type_name: str) -> dict[str, Any]:
     """What engines need to know about the model, without the vocabulary."""
     sizes = {
@@ -239,11 +296,16 @@ def metadata(shape: Shape, type_name: str) -> dict[str, Any]:
             "rope.dimension_count": shape.n_embd // shape.n_head,
             "rope.freq_base": 10000.0,
         }
-    return {
+    general = {
         "general.architecture": shape.arch,
         "general.name": f"synthetic {shape.arch} {type_name}",
         "general.file_type": TYPES[type_name][1],
-    } | {f"{shape.arch}.{key}": value for key, value in (sizes | facts).items()}
+    }
+    if shape.neuron_major:
+        general["powerinfer.sparse_threshold"] = 0.0
+    elif shape.sparsity:
+        general["qinfer.hidden_act"] = "relu_relu" if shape.arch == "bamboo" else "relu"
+    return general | {f"{shape.arch}.{key}": value for key, value in (sizes | facts).items()}
 
 
 def vocabulary(n_vocab: int) -> dict[str, Any]:
@@ -274,9 +336,8 @@ def vocabulary(n_vocab: int) -> dict[str, Any]:
 
 def make_model(path: Path, shape: Shape, type_name: str, seed: int = 0) -> None:
     """Writes one model; the file appears under its name only when complete."""
-    rng = np.random.Generator(np.random.SFC64(seed))
-    specs = list(tensors(shape))
-    with Writer(path) as writer:
+    specs = list(tensors(shape, seed))
+    with Writer(path, powerinfer=shape.neuron_major) as writer:
         for key, value in (metadata(shape, type_name) | vocabulary(shape.n_vocab)).items():
             writer.add(key, value, "i32" if key == "tokenizer.ggml.token_type" else None)
         for spec in specs:
@@ -285,7 +346,7 @@ def make_model(path: Path, shape: Shape, type_name: str, seed: int = 0) -> None:
             )
         with click.progressbar(specs, label=path.name, file=sys.stderr) as bar:
             for spec in bar:
-                for piece in tensor_data(rng, spec, type_name):
+                for piece in tensor_data(generator(seed, spec.name), spec, type_name):
                     writer.write(piece)
 
 
@@ -297,9 +358,43 @@ def tensor_data(
         yield np.full(spec.shape, spec.constant, np.float32)
         return
     n_rows, n_cols = spec.shape
-    step = max(1, PIECE_WEIGHTS // n_cols)
+    step = max(sparse_weights.N_COLUMNS, PIECE_WEIGHTS // n_cols)
     for begin in range(0, n_rows, step):
-        yield random_rows(rng, type_name, min(step, n_rows - begin), n_cols, spec.std)
+        end = min(begin + step, n_rows)
+        data = random_rows(rng, type_name, end - begin, n_cols, spec.std)
+        if spec.first_columns is not None:
+            put_columns(rng, data, spec.first_columns[begin:end], type_name, spec.std)
+        if spec.first_rows is not None and begin == 0:
+            data[: len(spec.first_rows)] = encode(spec.first_rows, type_name)
+        yield data
+
+
+def put_columns(
+    rng: np.random.Generator,
+    data: npt.NDArray[np.uint8],
+    columns: npt.NDArray[np.float32],
+    type_name: str,
+    std: float,
+) -> None:
+    """Writes the first columns of rows, whose first block may hold random weights behind them."""
+    width = columns.shape[1]
+    if type_name in BLOCKS:
+        width = max(width, BLOCKS[type_name].size)
+    values = rng.standard_normal((len(columns), width), np.float32) * np.float32(std)
+    values[:, : columns.shape[1]] = columns
+    blocks = encode(values, type_name)
+    data[:, : blocks.shape[1]] = blocks
+
+
+def check_sparse(shape: Shape, how: Sparsity) -> None:
+    """Refuses what cannot be made sparse."""
+    if shape.arch not in SPARSE_ARCHITECTURES:
+        names = ", ".join(SPARSE_ARCHITECTURES)
+        raise click.ClickException(f"--arch is {shape.arch}, sparse models are {names}")
+    if not sparse_weights.MIN_ACTIVE <= how.active <= 1.0:
+        raise click.ClickException(f"--active is {how.active}, expected 0.01 to 1")
+    if min(shape.n_embd, how.n_pred) < 2 * sparse_weights.N_COLUMNS:
+        raise click.ClickException("--n-embd and --n-pred must be 64 or more")
 
 
 @click.command(help=__doc__)
@@ -316,15 +411,31 @@ def tensor_data(
 @click.option(
     "--type", "type_name", type=click.Choice(list(TYPES), False), default="q4_0", show_default=True
 )
+@click.option("--sparse", is_flag=True, help="A PowerInfer file with predictors.")
+@click.option("--dense-twin", is_flag=True, help="The same without them, as an ordinary file.")
+@click.option("--active", default=0.1, show_default=True, help="Share of active neurons.")
+@click.option("--n-pred", type=int, default=512, show_default=True, help="Predictors' rank.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(
-    out: Path, n_head_kv: int | None, tied_head: bool, type_name: str, seed: int, **sizes: Any
+    out: Path,
+    n_head_kv: int | None,
+    tied_head: bool,
+    type_name: str,
+    sparse: bool,
+    dense_twin: bool,
+    active: float,
+    n_pred: int,
+    seed: int,
+    **sizes: Any,
 ) -> None:
     """Command line of make_model."""
     tied = tied_head or sizes["arch"] == "opt"
-    shape = Shape(n_head_kv=n_head_kv or sizes["n_head"], tied_head=tied, **sizes)
+    how = Sparsity(active, n_pred, dense_twin) if sparse or dense_twin else None
+    shape = Shape(n_head_kv=n_head_kv or sizes["n_head"], tied_head=tied, sparsity=how, **sizes)
     if shape.n_embd % shape.n_head or shape.n_head % shape.n_head_kv:
         raise click.ClickException("--n-embd must divide by --n-head, and that by --n-head-kv")
+    if how:
+        check_sparse(shape, how)
     try:
         make_model(out, shape, type_name, seed)
     except QInferError as error:
