@@ -372,7 +372,7 @@ def change(at: int) -> Callable[[bytes], bytes]:
         (lambda data: b"", "not a file written by"),
         (lambda data: data[:50], "not a file written by"),
         (change(0), "not a file written by"),
-        (change(8), "version 5"),
+        (change(8), "version 6"),
         (change(12), "bytes, its header says"),
         (change(20), "bytes, its header says"),
         (change(30), "another model"),

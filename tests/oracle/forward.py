@@ -21,9 +21,18 @@ DEFAULT_ACT = {
 NEOX = {"qwen2", "falcon"}
 
 
-def forward(model: Checkpoint, tokens: Sequence[int], numerics: Numerics | None = None) -> Array:
-    """Logits [n_tokens, n_vocab] of a text that starts at position 0."""
-    return Pass(model, numerics or Numerics()).run(np.asarray(tokens))
+def forward(
+    model: Checkpoint,
+    tokens: Sequence[int],
+    numerics: Numerics | None = None,
+    *,
+    threshold: float | None = None,
+) -> Array:
+    """Logits [n_tokens, n_vocab] of a text that starts at position 0.
+
+    With a threshold, neurons whose prediction is below it are left out.
+    """
+    return Pass(model, numerics or Numerics(), threshold).run(np.asarray(tokens))
 
 
 def activation(name: str) -> Callable[[Array], Array]:
@@ -52,8 +61,11 @@ def softmax(scores: Array) -> Array:
 class Pass:
     """One forward pass over a whole text."""
 
-    def __init__(self, model: Checkpoint, numerics: Numerics) -> None:
+    def __init__(
+        self, model: Checkpoint, numerics: Numerics, threshold: float | None = None
+    ) -> None:
         self.model = model
+        self.threshold = threshold
         self.numerics = numerics
         self.tensors = model.tensors
         self.arch = model.architecture
@@ -82,9 +94,10 @@ class Pass:
             normed = self.norm(prefix + "attn_norm", x)
             has_two = prefix + "attn_norm_2.weight" in self.tensors
             into_attention = self.norm(prefix + "attn_norm_2", x) if has_two else normed
-            return x + self.attention(prefix, into_attention) + self.feed_forward(prefix, normed)
+            ffn = self.feed_forward(prefix, normed, x)
+            return x + self.attention(prefix, into_attention) + ffn
         x = x + self.attention(prefix, self.norm(prefix + "attn_norm", x))
-        return x + self.feed_forward(prefix, self.norm(prefix + "ffn_norm", x))
+        return x + self.feed_forward(prefix, self.norm(prefix + "ffn_norm", x), x)
 
     def norm(self, name: str, x: Array) -> Array:
         """RMS norm, or layer norm for the architectures that have a bias."""
@@ -135,11 +148,17 @@ class Pass:
         window = self.model.get("attention.sliding_window", 0) or n_tokens
         return (distance >= 0) & (distance < window)
 
-    def feed_forward(self, prefix: str, x: Array) -> Array:
+    def feed_forward(self, prefix: str, x: Array, residual: Array) -> Array:
         hidden = self.linear(prefix + "ffn_up", x)
         if prefix + "ffn_gate.weight" in self.tensors:
             gate = self.act(self.linear(prefix + "ffn_gate", x))
             hidden = gate * (self.act(hidden) if self.act_both else hidden)
         else:
             hidden = self.act(hidden)
-        return self.linear(prefix + "ffn_down", hidden)
+        if self.threshold is not None:
+            low = np.maximum(self.linear(prefix + "fc1", residual), 0.0)
+            hidden = np.where(self.linear(prefix + "fc2", low) < self.threshold, 0.0, hidden)
+        by_neuron = self.tensors.get(prefix + "ffn_down_t.weight")
+        if by_neuron is None:
+            return self.linear(prefix + "ffn_down", hidden)
+        return hidden @ by_neuron + self.tensors.get(prefix + "ffn_down_t.bias", 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,22 @@ def write_tiny(
     *,
     extra: dict[str, Any] | None = None,
     extra_tensors: dict[str, Array] | None = None,
+    by_neuron: bool = False,
+    rank: int = 0,
     seed: int = 0,
 ) -> Path:
-    """Writes a checkpoint whose norms and biases are random too; `extra` adds metadata."""
+    """Writes a checkpoint whose norms and biases are random too; `extra` adds metadata.
+
+    `by_neuron` stores the down projection as PowerInfer does; `rank` adds random predictors.
+    """
     rng = np.random.default_rng(seed)
     tensors: dict[str, Array | Quantised] = dict(extra_tensors or {})
-    for spec in make_model.tensors(shape):
+    specs = list(make_model.tensors(shape))
+    if by_neuron:
+        specs = [_by_neuron(spec) for spec in specs]
+    if rank:
+        specs += _predictors(shape, rank)
+    for spec in specs:
         if spec.constant is not None:
             tensors[spec.name] = spec.constant + 0.3 * rng.standard_normal(spec.shape)
         else:
@@ -54,6 +65,27 @@ def write_tiny(
         words = make_model.vocabulary(shape.n_vocab)
     metadata = make_model.metadata(shape, type_name) | words | (extra or {})
     return write_gguf(path, metadata, tensors)
+
+
+def _by_neuron(spec: make_model.Tensor) -> make_model.Tensor:
+    """`ffn_down` as `ffn_down_t`, a row per neuron."""
+    name = spec.name.replace(".ffn_down.", ".ffn_down_t.")
+    return replace(spec, name=name, shape=spec.shape if name == spec.name else spec.shape[::-1])
+
+
+def _predictors(shape: make_model.Shape, rank: int) -> list[make_model.Tensor]:
+    return [
+        make_model.Tensor(f"blk.{layer}.{name}.weight", dims, 1.0)
+        for layer in range(shape.n_layer)
+        for name, dims in (("fc1", (rank, shape.n_embd)), ("fc2", (shape.n_ff, rank)))
+    ]
+
+
+def as_powerinfer(path: Path) -> Path:
+    """Gives a file the magic of PowerInfer's."""
+    with path.open("r+b") as file:
+        file.write(b"PWRI")
+    return path
 
 
 def gpt2_vocabulary(n_vocab: int, pre: str) -> dict[str, Any]:

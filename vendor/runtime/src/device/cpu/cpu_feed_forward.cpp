@@ -236,8 +236,10 @@ void CpuFeedForward::project_down(const FeedForward& ffn, int64_t n_tokens, floa
 void CpuFeedForward::add_down_of_few(const FeedForward& ffn, int64_t n_tokens, float* y) {
     const Weight& down = ffn.down.weight;
     const int64_t n_ff = down.n_rows, n_embd = down.n_cols;
-    if (neurons_.capacity_bytes() < size_t(n_ff) * sizeof(int32_t))
-        std::iota(neurons_.reserve(size_t(n_ff)), neurons_.data() + n_ff, 0);
+    if (neurons_.capacity_bytes() < size_t(n_ff) * sizeof(int32_t)) {
+        int32_t* numbers = neurons_.reserve(size_t(n_ff));
+        std::iota(numbers, numbers + n_ff, 0);
+    }
     float* partial = partial_.reserve(size_t(n_partitions * n_tokens * n_embd));
     products_.reserve_workers(kernels::row_sums_scratch_bytes());
     products_.loop(n_partitions, [&](int64_t p, int worker) {
