@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import _machine
+from .completion import Stats
 from .errors import ArgumentError
 from .model import Model
 from .sampling import Sampler, Sampling
+from .sparsity import Mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +35,16 @@ class Spread:
 class BenchResult:
     """Figures of a benchmark: tokens per second, bytes, bytes per second.
 
-    `share` is the part of the read bandwidth that reading the weights took while generating.
+    `share` is the part of the read bandwidth that reading the weights took while generating,
+    `active` the part of all neurons that contributed, None where all are computed.
     """
 
     n_prompt: int
     n_generate: int
     threads: int
     isa: str
+    sparsity: Mode
+    active: float | None
     prompt_rate: Spread
     generation_rate: Spread
     bytes_per_token: int
@@ -86,7 +91,8 @@ def bench(
                 bandwidths.append(_machine.read_bandwidth(threads))
             if progress is not None:
                 progress(number + 2, repeats + 1)
-        bytes_per_token = context.stats().weight_bytes_read // n_generate
+        stats = context.stats()
+        bytes_per_token = stats.weight_bytes_read // n_generate
     generation, bandwidth = Spread.of(generation_rates), Spread.of(bandwidths)
     bytes_per_second = bytes_per_token * generation.median
     return BenchResult(
@@ -94,6 +100,8 @@ def bench(
         n_generate=n_generate,
         threads=threads,
         isa=_machine.processor().isa,
+        sparsity=model.policy.mode,
+        active=_active_share(stats, model.info.n_ff),
         prompt_rate=Spread.of(prompt_rates),
         generation_rate=generation,
         bytes_per_token=bytes_per_token,
@@ -101,6 +109,11 @@ def bench(
         read_bandwidth=bandwidth,
         share=bytes_per_second / bandwidth.median,
     )
+
+
+def _active_share(stats: Stats, n_ff: int) -> float | None:
+    n_tokens = sum(layer.n_tokens for layer in stats.layers)
+    return sum(layer.n_active for layer in stats.layers) / n_tokens / n_ff if n_tokens else None
 
 
 def render(model: Model, result: BenchResult) -> str:
@@ -111,6 +124,7 @@ def render(model: Model, result: BenchResult) -> str:
         ("machine", f"{_machine.processor().brand}, {result.isa}, {result.threads} threads"),
         (f"prompt {result.n_prompt}", _rate(result.prompt_rate)),
         (f"generate {result.n_generate}", _rate(result.generation_rate)),
+        ("sparsity", _sparsity(result)),
         ("per token", f"{result.bytes_per_token / 1e6:.1f} MB of weights read"),
         (
             "reading",
@@ -119,6 +133,12 @@ def render(model: Model, result: BenchResult) -> str:
         ),
     ]
     return "\n".join(f"{name:<14}{value}" for name, value in rows)
+
+
+def _sparsity(result: BenchResult) -> str:
+    if result.active is None:
+        return f"{result.sparsity}, all neurons computed"
+    return f"{result.sparsity}, {result.active:.1%} of the neurons active"
 
 
 def _rate(rate: Spread) -> str:

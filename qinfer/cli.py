@@ -1,4 +1,4 @@
-"""The command line: `qinfer run | chat | bench | perplexity | tokenize | inspect | doctor`."""
+"""The command line: `qinfer run | chat | bench | perplexity | profile | tokenize | …`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from . import __version__
 from ._progress import Bar
 from .errors import QInferError
 from .model import Model
+from .sparsity import Prefill, SparsityMode
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -122,6 +123,16 @@ _CONTEXT_OPTIONS = [
                  help="How keys and values are kept."),
     click.option("--hidden-act", help="Override the activation, e.g. relu."),
 ]  # fmt: skip
+_SPARSITY_OPTIONS = [
+    click.option("--sparsity", type=click.Choice(["auto", "off", "exact", "predict"]),
+                 default="auto", show_default=True,
+                 help="Neurons that a generated token computes: all (off), those whose gate is not "
+                 "zero (exact), those that predictors name, or what is fastest here."),
+    click.option("--sparse-threshold", type=float,
+                 help="Leave out neurons predicted below; default: what the file says."),
+    click.option("--prefill", type=click.Choice(["dense", "sparse"]), default="dense",
+                 help="Compute all neurons of prompt tokens (default), or as of generated ones."),
+]  # fmt: skip
 _SAMPLING_OPTIONS = [
     click.option("-n", "--n-predict", "--max-tokens", type=click.IntRange(-1),
                  help="Tokens at most; -1 (default): to the end of the answer."),
@@ -214,7 +225,8 @@ _TEXT_OPTIONS = [
 
 @cli.command(epilog=_MODEL_HELP)
 @_model_argument
-@_with(_TEXT_OPTIONS, _SAMPLING_OPTIONS, _CONTEXT_OPTIONS, _MACHINE_OPTIONS)
+@_with(_TEXT_OPTIONS, _SAMPLING_OPTIONS, _CONTEXT_OPTIONS, _SPARSITY_OPTIONS, _MACHINE_OPTIONS)
+@click.option("--stats", is_flag=True, help="Show what each layer computed, when done.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done.")
 def run(
     model: str,
@@ -223,8 +235,12 @@ def run(
     ctx_size: int | None,
     kv_type: str,
     hidden_act: str | None,
+    sparsity: SparsityMode,
+    sparse_threshold: float | None,
+    prefill: Prefill,
     threads: int | None,
     no_mmap: bool,
+    stats: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -238,7 +254,8 @@ def run(
     with (
         _load(
             model, n_ctx=ctx_size, kv_type=kv_type, hidden_act=hidden_act, threads=threads,
-            mmap=not no_mmap,
+            mmap=not no_mmap, sparsity=sparsity, sparse_threshold=sparse_threshold,
+            prefill=prefill,
         ) as loaded,
         Bar("reading") as bar,
         loaded.stream(text, progress=bar, **wanted) as stream,
@@ -251,12 +268,16 @@ def run(
                 click.echo(piece.text, nl=False)
         completion = stream.completion
         assert completion is not None
+        info, mode = loaded.info, loaded.policy.mode
     if as_json:
         click.echo(json.dumps(completion.to_dict(), ensure_ascii=False))
-        return
-    if not last.endswith("\n"):
+    elif not last.endswith("\n"):
         click.echo()
-    if sys.stderr.isatty():
+    if stats:
+        from ._stats_table import render
+
+        click.echo(render(completion.stats, info, mode), err=True)
+    if sys.stderr.isatty() and not as_json:
         timings, usage = completion.timings, completion.usage
         click.echo(
             f"({usage.prompt_tokens} tokens read at {timings.prompt_tokens_per_second:.1f}/s, "
@@ -269,13 +290,16 @@ def run(
 @cli.command(epilog=_MODEL_HELP)
 @_model_argument
 @click.option("--system", help="A system message.")
-@_with(_SAMPLING_OPTIONS, _CONTEXT_OPTIONS, _MACHINE_OPTIONS)
+@_with(_SAMPLING_OPTIONS, _CONTEXT_OPTIONS, _SPARSITY_OPTIONS, _MACHINE_OPTIONS)
 def chat(
     model: str,
     system: str | None,
     ctx_size: int | None,
     kv_type: str,
     hidden_act: str | None,
+    sparsity: SparsityMode,
+    sparse_threshold: float | None,
+    prefill: Prefill,
     threads: int | None,
     no_mmap: bool,
     **options: Any,
@@ -289,7 +313,7 @@ def chat(
     wanted = _generate_options(options)
     with _load(
         model, n_ctx=ctx_size, kv_type=kv_type, hidden_act=hidden_act, threads=threads,
-        mmap=not no_mmap,
+        mmap=not no_mmap, sparsity=sparsity, sparse_threshold=sparse_threshold, prefill=prefill,
     ) as loaded:  # fmt: skip
         Talk(loaded, system, wanted).run()
 
@@ -314,13 +338,16 @@ def chat(
 )
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True,
               help="Rounds to take the median of.")  # fmt: skip
-@_with(_MACHINE_OPTIONS)
+@_with(_SPARSITY_OPTIONS, _MACHINE_OPTIONS)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(
     model: str,
     n_prompt: int,
     n_gen: int,
     repetitions: int,
+    sparsity: SparsityMode,
+    sparse_threshold: float | None,
+    prefill: Prefill,
     threads: int | None,
     no_mmap: bool,
     as_json: bool,
@@ -331,7 +358,13 @@ def bench(
     """
     from . import bench as benchmark
 
-    with _load(model, threads=threads, mmap=not no_mmap) as loaded, Bar("measuring") as bar:
+    with (
+        _load(
+            model, threads=threads, mmap=not no_mmap, sparsity=sparsity,
+            sparse_threshold=sparse_threshold, prefill=prefill,
+        ) as loaded,
+        Bar("measuring") as bar,
+    ):  # fmt: skip
         result = benchmark.bench(
             loaded, n_prompt=n_prompt, n_generate=n_gen, repeats=repetitions, progress=bar
         )
@@ -349,12 +382,26 @@ def bench(
 @click.option("-c", "--ctx-size", type=click.IntRange(4), default=512, show_default=True,
               help="Tokens per chunk.")  # fmt: skip
 @click.option("--chunks", type=click.IntRange(1), help="Chunks at most.")
+@click.option(
+    "--sparsity",
+    type=click.Choice(["off", "exact", "predict"]),
+    default="off",
+    show_default=True,
+    help="The mode to measure: every token is computed with neurons of its own.",
+)
+@click.option(
+    "--sparse-threshold",
+    type=float,
+    help="Leave out neurons predicted below; default: what the file says.",
+)
 @_with(_MACHINE_OPTIONS)
 def perplexity(
     model: str,
     file: TextIO,
     ctx_size: int,
     chunks: int | None,
+    sparsity: SparsityMode,
+    sparse_threshold: float | None,
     threads: int | None,
     no_mmap: bool,
 ) -> None:
@@ -367,7 +414,10 @@ def perplexity(
     def show(number: int, value: float) -> None:
         click.echo(f"[{number}]{value:.4f},", nl=False)
 
-    with _load(model, threads=threads, mmap=not no_mmap) as loaded:
+    with _load(
+        model, threads=threads, mmap=not no_mmap, sparsity=sparsity,
+        sparse_threshold=sparse_threshold,
+    ) as loaded:  # fmt: skip
         result = measure.perplexity(
             loaded, file.read(), n_ctx=ctx_size, n_chunks=chunks, on_chunk=show
         )

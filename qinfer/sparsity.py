@@ -92,6 +92,10 @@ class LayerStats:
     predict_seconds: float = 0.0
     seconds: float = 0.0
 
+    def __add__(self, other: LayerStats) -> LayerStats:
+        more = asdict(other)
+        return LayerStats(**{name: value + more[name] for name, value in asdict(self).items()})
+
     def __sub__(self, earlier: LayerStats) -> LayerStats:
         then = asdict(earlier)
         return LayerStats(**{name: value - then[name] for name, value in asdict(self).items()})

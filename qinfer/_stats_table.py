@@ -1,0 +1,45 @@
+"""The table of `qinfer run --stats`: what each layer's feed-forward network computed."""
+
+from __future__ import annotations
+
+from ._weights import ModelInfo
+from .completion import Stats
+from .sparsity import LayerStats, Mode
+
+
+def render(stats: Stats, info: ModelInfo, mode: Mode) -> str:
+    """Means per token as text, a line a layer; shares are of all neurons."""
+    n_tokens = stats.n_generated_tokens
+    lines = [
+        f"sparsity {mode}, {n_tokens} tokens generated, "
+        f"{stats.weight_bytes_read / max(n_tokens, 1) / 1e6:.1f} MB of weights read for each",
+        f"{'layer':>5}{'active':>16}{'predicted':>16}{'missed':>9}{'ms FFN':>9}{'predict':>9}",
+    ]
+    n_computed = n_tokens + stats.n_prompt_tokens
+    for index, layer in enumerate(stats.layers):
+        lines.append(f"{index:>5}{_line(layer, info.n_ff, n_computed)}")
+    total = LayerStats()
+    for layer in stats.layers:
+        total = total + layer
+    if stats.layers:
+        means = _line(total, info.n_ff, n_computed * len(stats.layers))
+        lines.append(f"{'mean':>5}{means}")
+    return "\n".join(lines)
+
+
+def _line(layer: LayerStats, n_ff: int, n_computed: int) -> str:
+    active = _share(layer.n_active, layer.n_tokens, n_ff)
+    predicted = _share(layer.n_predicted, layer.n_tokens, n_ff) if layer.n_predicted else "-"
+    missed = f"{layer.n_missed / layer.n_due:.1%}" if layer.n_due else "-"
+    n = max(n_computed, 1)
+    return (
+        f"{active:>16}{predicted:>16}{missed:>9}"
+        f"{layer.seconds / n * 1e3:>9.3f}{layer.predict_seconds / n * 1e3:>9.3f}"
+    )
+
+
+def _share(n: int, n_tokens: int, n_ff: int) -> str:
+    """A mean count of neurons, and its share."""
+    if n_tokens == 0:
+        return "all"
+    return f"{n / n_tokens:.0f} ({n / n_tokens / n_ff:.1%})"
