@@ -1,8 +1,5 @@
 // Matrix kernels of every instruction set against decoded weights in float64, and bit by bit
 // against themselves under every way of cutting the work.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -15,6 +12,7 @@
 #include "kernels/matmul_table.h"
 #include "quant/codec.h"
 #include "quant/half.h"
+#include "weight_fixtures.h"
 
 using namespace qi;
 using namespace qi::kernels;
@@ -24,90 +22,10 @@ namespace {
 
 Checks checks;
 
-// Memory that ends where the next page cannot be touched: a read beyond it is a crash.
-class GuardedBytes {
-  public:
-    explicit GuardedBytes(size_t n) : n_(n) {
-        const auto page = size_t(sysconf(_SC_PAGESIZE));
-        mapped_ = (n + page - 1) / page * page + page;
-        base_ = static_cast<std::byte*>(
-            mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        if (base_ == MAP_FAILED || mprotect(base_ + mapped_ - page, page, PROT_NONE) != 0) {
-            std::perror("mmap");
-            std::_Exit(1);
-        }
-        end_ = base_ + mapped_ - page;
-    }
-    ~GuardedBytes() { munmap(base_, mapped_); }
-    GuardedBytes(const GuardedBytes&) = delete;
-    GuardedBytes& operator=(const GuardedBytes&) = delete;
-    std::byte* data() { return end_ - n_; }
-
-  private:
-    size_t n_, mapped_;
-    std::byte *base_, *end_;
-};
-
-// Where a block keeps its f16 scale and minimum, and the sign that makes the minimum raise weights.
-struct HalfFields {
-    Type type;
-    int scale;
-    int minimum;  // -1: none
-    int raising;
-};
-constexpr HalfFields half_fields[] = {
-    {Type::q4_0, 0, -1, 0},   {Type::q4_1, 0, 2, 1},  {Type::q5_0, 0, -1, 0},
-    {Type::q5_1, 0, 2, 1},    {Type::q8_0, 0, -1, 0}, {Type::q2_k, 80, 82, -1},
-    {Type::q3_k, 108, -1, 0}, {Type::q4_k, 0, 2, -1}, {Type::q5_k, 0, 2, -1},
-    {Type::q6_k, 208, -1, 0},
-};
-
-const HalfFields* fields_of(Type type) {
-    for (const HalfFields& fields : half_fields)
-        if (fields.type == type) return &fields;
-    return nullptr;
-}
-
-void put_half(std::byte* at, float value) {
-    const f16_bits bits = f32_to_f16(value);
-    std::memcpy(at, &bits, sizeof bits);
-}
-
 float get_half(const std::byte* at) {
     f16_bits bits;
     std::memcpy(&bits, at, sizeof bits);
     return f16_to_f32(bits);
-}
-
-enum class Content { random, all_zero_bits, all_one_bits };
-
-void fill_weights(Type type, Content content, std::byte* out, size_t n_bytes, std::mt19937& rng) {
-    std::normal_distribution<float> normal;
-    if (type == Type::f32) {
-        for (size_t i = 0; i < n_bytes; i += 4) {
-            const float value = normal(rng);
-            std::memcpy(out + i, &value, 4);
-        }
-        return;
-    }
-    if (type == Type::f16 || type == Type::bf16) {
-        for (size_t i = 0; i < n_bytes; i += 2) {
-            const float value = normal(rng);
-            const uint16_t bits = type == Type::f16 ? f32_to_f16(value) : f32_to_bf16(value);
-            std::memcpy(out + i, &bits, 2);
-        }
-        return;
-    }
-    for (size_t i = 0; i < n_bytes; ++i)
-        out[i] = content == Content::random          ? std::byte(rng())
-                 : content == Content::all_zero_bits ? std::byte(0)
-                                                     : std::byte(0xff);
-    const HalfFields& fields = *fields_of(type);
-    const auto block_bytes = size_t(traits(type).block_bytes);
-    for (size_t i = 0; i < n_bytes; i += block_bytes) {
-        put_half(out + i + fields.scale, normal(rng));
-        if (fields.minimum >= 0) put_half(out + i + fields.minimum, normal(rng));
-    }
 }
 
 // One row decoded, and the sum of the magnitudes of the terms each weight is made of, which is what
@@ -236,6 +154,34 @@ void check_cuts(const Case& c, const std::vector<float>& y) {
     }
 }
 
+// Rows picked by number, also repeatedly, are the same rows.
+void check_lists(const Case& c, const std::vector<float>& y) {
+    const ActivationForm form = activation_form(c.w.type);
+    GuardedBytes prepared(form == ActivationForm::f32
+                              ? activation_bytes(form, c.w.n_cols, c.n_tokens)
+                              : c.ops.quantized_bytes(c.w.n_cols, c.n_tokens));
+    if (form == ActivationForm::f32)
+        prepare_activations(form, c.x, c.w.n_cols, c.w.n_cols, c.n_tokens, 0, c.n_tokens,
+                            prepared.data());
+    else
+        c.ops.quantize(c.x, c.w.n_cols, c.w.n_cols, c.n_tokens, 0, c.n_tokens, prepared.data());
+    std::vector<int32_t> list;
+    for (int64_t r = 0; r < c.w.n_rows; r += 1 + r % 3)
+        list.push_back(int32_t(r));
+    list.push_back(int32_t(c.w.n_rows - 1));
+    const auto n = int64_t(list.size()), stride = n + 3;
+    constexpr float untouched = -12345.0f;
+    std::vector<float> found(size_t(c.n_tokens * stride), untouched);
+    c.ops.listed(c.w, list.data(), n, prepared.data(), c.n_tokens, found.data(), stride);
+    for (int64_t t = 0; t < c.n_tokens; ++t) {
+        for (int64_t i = 0; i < n; ++i)
+            c.expect(test::same_bits(&found[size_t(t * stride + i)],
+                                     &y[size_t(t * c.w.n_rows + list[size_t(i)])], 1),
+                     "gives listed rows other values");
+        c.expect(found[size_t(t * stride + n)] == untouched, "writes beyond its list");
+    }
+}
+
 void check_not_finite(Case c, std::vector<float> x) {
     const std::vector<float> before = multiply(c, 0, c.n_tokens, c.w.n_rows);
     c.x = x.data();
@@ -283,6 +229,7 @@ void check_shape(Isa isa, Type type, Content content, int64_t n_rows, int64_t n_
     const std::vector<float> y = multiply(c, 0, n_tokens, n_rows);
     check_values(c, y);
     check_cuts(c, y);
+    check_lists(c, y);
     if (n_tokens > 1 && content == Content::random) check_not_finite(c, x);
 }
 
