@@ -34,7 +34,7 @@ int32_t qi_type_by_index(int32_t index, qi_type_info* out) {
             .block_size = layout.block_size,
             .block_bytes = layout.block_bytes,
             .can_decode = type != nullptr,
-            .can_encode = type != nullptr && type->can_encode};
+            .can_encode = type != nullptr};
     std::memcpy(out->name, layout.name, std::strlen(layout.name));
     return QI_OK;
 }

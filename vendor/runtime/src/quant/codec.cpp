@@ -32,6 +32,16 @@ void encode_blocks(const float* values, int64_t n, int block_size, std::byte* bl
     }
 }
 
+template <typename Block>
+void encode_k_blocks(const float* values, int64_t n, int64_t n_per_row, const float* importance,
+                     std::byte* blocks) {
+    for (int64_t i = 0; i < n; i += 256, blocks += sizeof(Block)) {
+        Block block;
+        encode_block(values + i, importance ? importance + i % n_per_row : nullptr, block);
+        std::memcpy(blocks, &block, sizeof block);
+    }
+}
+
 template <float (*to_float)(uint16_t)>
 void decode_halves(const std::byte* halves, int64_t n, float* out) {
     for (int64_t i = 0; i < n; i++) {
@@ -55,6 +65,15 @@ void require_finite(Type type, const float* values, int64_t n) {
             fail(QI_ARGUMENT, "cannot encode %s: value %lld is %s, and only finite values can be",
                  traits(type).name, static_cast<long long>(i),
                  std::isnan(values[i]) ? "NaN" : "infinite");
+    }
+}
+
+void require_weights(const float* importance, int64_t n_per_row) {
+    for (int64_t i = 0; i < n_per_row; i++) {
+        if (!(importance[i] >= 0.0f && std::isfinite(importance[i])))
+            fail(QI_ARGUMENT,
+                 "the importance of column %lld is %g; it must be 0 or more and finite",
+                 static_cast<long long>(i), double(importance[i]));
     }
 }
 
@@ -104,11 +123,10 @@ void decode(Type type, const std::byte* blocks, int64_t n, float* out) {
     }
 }
 
-void encode(Type type, const float* values, int64_t n, int64_t /*n_per_row*/,
-            const float* /*importance*/, std::byte* blocks) {
-    if (!traits(type).can_encode)
-        fail(QI_UNSUPPORTED, "there is no encoder for %s", traits(type).name);
+void encode(Type type, const float* values, int64_t n, int64_t n_per_row, const float* importance,
+            std::byte* blocks) {
     require_finite(type, values, n);
+    if (importance) require_weights(importance, n_per_row);
     switch (type) {
         case Type::f32:
             std::memcpy(blocks, values, size_t(n) * sizeof(float));
@@ -135,11 +153,20 @@ void encode(Type type, const float* values, int64_t n, int64_t /*n_per_row*/,
             encode_blocks<BlockQ8_0>(values, n, 32, blocks);
             return;
         case Type::q2_k:
+            encode_k_blocks<BlockQ2_K>(values, n, n_per_row, importance, blocks);
+            return;
         case Type::q3_k:
+            encode_k_blocks<BlockQ3_K>(values, n, n_per_row, importance, blocks);
+            return;
         case Type::q4_k:
+            encode_k_blocks<BlockQ4_K>(values, n, n_per_row, importance, blocks);
+            return;
         case Type::q5_k:
+            encode_k_blocks<BlockQ5_K>(values, n, n_per_row, importance, blocks);
+            return;
         case Type::q6_k:
-            break;  // refused above
+            encode_k_blocks<BlockQ6_K>(values, n, n_per_row, importance, blocks);
+            return;
     }
 }
 

@@ -8,13 +8,11 @@ namespace qi {
 namespace {
 
 constexpr TypeTraits type_table[] = {
-    {Type::f32, "F32", 1, 4, true},        {Type::f16, "F16", 1, 2, true},
-    {Type::q4_0, "Q4_0", 32, 18, true},    {Type::q4_1, "Q4_1", 32, 20, true},
-    {Type::q5_0, "Q5_0", 32, 22, true},    {Type::q5_1, "Q5_1", 32, 24, true},
-    {Type::q8_0, "Q8_0", 32, 34, true},    {Type::q2_k, "Q2_K", 256, 84, false},
-    {Type::q3_k, "Q3_K", 256, 110, false}, {Type::q4_k, "Q4_K", 256, 144, false},
-    {Type::q5_k, "Q5_K", 256, 176, false}, {Type::q6_k, "Q6_K", 256, 210, false},
-    {Type::bf16, "BF16", 1, 2, true},
+    {Type::f32, "F32", 1, 4},       {Type::f16, "F16", 1, 2},       {Type::q4_0, "Q4_0", 32, 18},
+    {Type::q4_1, "Q4_1", 32, 20},   {Type::q5_0, "Q5_0", 32, 22},   {Type::q5_1, "Q5_1", 32, 24},
+    {Type::q8_0, "Q8_0", 32, 34},   {Type::q2_k, "Q2_K", 256, 84},  {Type::q3_k, "Q3_K", 256, 110},
+    {Type::q4_k, "Q4_K", 256, 144}, {Type::q5_k, "Q5_K", 256, 176}, {Type::q6_k, "Q6_K", 256, 210},
+    {Type::bf16, "BF16", 1, 2},
 };
 
 constexpr TypeLayout layout_table[] = {

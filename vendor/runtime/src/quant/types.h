@@ -29,7 +29,6 @@ struct TypeTraits {
     const char* name;
     int block_size;   // elements per block
     int block_bytes;  // bytes per block
-    bool can_encode;
 };
 
 std::span<const TypeTraits> all_types();
