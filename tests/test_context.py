@@ -12,6 +12,7 @@ import pytest
 
 import qinfer
 from qinfer import Context, Model, Sampler, Sampling
+from qinfer.sparsity import LayerStats
 
 TOKENS = [1, 403, 407, 261, 378, 432, 383, 300, 17, 401, 290, 333]
 
@@ -458,7 +459,7 @@ def test_counters(model: Model) -> None:
         assert stats.prompt_seconds > 0
         assert stats.generated_seconds > 0
         context.reset_stats()
-        assert context.stats() == qinfer.Stats()
+        assert context.stats() == qinfer.Stats(layers=(LayerStats(),) * model.info.n_layer)
 
 
 def test_cancel_reaches_the_next_feed_and_no_further(context: Context) -> None:
