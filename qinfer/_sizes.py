@@ -1,0 +1,28 @@
+"""Sizes in bytes as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from .errors import ArgumentError
+
+_UNITS = {
+    "B": 1,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(text: str, *, bare: str = "B") -> int:
+    """Bytes of a size such as "6GiB", "1.5 GB" or "4096"; a fraction of a byte is dropped.
+
+    `bare` is the unit of a number without one. Raises ArgumentError for anything else.
+    """
+    match = _SIZE.fullmatch(text)
+    unit = _UNITS.get((match[2] or bare).upper()) if match else None
+    if match is None or unit is None:
+        raise ArgumentError(f"{text!r} is not a size: write bytes, or a number with KiB, MiB, GiB")
+    if match[1].isdigit():
+        return int(match[1]) * unit
+    return int(float(match[1]) * unit)
