@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from qinfer._alias import ALIASES, cache_folder
 HERE = Path(__file__).parent
 # Children started in the checkout import the installed package, not the sources beside them.
 os.environ["PYTHONSAFEPATH"] = "1"
+# A shell that runs tests in the background has them ignore Ctrl-C; their children would inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(HERE.parent / "tools"))  # for make_model, whose random models tests use
 
 
