@@ -38,6 +38,10 @@ _SCALARS = {
 }  # fmt: skip
 _I32 = 26
 
+# Splits of the largest models take tens of megabytes. Models have the same magic and are easily
+# named by mistake; they are not read into memory to find that out.
+_MAX_BYTES = 1 << 30
+
 # The tensors of a layer in file order: of PowerInfer, and what Q-Infer adds.
 _GATE_UP = ("gpu_idx", "gpu_bucket")
 _DOWN = ("gpu_idx_down", "gpu_bucket_down")
@@ -153,6 +157,11 @@ class GpuIndex:
                 the key or tensor.
         """
         try:
+            n_bytes = Path(path).stat().st_size
+            if n_bytes > _MAX_BYTES:
+                raise FormatError(
+                    f"{path}: not a GPU split: it has {n_bytes} bytes, a split a few megabytes"
+                )
             content = Path(path).read_bytes()
         except OSError as error:
             raise FileError(f"{path}: cannot read: {error.strerror}") from error
@@ -161,11 +170,8 @@ class GpuIndex:
     @classmethod
     def _parse(cls, reader: _Reader) -> Self:
         keys, tensors = reader.header()
-        if keys.get(_KEY_ARCHITECTURE) != _ARCHITECTURE:
-            raise reader.error(
-                f"{_KEY_ARCHITECTURE} is {keys.get(_KEY_ARCHITECTURE)!r}, "
-                f"that of a GPU split is {_ARCHITECTURE!r}"
-            )
+        if _KEY_ARCHITECTURE not in keys:
+            raise reader.error(f"key {_KEY_ARCHITECTURE!r} is missing")
         n_layers = reader.number(keys, _KEY_LAYERS)
         capacity = reader.number(keys, _KEY_CAPACITY)
         if n_layers < 1 or len(tensors) not in (2 * n_layers, 4 * n_layers):
@@ -270,6 +276,11 @@ class _Reader:
             if key in keys:
                 raise self.error(f"key {key!r} appears twice")
             keys[key] = self._value(key)
+            # At once, because the keys of a model, which may follow, are harder to explain.
+            if key == _KEY_ARCHITECTURE and keys[key] != _ARCHITECTURE:
+                raise self.error(
+                    f"not a GPU split: {key} is {keys[key]!r}, that of a split is {_ARCHITECTURE!r}"
+                )
         described = [self._description() for _ in range(n_tensors)]
         alignment = self.number(keys, _KEY_ALIGNMENT) if _KEY_ALIGNMENT in keys else _ALIGNMENT
         if alignment < 1:

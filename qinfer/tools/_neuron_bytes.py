@@ -30,11 +30,6 @@ class NeuronBytes:
         """Number of layers."""
         return len(self.down)
 
-    @property
-    def whole(self) -> list[int]:
-        """Per layer, of all rows of a neuron."""
-        return [up + down for up, down in zip(self.gate_up, self.down, strict=True)]
-
 
 def neuron_bytes(path: StrPath) -> NeuronBytes:
     """The bytes of a model's neurons, from the descriptions of its tensors.

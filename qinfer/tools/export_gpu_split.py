@@ -108,6 +108,10 @@ def export_gpu_split(
         FormatError: a file is not what it should be, or of another model.
         FileError: a file cannot be read or written.
     """
+    if method not in ("exact", "balance"):
+        raise ArgumentError(f"method={method!r} is neither 'exact' nor 'balance'")
+    if form not in (None, "powerinfer", "qinfer"):
+        raise ArgumentError(f"form={form!r} is neither 'powerinfer' nor 'qinfer'")
     cost = None if model is None else neuron_bytes(model)
     if cost is not None:
         _agree("neurons per layer", n_ff, model, cost.n_ff)
@@ -115,7 +119,8 @@ def export_gpu_split(
         n_ff, n_layers = cost.n_ff, cost.n_layers
     counts = read_activations(activation, n_layers=n_layers, n_ff=n_ff)
     if counts_pickle is not None:
-        if neurons is not None or rows is not None:
+        choices = (neurons, rows, ratio_up, ratio_down, batch, threshold or None)
+        if method != "exact" or any(choice is not None for choice in choices):
             raise ArgumentError("the counts of a pickle leave no number of neurons to choose")
         up, down = _listed(counts_pickle, counts)
         form = form or ("powerinfer" if up == down else "qinfer")
@@ -223,12 +228,13 @@ def _split(
 ) -> Split:
     n_bytes = None
     if cost is not None:
-        n_bytes = sum(
-            n_up * row_up + n_down * row_down
-            for n_up, row_up, n_down, row_down in zip(
-                up, cost.gate_up, down, cost.down, strict=True
+        rows = zip(up, cost.gate_up, down, cost.down, strict=True)
+        n_bytes = sum(n_up * row_up + n_down * row_down for n_up, row_up, n_down, row_down in rows)
+        if vram_capacity is not None and n_bytes > vram_capacity:
+            raise ArgumentError(
+                f"these neurons take {n_bytes} bytes, more than vram_capacity={vram_capacity}: "
+                "a runtime with that much memory would use the file and run out of it"
             )
-        )
     index = GpuIndex(
         n_ff=len(counts[0]),
         gate_up=tuple(hottest(layer, k) for layer, k in zip(counts, up, strict=True)),
@@ -260,6 +266,14 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
         return None if value is None else parse_size(value)
     except ArgumentError as error:
         raise click.BadParameter(str(error), context, parameter) from None
+
+
+def _refuse_moe(context: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value is not None and value.lower() != "false":
+        raise click.UsageError(
+            "--moe: mixtures of experts have no split by neuron; leave it out for other models",
+            ctx=context,
+        )
 
 
 def _one(name: str, *values: Any) -> Any:
@@ -329,6 +343,7 @@ def _one(name: str, *values: Any) -> Any:
 )
 @click.option("--neuron", "n_ff", type=click.IntRange(1), help="Neurons per layer, to be checked.")
 @click.option("--layer", "n_layers", type=click.IntRange(1), help="Layers, to be checked.")
+@click.option("--moe", hidden=True, expose_value=False, callback=_refuse_moe)
 def command(
     activation_dir: str | None,
     out: str | None,
@@ -395,8 +410,24 @@ def _report(target: str, split: Split, *, from_pickle: bool) -> None:
             "--vram-capacity or --model gives it one",
             err=True,
         )
+    if index.down is not None:
+        click.echo(
+            "note: gate and up are placed apart from down; neurons that are on the GPU with both "
+            "are counted",
+            err=True,
+        )
+    if not any(split.counts):
+        click.echo(
+            "note: no neurons are on the GPU; a size without a unit is bytes, --batch says how "
+            "many neurons are taken at least",
+            err=True,
+        )
     for layer, (count, share) in enumerate(zip(split.counts, split.coverage, strict=True)):
-        click.echo(f"layer {layer:3d}: {count:6d} of {index.n_ff} neurons, "
+        apart = ""
+        if index.down is not None:
+            n_up, n_down = len(index.gate_up[layer]), len(index.down[layer])
+            apart = f" ({n_up} gate and up, {n_down} down)"
+        click.echo(f"layer {layer:3d}: {count:6d} of {index.n_ff} neurons{apart}, "
                    f"{share:6.1%} of activations")  # fmt: skip
     size = "" if split.n_bytes is None else f", {split.n_bytes / 2**20:.1f} MiB"
     click.echo(
