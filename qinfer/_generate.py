@@ -93,22 +93,35 @@ class Settings:
         sampling = own.pop("sampling", None) or Sampling()
         if not isinstance(sampling, Sampling):
             raise TypeError(f"sampling={sampling!r:.80} is not a Sampling")
-        stop = own.pop("stop", None)
-        stops = [stop] if isinstance(stop, (str, int, np.integer)) else list(stop or ())
-        for item in stops:
-            if not isinstance(item, (str, int, np.integer)) or item == "":
-                raise ArgumentError(f"stop={item!r} is neither a non-empty string nor a token id")
+        stops = _stops(own.pop("stop", None))
         for name, least in (("max_tokens", 0), ("min_tokens", 0), ("logprobs", 0)):
             value = own.get(name)
             if value is not None and (not isinstance(value, (int, np.integer)) or value < least):
                 raise ArgumentError(f"{name}={value!r} is not an integer of at least {least}")
-        own["logits_processors"] = tuple(own.get("logits_processors") or ())
+        processors = own.get("logits_processors") or ()
+        if not isinstance(processors, Sequence) or not all(map(callable, processors)):
+            raise ArgumentError(f"logits_processors={processors!r:.80} is not a list of callables")
+        own["logits_processors"] = tuple(processors)
         return cls(
             sampling=sampling.changed(sampled).seeded(),
             stop=tuple(item for item in stops if isinstance(item, str)),
             stop_tokens=frozenset(int(item) for item in stops if not isinstance(item, str)),
             **own,
         )
+
+
+def _stops(stop: Any) -> list[str | int]:
+    """The stop strings and tokens of an option: one of either, or several."""
+    stops = stop
+    if stop is None or isinstance(stop, (str, int, np.integer)):
+        stops = [] if stop is None else [stop]
+    if not isinstance(stops, Iterable) or isinstance(stops, (bytes, bytearray)):
+        raise ArgumentError(f"stop={stop!r:.80} is neither a string nor a list of strings")
+    stops = list(stops)
+    for item in stops:
+        if not isinstance(item, (str, int, np.integer)) or isinstance(item, bool) or item == "":
+            raise ArgumentError(f"stop={item!r:.80} is neither a non-empty string nor a token id")
+    return stops
 
 
 class Answer:
@@ -133,6 +146,11 @@ class Answer:
                 f"the prompt has {len(prompt)} tokens and the context holds {n_ctx}: "
                 "shorten the prompt or raise n_ctx"
             )
+        for token in settings.stop_tokens:
+            if not 0 <= token < n_vocab:
+                raise ArgumentError(
+                    f"stop={token} is not in the vocabulary, which has ids 0 to {n_vocab - 1}"
+                )
         self.prompt = prompt
         self.settings = settings
         self.tokens: list[int] = []

@@ -6,10 +6,11 @@ import os
 import weakref
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ._gguf import GGUF, StrPath
 from ._native import Handle, check, ffi, lib, new_error, text
+from .errors import FormatError
 
 if TYPE_CHECKING:
     from .context import Context
@@ -74,15 +75,33 @@ class Weights:
     def __init__(self, path: StrPath, *, mmap: bool, hidden_act: str | None) -> None:
         self.path = os.fsdecode(path)
         self.file = GGUF(path, mmap=mmap)
+        self._hidden_act = hidden_act
+        self._handle = self._load()
+        self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+        self.info = self._read_info()
+
+    def _load(self, *, check_tensors: bool = False) -> Handle:
+        """The C model; `check_tensors` looks at every weight and refuses NaN and infinity."""
+        act = self._hidden_act
+        name = ffi.NULL if act is None else ffi.new("char[]", act.encode())
         params = ffi.new("qi_model_params *")
-        name = ffi.NULL if hidden_act is None else ffi.new("char[]", hidden_act.encode())
         params.hidden_act = name
+        params.check_tensors = check_tensors
         out = ffi.new("qi_model **")
         error = new_error()
         check(lib.qi_model_load(self.file.pointer, params, out, error), error)
-        self._handle = Handle(out[0], lib.qi_model_close, f"the model {self.path}")
-        self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
-        self.info = self._read_info()
+        return Handle(out[0], lib.qi_model_close, f"the model {self.path}")
+
+    def refuse_nan(self) -> NoReturn:
+        """Raises FormatError that says where NaN in a result comes from: the tensor, if one has it.
+
+        Not done at load, because it reads the whole file.
+        """
+        self._load(check_tensors=True).close()
+        raise FormatError(
+            f"{self.path}: computing with its weights gives NaN; all of them are finite, so some "
+            "must be too large"
+        )
 
     @property
     def pointer(self) -> Any:

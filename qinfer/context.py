@@ -60,7 +60,7 @@ def positive(name: str, value: int | None) -> int:
 
 def kv_type_number(name: str) -> int:
     """GGUF's number of a type that keys and values can be kept in."""
-    if name.lower() not in ("f16", "q8_0"):
+    if not isinstance(name, str) or name.lower() not in ("f16", "q8_0"):
         raise ArgumentError(f"kv_type={name!r} is neither 'f16' nor 'q8_0'")
     return tensor_type(name).number
 
@@ -231,6 +231,8 @@ class Context:
                 drawn,
                 error,
             )
+            if status == lib.QI_ARGUMENT and lib.qi_context_n_logits(pointer):
+                self._refuse_nan(self._rows("logits", pointer))
             check(status, error)
             for seq, token in zip(seqs, ids, strict=True):
                 self._remember(seq, token[np.newaxis], generated=True)
@@ -282,6 +284,7 @@ class Context:
                 error,
             )
             self._call(pointer, lib.qi_context_score, arguments, len(ids), error, progress)
+            self._refuse_nan(logprobs)
             self._remember(seq, ids, generated)
         return logprobs
 
@@ -347,7 +350,7 @@ class Context:
         """Logits of the last token of the last feed: read-only float32 of shape (n_vocab,).
 
         Later feeds leave the array as it is. Raises ArgumentError when the last feed asked for
-        none.
+        none, FormatError when they are NaN, naming the tensor at fault.
         """
         row: NDArray[np.float32] = self.all_logits[-1]
         return row
@@ -355,29 +358,42 @@ class Context:
     @property
     def all_logits(self) -> NDArray[np.float32]:
         """All logits that the last feed asked for, in its order: read-only, shape (n, n_vocab)."""
-        return self._output("logits", lib.qi_context_logits, self.model_info.n_vocab)
+        return self._output("logits")
 
     @property
     def hidden(self) -> NDArray[np.float32]:
         """Final normalised hidden states that the last feed asked for: read-only, (n, n_embd)."""
-        return self._output("hidden", lib.qi_context_hidden, self.model_info.n_embd)
+        return self._output("hidden")
 
-    def _output(self, name: str, get: Callable[..., int], width: int) -> NDArray[np.float32]:
+    def _output(self, name: Literal["logits", "hidden"]) -> NDArray[np.float32]:
         with self._exclusive():
             pointer = self._handle.pointer
             if name not in self._outputs:
-                n = lib.qi_context_n_logits(pointer) if name == "logits" else self._n_hidden
-                if n == 0:
-                    raise ArgumentError(f"the last feed asked for no {name}")
-                rows = np.empty((n, width), np.float32)
-                row = ffi.new("float **")
-                error = new_error()
-                for i in range(n):
-                    check(get(pointer, i, row, error), error)
-                    ffi.memmove(rows[i], row[0], rows[i].nbytes)
+                rows = self._rows(name, pointer)
+                self._refuse_nan(rows)
                 rows.flags.writeable = False
                 self._outputs[name] = rows
             return self._outputs[name]
+
+    def _rows(self, name: Literal["logits", "hidden"], pointer: Any) -> NDArray[np.float32]:
+        """A copy of what the last feed left in the runtime."""
+        if name == "logits":
+            get, n, width = lib.qi_context_logits, lib.qi_context_n_logits(pointer), "n_vocab"
+        else:
+            get, n, width = lib.qi_context_hidden, self._n_hidden, "n_embd"
+        if n == 0:
+            raise ArgumentError(f"the last feed asked for no {name}")
+        rows = np.empty((n, getattr(self.model_info, width)), np.float32)
+        row = ffi.new("float **")
+        error = new_error()
+        for i in range(n):
+            check(get(pointer, i, row, error), error)
+            ffi.memmove(rows[i], row[0], rows[i].nbytes)
+        return rows
+
+    def _refuse_nan(self, values: NDArray[np.float32]) -> None:
+        if math.isnan(values.max()):  # the greatest is NaN as soon as one is
+            self._weights.refuse_nan()
 
     def _forget_outputs(self) -> None:
         self._outputs.clear()

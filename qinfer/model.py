@@ -108,6 +108,8 @@ class Model:
         positive("n_ctx", n_ctx)
         positive("threads", threads)
         kv_type_number(kv_type)
+        if not isinstance(chat_template, str | None):
+            raise ArgumentError(f"chat_template={chat_template!r:.80} is not a str")
         path = _file(path)
         self.path = os.fsdecode(path)
         self._threads = threads
@@ -521,6 +523,8 @@ def _check_device(device: str) -> None:
 
 def _file(path: StrPath) -> StrPath:
     """The file meant by a path: the one model in a folder, or the path itself."""
+    if not os.fsdecode(path):  # for pathlib, the working directory
+        raise ArgumentError("the path of the model is empty")
     if not Path(os.fsdecode(path)).is_dir():
         return path
     from .hub import resolve

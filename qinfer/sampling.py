@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ._native import Handle, check, ffi, lib, new_error
 from .errors import ArgumentError
 
-_INFINITY = math.inf
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 # Legal range of each number, both ends included, and what the ends mean where that is not plain.
 _RANGES: dict[str, tuple[float, float, str]] = {
@@ -115,16 +115,23 @@ class Sampling:
             value = getattr(self, name)
             if name == "seed" and value is None:
                 continue
-            kinds = (
-                (int, np.integer) if name in _INTEGERS else (int, float, np.integer, np.floating)
-            )
-            if not isinstance(value, kinds) or not low <= value <= high:
+            kinds = _INTEGER_TYPES if name in _INTEGERS else _NUMBER_TYPES
+            if not _is_a(value, kinds) or not low <= value <= high:
                 what = "an integer" if name in _INTEGERS else "a number"
                 raise ArgumentError(
                     f"{name}={value!r} is not {what} from {low:g} to {high:g} ({meaning})"
                 )
+        if not isinstance(self.logit_bias, Mapping):
+            raise ArgumentError(
+                f"logit_bias={self.logit_bias!r:.80} is not a mapping of token ids to numbers"
+            )
         for token, bias in self.logit_bias.items():
-            if not isinstance(token, (int, np.integer)) or math.isnan(bias) or bias == _INFINITY:
+            if (
+                not _is_a(token, _INTEGER_TYPES)
+                or not _is_a(bias, _NUMBER_TYPES)
+                or math.isnan(bias)
+                or bias > _FLOAT32_MAX
+            ):
                 raise ArgumentError(
                     f"logit_bias maps token ids to numbers (-inf bans), not {token!r} to {bias!r}"
                 )
@@ -144,11 +151,17 @@ class Sampling:
         return self if self.seed is not None else replace(self, seed=int.from_bytes(os.urandom(4)))
 
 
+def _is_a(value: object, kinds: tuple[type, ...]) -> bool:
+    """Whether a value is of one of these types; True and False are no numbers."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
 def unknown_keyword(name: str, known: list[str]) -> str:
     """The message for an unknown keyword, with the nearest known ones."""
     from difflib import get_close_matches
 
-    near = get_close_matches(name, known, n=1)
+    # At 0.5, "temp" is near to "temperature".
+    near = get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else f"; sampling options are {', '.join(known)}"
     return f"unexpected keyword argument {name!r}{hint}"
 

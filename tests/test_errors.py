@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import qinfer
 from oracle.tiny import tiny_shape, write_tiny
 from qinfer import Model, _native
+from qinfer._gguf import GGUF
 from qinfer._native import ffi, lib
 
 FAMILY = {
@@ -139,3 +142,65 @@ def test_a_folder_in_place_of_a_file_and_a_file_without_rights(tmp_path: Path) -
     (tmp_path / "text.gguf").write_text("this is not a model")
     with pytest.raises(qinfer.FormatError, match=r"text\.gguf"):
         Model(tmp_path / "text.gguf")
+
+
+# ---- weights that are no numbers ----
+
+
+def with_weights(path: Path, tensor: str, indices: Iterable[int], value: float) -> Path:
+    """Overwrites some weights of an F32 tensor."""
+    with GGUF(path) as file:
+        (offset,) = [item.file_offset for item in file.tensors if item.name == tensor]
+    data = np.fromfile(path, np.uint8)
+    data[offset:][: len(data[offset:]) // 4 * 4].view(np.float32)[list(indices)] = value
+    data.tofile(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("tensor", "index", "place"),
+    [("output_norm.weight", 0, "row 0, column 0"), ("blk.2.attn_q.weight", 69, "row 1, column 5")],
+)
+def test_nan_weights_are_named_when_they_are_felt(
+    tensor: str, index: int, place: str, stories260k: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "nan.gguf"
+    path.write_bytes(stories260k.read_bytes())
+    with (
+        Model(with_weights(path, tensor, [index], math.nan)) as model,
+        model.context() as context,
+    ):
+        context.feed([1, 2], hidden="last")
+        for use in (
+            lambda: model.generate("Once", max_tokens=2),
+            lambda: model.generate(["Once", "Twice"], max_tokens=2),
+            lambda: list(model.stream("Once")),
+            lambda: model.score("Once upon"),
+            lambda: model.embed("Once"),
+            lambda: context.logits,
+            lambda: context.all_logits,
+            lambda: context.hidden,
+            lambda: context.score([1, 2, 3]),
+        ):
+            with pytest.raises(qinfer.FormatError, match=rf"nan\.gguf: tensor {tensor} .* {place}"):
+                use()
+
+
+def test_nan_that_comes_with_a_generated_token_is_named(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "nan.gguf", tiny_shape("llama"))
+    with Model(path) as model:
+        first = model.generate([5, 6], max_tokens=1, temperature=0).tokens[0]
+        n_embd = model.info.n_embd
+    row = range(first * n_embd, first * n_embd + 1)
+    with (
+        Model(with_weights(path, "token_embd.weight", row, math.nan)) as model,
+        pytest.raises(qinfer.FormatError, match=f"token_embd.weight .* row {first}, column 0"),
+    ):
+        model.generate([5, 6], max_tokens=3, temperature=0, ignore_eos=True)
+
+
+def test_finite_weights_that_give_nan(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "huge.gguf", tiny_shape("llama"))
+    with_weights(path, "blk.0.attn_v.weight", range(500), 3e38)
+    with Model(path) as model, pytest.raises(qinfer.FormatError, match=r"huge\.gguf: .* too large"):
+        model.score([5, 6, 7])

@@ -301,9 +301,21 @@ def test_keywords_change_the_settings_given_as_an_object(model: Model) -> None:
         {"stop": ""},
         {"stop": ["a", ""]},
         {"stop": [None]},
+        {"stop": b"a"},
+        {"stop": [b"a"]},
+        {"stop": 1.5},
+        {"stop": True},
+        {"stop": -1},
+        {"stop": 512},
+        {"stop": ["a", 512]},
+        {"logits_processors": 5},
+        {"logits_processors": [5]},
+        {"logits_processors": lambda tokens, logits: None},
         {"temperature": -0.1},
         {"temperature": math.nan},
         {"temperature": "hot"},
+        {"temperature": None},
+        {"temperature": True},
         {"top_k": -1},
         {"top_k": 1.5},
         {"top_p": 1.1},
@@ -316,11 +328,17 @@ def test_keywords_change_the_settings_given_as_an_object(model: Model) -> None:
         {"mirostat_tau": -1},
         {"min_keep": 0},
         {"seed": -1},
+        {"seed": True},
         {"seed": 2**64},
         {"logit_bias": {512: 1.0}},
         {"logit_bias": {-1: 1.0}},
         {"logit_bias": {1: math.nan}},
         {"logit_bias": {1: math.inf}},
+        {"logit_bias": {1: 1e39}},
+        {"logit_bias": {1: "x"}},
+        {"logit_bias": {"1": 1.0}},
+        {"logit_bias": None},
+        {"logit_bias": [(1, 1.0)]},
     ],
     ids=str,
 )
@@ -331,8 +349,9 @@ def test_a_value_out_of_range_is_refused_by_name(model: Model, options: dict[str
 
 
 def test_an_unknown_keyword_is_a_type_error_with_a_hint(model: Model) -> None:
-    with pytest.raises(TypeError, match="'temprature'; did you mean 'temperature'"):
-        model.generate(PROMPT, temprature=1)  # type: ignore[call-overload]
+    for name in ("temprature", "temp"):
+        with pytest.raises(TypeError, match=f"'{name}'; did you mean 'temperature'"):
+            model.generate(PROMPT, **{name: 1})  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(

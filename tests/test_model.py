@@ -229,6 +229,9 @@ def test_a_device_that_cannot_be_had_is_an_error(stories260k: Path, device: str)
         {"threads": 0},
         {"threads": 2.5},
         {"kv_type": "q4_0"},
+        {"kv_type": 8},
+        {"kv_type": None},
+        {"chat_template": 5},
         {"hidden_act": "tanh"},
     ],
     ids=str,
@@ -293,3 +296,6 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         Model(tmp_path / "none.gguf")
     with pytest.raises(qinfer.ArgumentError, match="NUL"):
         Model("a\0b")
+    for empty in ("", b""):
+        with pytest.raises(qinfer.ArgumentError, match="path of the model is empty"):
+            Model(empty)  # type: ignore[arg-type]
