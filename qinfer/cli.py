@@ -426,6 +426,51 @@ def perplexity(
 
 @cli.command(epilog=_MODEL_HELP)
 @_model_argument
+@click.option("-f", "--file", required=True, type=click.File(encoding="utf-8"), help="The text.")
+@click.option("-o", "--output", required=True, metavar="DIR", help="Where the files go.")
+@click.option("-c", "--ctx-size", type=click.IntRange(1),
+              help="Tokens per chunk; default: 512, or those of training if fewer.")  # fmt: skip
+@click.option("--chunks", type=click.IntRange(1), help="Chunks at most.")
+@click.option("--plot/--no-plot", default=True, help="Draw the plots, too (default).")
+@click.option("--hidden-act", help="Override the activation, e.g. relu.")
+@_with(_MACHINE_OPTIONS)
+def profile(
+    model: str,
+    file: TextIO,
+    output: str,
+    ctx_size: int | None,
+    chunks: int | None,
+    plot: bool,
+    hidden_act: str | None,
+    threads: int | None,
+    no_mmap: bool,
+) -> None:
+    """Count how often each neuron of a model is active over a text.
+
+    Writes DIR/activation/activation_{i}.pt as PowerInfer does, from which
+    qinfer.tools.export_gpu_split decides what goes to a GPU, and two plots.
+
+    Example: qinfer profile model.gguf -f text.txt -o profile --chunks 20
+    """
+    from . import profile as measure
+
+    if plot:
+        measure.check_plots()
+    with (
+        _load(
+            model, threads=threads, mmap=not no_mmap, hidden_act=hidden_act, sparsity="off"
+        ) as loaded,
+        Bar("counting") as bar,
+    ):  # fmt: skip
+        result = measure.profile(loaded, file.read(), n_ctx=ctx_size, n_chunks=chunks, progress=bar)
+    written = measure.write(result, output, plot=plot)
+    click.echo(measure.render(result))
+    for path in written:
+        click.echo(path)
+
+
+@cli.command(epilog=_MODEL_HELP)
+@_model_argument
 @_with(_TEXT_OPTIONS)
 @click.option("--ids", is_flag=True, help="Print the ids only, as a list.")
 @click.option("--no-special", is_flag=True, help="Do not add BOS or EOS.")
