@@ -60,9 +60,13 @@ class Profile:
         return np.pad(shares, ((0, 0), (1, 0)))
 
     def covering(self, share: float = COVERED) -> Shares:
-        """Per layer, the smallest share of its neurons that had this share of its activations."""
+        """Per layer, the smallest share of its neurons that had this share of its activations.
+
+        0 for a layer that was never active.
+        """
         # Less a rounding error, so that all activations are reached by a sum of parts.
-        return np.asarray((self.curves < share - 1e-12).sum(axis=1) / self.counts.shape[1])
+        missing = (self.curves < share - 1e-12).sum(axis=1) * self.counts.any(axis=1)
+        return np.asarray(missing / self.counts.shape[1])
 
 
 def profile(
