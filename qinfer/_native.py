@@ -40,10 +40,7 @@ def _load() -> tuple[Any, Any]:
     except ModuleNotFoundError as error:
         if error.name != "qinfer._cdef":
             raise
-        raise ImportError(
-            f"qinfer is not installed, only its sources are here ({Path(__file__).parent}): "
-            "run `pip install -e .` in the checkout"
-        ) from None
+        raise ImportError(_only_sources(Path(__file__).parent)) from None
     ffi = definitions.ffi
     path = Path(str(definitions.__file__)).resolve().with_name(LIBRARY_NAME)
     try:
@@ -54,6 +51,27 @@ def _load() -> tuple[Any, Any]:
         raise ImportError(f"qinfer's library cannot be loaded: {error}; reinstall qinfer") from None
     _check_agreement(ffi, lib, path)
     return ffi, lib
+
+
+def _only_sources(folder: Path) -> str:
+    """What to do about sources that Python found without, or before, an installed package."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        installed = Path(str(distribution("qinfer").locate_file("qinfer")))
+    except PackageNotFoundError:
+        installed = folder
+    # The package index has another project of this name.
+    if installed.resolve() != folder.resolve() and (installed / "_cdef.py").is_file():
+        return (
+            f"Python looks at qinfer's sources in {folder} before the package installed in "
+            f"{installed}: start it in another folder or as `python -P`, or run `pip install -e .` "
+            "in the checkout"
+        )
+    return (
+        f"qinfer is not installed, only its sources are here ({folder}): "
+        "run `pip install -e .` in the checkout"
+    )
 
 
 def _check_agreement(ffi: Any, lib: Any, path: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -156,6 +154,9 @@ def choose(
 def _seconds_per_token(
     weights: Weights, candidates: list[Mode], policy: Policy, threads: int | None
 ) -> dict[str, float]:
+    import json
+    import tempfile
+
     from . import _machine
     from ._alias import cache_folder
 

@@ -1,5 +1,6 @@
 """What is built and installed: the sdist, the wheel and its contents, the import, refusals."""
 
+import os
 import platform
 import shutil
 import statistics
@@ -19,15 +20,19 @@ LATE = ["click", "huggingface_hub", "jinja2", "pycparser", "rich", "sentencepiec
 # An editable install's finder comes before sys.path; these lines look at one folder's qinfer only.
 ONLY_FROM = """
 import sys
-sys.meta_path = [f for f in sys.meta_path if type(f).__module__ != "_editable_redirect"
-                 and "Editable" not in type(f).__name__]
+sys.meta_path = [f for f in sys.meta_path if "editable" not in type(f).__module__]
 sys.path.insert(0, {folder!r})
 """
 
 
-def run(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(code: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -88,7 +93,10 @@ def test_import_costs_at_most_40_ms_beyond_numpy(tmp_path: Path) -> None:
         "import numpy, time; begin = time.process_time(); import qinfer; "
         "print(time.process_time() - begin)"
     )
-    seconds = [float(run(code, tmp_path).stdout) for _ in range(9)]
+    # Installing compiles all files; an editable install leaves that to the first import, and to
+    # every one where the environment forbids keeping the result.
+    kept = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
+    _, *seconds = [float(run(code, tmp_path, **kept).stdout) for _ in range(10)]
     assert statistics.median(seconds) <= 0.040
 
 
@@ -97,12 +105,24 @@ def test_import_touches_no_optional_package(tmp_path: Path) -> None:
     assert run(code, tmp_path).stdout == "[]\n"
 
 
-def test_import_from_a_bare_checkout_says_what_to_do(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "qinfer", tmp_path / "qinfer")
-    done = run(ONLY_FROM.format(folder=str(tmp_path)) + "import qinfer", tmp_path)
+@pytest.mark.parametrize("installed", [False, True])
+def test_import_from_a_bare_checkout_says_what_to_do(installed: bool, tmp_path: Path) -> None:
+    checkout, packages = tmp_path / "checkout", tmp_path / "packages"
+    shutil.copytree(ROOT / "qinfer", checkout / "qinfer")
+    (packages / "qinfer-0.1.0.dist-info").mkdir(parents=True)
+    (packages / "qinfer-0.1.0.dist-info" / "METADATA").write_text("Name: qinfer\nVersion: 0.1.0\n")
+    if installed:
+        (packages / "qinfer").mkdir()
+        (packages / "qinfer" / "_cdef.py").touch()
+    both = ONLY_FROM.format(folder=str(packages)) + f"sys.path.insert(0, {str(checkout)!r})\n"
+    done = run(both + "import qinfer", tmp_path)
     assert done.returncode == 1
-    assert "ImportError" in done.stderr.splitlines()[-1]
-    assert "pip install -e ." in done.stderr.splitlines()[-1]
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("ImportError: ")
+    assert "pip install -e ." in message
+    assert str(checkout) in message
+    assert (f"before the package installed in {packages}" in message) == installed
+    assert ("not installed" in message) == (not installed)
 
 
 def test_an_unknown_value_of_a_build_setting_is_refused_with_the_list(tmp_path: Path) -> None:
