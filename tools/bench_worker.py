@@ -29,7 +29,10 @@ class Engine(Protocol):
         """Memory held for keys and values."""
 
     def feed(self, tokens: list[int]) -> None:
-        """Appends tokens and waits until the logits of the last one are there."""
+        """Appends a prompt's tokens and waits until the logits of the last one are there."""
+
+    def step(self, token: int) -> None:
+        """The same with one generated token."""
 
     def reset(self) -> None:
         """Empties the sequence."""
@@ -41,7 +44,7 @@ class Engine(Protocol):
 class LlamaCpp:
     """llama.cpp through the C functions that llama-cpp-python exposes."""
 
-    def __init__(self, path: str, n_threads: int) -> None:
+    def __init__(self, path: str, n_threads: int, sparsity: str) -> None:
         import llama_cpp
         from llama_cpp import llama_cpp as lib
 
@@ -73,6 +76,9 @@ class LlamaCpp:
             raise RuntimeError("llama_decode failed")
         self.lib.llama_synchronize(self.context)
 
+    def step(self, token: int) -> None:
+        self.feed([token])
+
     def reset(self) -> None:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
 
@@ -84,11 +90,11 @@ class LlamaCpp:
 class QInfer:
     """qinfer through its public Python interface."""
 
-    def __init__(self, path: str, n_threads: int) -> None:
+    def __init__(self, path: str, n_threads: int, sparsity: Any) -> None:
         import qinfer
 
         self.version = f"qinfer {qinfer.__version__}"
-        self.model = qinfer.Model(path, n_ctx=N_CTX, threads=n_threads)
+        self.model = qinfer.Model(path, n_ctx=N_CTX, threads=n_threads, sparsity=sparsity)
         self.context = self.model.context(n_batch=N_BATCH)
 
     @property
@@ -97,6 +103,9 @@ class QInfer:
 
     def feed(self, tokens: list[int]) -> None:
         self.context.feed(tokens)
+
+    def step(self, token: int) -> None:
+        self.context.feed([token], generated=True)
 
     def reset(self) -> None:
         self.context.truncate(0)
@@ -107,7 +116,7 @@ class QInfer:
 
 
 # Module to import, class.
-ENGINES: dict[str, tuple[str, Callable[[str, int], Engine]]] = {
+ENGINES: dict[str, tuple[str, Callable[[str, int, str], Engine]]] = {
     "llama.cpp": ("llama_cpp", LlamaCpp),
     "qinfer": ("qinfer", QInfer),
 }
@@ -149,17 +158,24 @@ class Worker:
 
         def run() -> None:
             for token in tokens(n):
-                engine.feed([token])
+                engine.step(token)
 
         return timed(run)
 
     def facts(self, n_threads: int) -> dict[str, Any]:
-        """What only qinfer tells: the machine's read bandwidth, the weight bytes of a token."""
+        """What only qinfer tells: the read bandwidth, the mode, the weight bytes of a token."""
         from qinfer._machine import read_bandwidth
 
-        assert isinstance(self.engine, QInfer)
-        n_bytes = self.engine.model.info.n_bytes_per_token
-        return {"bandwidth": read_bandwidth(n_threads), "bytes_per_token": n_bytes}
+        engine = self.engine
+        assert isinstance(engine, QInfer)
+        engine.context.reset_stats()
+        self.decode(8)
+        stats = engine.context.stats()
+        return {
+            "bandwidth": read_bandwidth(n_threads),
+            "sparsity": engine.model.policy.mode,
+            "bytes_per_token": stats.weight_bytes_read / stats.n_generated_tokens,
+        }
 
     def memory(self) -> dict[str, Any]:
         """Private memory since loading, without keys and values."""
@@ -185,7 +201,7 @@ def private_bytes() -> int:
     return int(status["RssAnon"].split()[0]) * 1024
 
 
-def main(engine: str, path: str, n_threads: int) -> None:
+def main(engine: str, path: str, n_threads: int, sparsity: str) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     # llama.cpp writes its log to the C library's stdout and stderr.
     silence = os.open(os.devnull, os.O_WRONLY)
@@ -193,7 +209,7 @@ def main(engine: str, path: str, n_threads: int) -> None:
     os.dup2(silence, 2)
     module, make_engine = ENGINES[engine]
     importlib.import_module(module)
-    worker = Worker(lambda: make_engine(path, n_threads))
+    worker = Worker(lambda: make_engine(path, n_threads, sparsity))
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -204,4 +220,4 @@ def main(engine: str, path: str, n_threads: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])

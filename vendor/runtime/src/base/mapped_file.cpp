@@ -85,6 +85,7 @@ MappedFile::MappedFile(const std::string& path, bool use_mmap) : path_(path) {
              quoted(path, path.size()).c_str());
     bytes_ = {static_cast<const std::byte*>(address), n_bytes};
     if (use_mmap) return;
+    madvise(address, n_bytes, MADV_HUGEPAGE);  // a hint; it has to come before the first touch
     try {
         read_all(file.number(), path, static_cast<std::byte*>(address), n_bytes);
     } catch (...) {

@@ -5,67 +5,11 @@
 
 #include "kernels/row_sums_layout.h"
 #include "kernels/row_sums_table.h"
-#include "quant/decode_blocks.h"
+#include "kernels/widen_impl.h"
 
 namespace qi::kernels::QI_SIMD_LEVEL {
 
 namespace {
-
-template <Type type>
-struct Element;
-template <>
-struct Element<Type::f32> {
-    static constexpr int n = 1, n_bytes = 4;
-};
-template <>
-struct Element<Type::f16> {
-    static constexpr int n = 1, n_bytes = 2;
-};
-template <>
-struct Element<Type::bf16> {
-    static constexpr int n = 1, n_bytes = 2;
-};
-template <class B, int size>
-struct BlockElement {
-    using Block = B;
-    static constexpr int n = size, n_bytes = sizeof(B);
-};
-// clang-format off
-template <> struct Element<Type::q4_0> : BlockElement<BlockQ4_0, 32> {};
-template <> struct Element<Type::q4_1> : BlockElement<BlockQ4_1, 32> {};
-template <> struct Element<Type::q5_0> : BlockElement<BlockQ5_0, 32> {};
-template <> struct Element<Type::q5_1> : BlockElement<BlockQ5_1, 32> {};
-template <> struct Element<Type::q8_0> : BlockElement<BlockQ8_0, 32> {};
-template <> struct Element<Type::q2_k> : BlockElement<BlockQ2_K, 256> {};
-template <> struct Element<Type::q3_k> : BlockElement<BlockQ3_K, 256> {};
-template <> struct Element<Type::q4_k> : BlockElement<BlockQ4_K, 256> {};
-template <> struct Element<Type::q5_k> : BlockElement<BlockQ5_K, 256> {};
-template <> struct Element<Type::q6_k> : BlockElement<BlockQ6_K, 256> {};
-// clang-format on
-
-// n columns at p as floats; writes up to the next multiple of width.
-template <Type type>
-inline void widen(const uint8_t* p, int64_t n, float* out) {
-    if constexpr (type == Type::f32) {
-        __builtin_memcpy(out, p, size_t(n) * sizeof(float));
-    } else if constexpr (type == Type::f16) {
-        const auto* halves = reinterpret_cast<const uint16_t*>(p);
-        int64_t i = 0;
-        for (; i + width <= n; i += width)
-            store(out + i, load_f16(halves + i));
-        if (i < n) store(out + i, load_f16_partial(halves + i, n - i));
-    } else if constexpr (type == Type::bf16) {
-        for (int64_t i = 0; i < n; ++i) {
-            uint16_t bits;
-            __builtin_memcpy(&bits, p + 2 * i, sizeof bits);
-            out[i] = __builtin_bit_cast(float, uint32_t(bits) << 16);
-        }
-    } else {
-        using Block = typename Element<type>::Block;
-        for (int64_t i = 0; i < n; i += Element<type>::n, p += sizeof(Block))
-            decode_block(*reinterpret_cast<const Block*>(p), out + i);
-    }
-}
 
 // sums[c] += Σ_i factors[i] · rows[i][c] for n_rows rows of a tile.
 template <int n_rows>
@@ -91,7 +35,7 @@ inline void add_rows(const float* const (&rows)[n_rows], const float (&factors)[
 
 template <Type type>
 struct Sums {
-    static int64_t offset(int64_t col) { return col / Element<type>::n * Element<type>::n_bytes; }
+    static int64_t offset(int64_t col) { return col / Unit<type>::n * Unit<type>::n_bytes; }
 
     static const uint8_t* row(const RowSums& args, int64_t i) {
         const int64_t inside = i < args.n_rows ? i : args.n_rows - 1;

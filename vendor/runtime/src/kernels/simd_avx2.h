@@ -12,6 +12,7 @@ namespace qi::kernels::avx2 {
 using Vec = __m256;
 using Mask = __m256;
 inline constexpr int width = 8;
+using IntLanes [[gnu::vector_size(4 * width)]] = int32_t;
 inline constexpr int n_registers = 16;
 
 inline Vec broadcast(float x) {
@@ -43,12 +44,18 @@ inline Vec load_f16_partial(const uint16_t* p, int64_t n) {
     __builtin_memcpy(lanes, p, size_t(n) * sizeof(uint16_t));
     return load_f16(lanes);
 }
+inline Vec broadcast_f16(uint16_t bits) {
+    return _mm256_cvtph_ps(_mm_set1_epi16(short(bits)));
+}
 inline void store_f16(uint16_t* p, Vec v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 inline Vec load_i8(const int8_t* p) {
     const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+}
+inline IntLanes load_u8(const uint8_t* p) {
+    return IntLanes(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 
 inline Vec fma(Vec a, Vec b, Vec c) {

@@ -19,6 +19,7 @@ namespace qi::kernels::avx512 {
 using Vec = __m512;
 using Mask = __mmask16;
 inline constexpr int width = 16;
+using IntLanes [[gnu::vector_size(4 * width)]] = int32_t;
 inline constexpr int n_registers = 32;
 
 inline Vec broadcast(float x) {
@@ -47,6 +48,9 @@ inline Vec load_f16(const uint16_t* p) {
 inline Vec load_f16_partial(const uint16_t* p, int64_t n) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
 }
+inline Vec broadcast_f16(uint16_t bits) {
+    return _mm512_cvtph_ps(_mm256_set1_epi16(short(bits)));
+}
 inline void store_f16(uint16_t* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
@@ -54,6 +58,9 @@ inline void store_f16(uint16_t* p, Vec v) {
 inline Vec load_i8(const int8_t* p) {
     const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+}
+inline IntLanes load_u8(const uint8_t* p) {
+    return IntLanes(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
 inline Vec fma(Vec a, Vec b, Vec c) {

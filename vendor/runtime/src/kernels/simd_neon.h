@@ -13,6 +13,7 @@ namespace qi::kernels::neon {
 using Vec = float32x4_t;
 using Mask = uint32x4_t;
 inline constexpr int width = 4;
+using IntLanes [[gnu::vector_size(4 * width)]] = int32_t;
 inline constexpr int n_registers = 32;
 
 inline Vec broadcast(float x) {
@@ -48,6 +49,9 @@ inline Vec load_f16_partial(const uint16_t* p, int64_t n) {
     __builtin_memcpy(lanes, p, size_t(n) * sizeof(uint16_t));
     return load_f16(lanes);
 }
+inline Vec broadcast_f16(uint16_t bits) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(bits)));
+}
 inline void store_f16(uint16_t* p, Vec v) {
     vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v)));
 }
@@ -55,6 +59,11 @@ inline Vec load_i8(const int8_t* p) {
     uint32_t codes;
     __builtin_memcpy(&codes, p, sizeof codes);
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(codes)))));
+}
+inline IntLanes load_u8(const uint8_t* p) {
+    uint32_t codes;
+    __builtin_memcpy(&codes, p, sizeof codes);
+    return IntLanes(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(codes)))));
 }
 
 inline Vec fma(Vec a, Vec b, Vec c) {

@@ -19,6 +19,7 @@ using Vec [[gnu::vector_size(16)]] = float;
 using Mask [[gnu::vector_size(16)]] = int32_t;
 using Bits [[gnu::vector_size(16)]] = uint32_t;
 inline constexpr int width = 4;
+using IntLanes = Mask;  // integers, with the operators of the compiler's vectors
 inline constexpr int n_registers = 16;
 
 inline Vec broadcast(float x) {
@@ -64,6 +65,9 @@ inline Vec load_f16_partial(const uint16_t* p, int64_t n) {
     __builtin_memcpy(lanes, p, size_t(n) * sizeof(uint16_t));
     return load_f16(lanes);
 }
+inline Vec broadcast_f16(uint16_t bits) {
+    return broadcast(f16_to_f32(bits));
+}
 // Rounds to nearest even.
 inline void store_f16(uint16_t* p, Vec v) {
     for (int i = 0; i < width; ++i)
@@ -71,6 +75,9 @@ inline void store_f16(uint16_t* p, Vec v) {
 }
 inline Vec load_i8(const int8_t* p) {
     return Vec{float(p[0]), float(p[1]), float(p[2]), float(p[3])};
+}
+inline IntLanes load_u8(const uint8_t* p) {
+    return IntLanes{p[0], p[1], p[2], p[3]};
 }
 
 // a * b + c; rounded once where the processor can.

@@ -1,7 +1,4 @@
 // One block to floats, one overload per block format: plain and exact.
-//
-// Without linkage, because the kernels compile it for each instruction set: a copy made for one
-// must not be linked in place of another's.
 #pragma once
 
 #include "quant/blocks.h"

@@ -1,5 +1,5 @@
-// IEEE half and bfloat16 as raw bits, converted in software. Without linkage, as in
-// decode_blocks.h.
+// IEEE half and bfloat16 as raw bits, converted in software. Without linkage: kernels for different
+// instruction sets include this, and must not be linked with each other's copies.
 #pragma once
 
 #include <cstdint>
