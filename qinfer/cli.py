@@ -447,8 +447,8 @@ def profile(
 ) -> None:
     """Count how often each neuron of a model is active over a text.
 
-    Writes DIR/activation/activation_{i}.pt as PowerInfer does, from which
-    qinfer.tools.export_gpu_split decides what goes to a GPU, and two plots.
+    Writes DIR/activation/activation_{i}.pt, from which PowerInfer's solver and our
+    qinfer.tools.export_gpu_split decide what goes to a GPU, and two plots.
 
     Example: qinfer profile model.gguf -f text.txt -o profile --chunks 20
     """

@@ -1,6 +1,6 @@
 """How often each neuron of a model is active over a text: what GPU splits and plots are made from.
 
-The names of files are PowerInfer's, so that its tools and ours read what is written here.
+The files have the names and form that PowerInfer's solver reads, and our own tools do.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def check_plots() -> None:
 def write(result: Profile, folder: StrPath, *, plot: bool = True) -> list[Path]:
     """Writes a profile's files and returns where they are.
 
-    `activation/activation_{i}.pt` hold the counts, as PowerInfer's do; with `plot`,
+    `activation/activation_{i}.pt` hold the counts in the form of PowerInfer's; with `plot`,
     `power_law.png` shows what share of activations the most active neurons have, and
     `heat_map.png` how often each is active. The folder is made when it is not there.
 
