@@ -90,8 +90,8 @@ def neuron_major(
     """
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads={threads} is not a positive integer")
-    if down is not None and down != SAME:
-        down = computed_type(down, "down")
+    if down is not None:
+        down = SAME if down.lower() == SAME else computed_type(down, "down")
     weights = Weights(source, mmap=True, hidden_act=None)
     try:
         file = weights.file
