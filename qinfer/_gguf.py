@@ -112,9 +112,9 @@ class Metadata(Mapping[str, object]):
     characters; `GGUF.raw_strings` has their bytes.
     """
 
-    def __init__(self, file: GGUF) -> None:
+    def __init__(self, file: GGUF, values: dict[str, object]) -> None:
         self._file = file
-        self._values: dict[str, object] = {}
+        self._values = values  # those read so far
 
     def __len__(self) -> int:
         return self._file.info.n_kv
@@ -151,7 +151,14 @@ class GGUF:
         error = new_error()
         check(lib.qi_gguf_open(name, len(name), flags, out, error), error)
         self._handle = Handle(out[0], lib.qi_gguf_close, f"the file {self.path}")
-        self.metadata = Metadata(self)
+        self._values: dict[str, object] = {}
+
+    @property
+    def metadata(self) -> Metadata:
+        """The key-value pairs."""
+        # Not kept: the two would hold each other, and with them the mapped file, until a collection
+        # of garbage.
+        return Metadata(self, self._values)
 
     @property
     def pointer(self) -> Any:

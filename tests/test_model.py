@@ -136,9 +136,12 @@ def test_dropping_a_model_frees_it_at_once(stories260k: Path) -> None:
     try:
         model = Model(stories260k)
         model.generate(PROMPT, max_tokens=2)
-        weights = weakref.ref(model._weights)
-        del model
-        assert weights() is None
+        context = model.context()
+        context.feed([1, 2, 3])
+        parts = [model, model._weights, model._weights.file, context]
+        held = [weakref.ref(part) for part in parts]
+        del model, context, parts
+        assert [ref() for ref in held] == [None] * 4
     finally:
         gc.enable()
 
