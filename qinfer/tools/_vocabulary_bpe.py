@@ -192,19 +192,16 @@ def _pattern(step: Section) -> str:
 
 
 def _canonical(pattern: str) -> str:
-    """A pattern with characters written as escapes, as some files have them and some do not."""
-    escapes = {"\r": r"\r", "\n": r"\n"}
-    return "".join(
-        escapes.get(char)
-        or (
-            char
-            if " " <= char <= "~"
-            else rf"\u{ord(char):04X}"
-            if char < "\U00010000"
-            else rf"\x{{{ord(char):X}}}"
-        )
-        for char in pattern
-    )
+    """A pattern with all but ASCII as escapes: some files have characters there, some escapes."""
+    return "".join(map(_escape, pattern.replace(r"\"", '"')))
+
+
+def _escape(char: str) -> str:
+    if " " <= char <= "~":
+        return char
+    if char in "\r\n":
+        return r"\r" if char == "\r" else r"\n"
+    return rf"\u{ord(char):04X}" if char < "\U00010000" else rf"\x{{{ord(char):X}}}"
 
 
 def _pre_of_model(files: Folder) -> str:

@@ -81,7 +81,7 @@ class SpecialTokens:
         adds = self._config.flag(f"add_{role}_token")
         end = self._first if role == "bos" else self._last
         if adds is None and end is not None:
-            adds = ids.get(end) == token_id
+            adds = end in ids and ids[end] == token_id
             if not adds:
                 logger.warning(
                     "%s: tokenizer.json puts %r beside each text, which is not the %s token and "

@@ -47,6 +47,8 @@ def read_spm_model(files: Folder) -> Pieces:
         pieces = [_piece(item) for item in model[_PIECES]]
     except ValueError as error:
         raise FormatError(f"{source}: is not a sentencepiece model: {error}") from None
+    if not pieces:
+        raise FormatError(f"{source}: is not a sentencepiece model: it has no pieces")
     kind = _MODEL_TYPES.get(_number(trainer.get(_MODEL_TYPE, 1)), "unknown")
     if kind != "BPE":
         raise UnsupportedError(f"{source}: its model type is {kind}; supported is BPE")
