@@ -33,10 +33,11 @@ from checkpoints import (
     write_tokenizer,
 )
 from oracle import forward
-from oracle.checkpoint import Checkpoint, read_gguf
+from oracle.checkpoint import Checkpoint
 from oracle.numerics import Numerics
 from qinfer import Model, Tokenizer
 from qinfer._gguf import GGUF
+from qinfer._types import decode
 from qinfer.errors import ArgumentError, UnsupportedError
 from qinfer.tools.convert import convert
 
@@ -223,10 +224,17 @@ def test_the_trained_models_keys(stories: Path, converted: Path) -> None:
     assert types["tokenizer.ggml.scores"] == "array of f32"
 
 
+def values_of(path: Path) -> dict[str, NDArray[np.float64]]:
+    """The tensors' values, read by this package, which takes a fraction of the time."""
+    with GGUF(path) as file:
+        return {t.name: decode(t.data, t.type, t.shape).astype(np.float64) for t in file.tensors}
+
+
 def oracle_of(path: Path) -> Checkpoint:
     """The model in NumPy; a sparse llama means ReLU."""
-    read_back = read_gguf(with_dense_magic(path))
-    return Checkpoint(read_back.metadata | {"qinfer.hidden_act": "relu"}, read_back.tensors)
+    with GGUF(path) as file:
+        keys = {key: file.metadata[key] for key in file.keys if not key.startswith("tokenizer")}
+    return Checkpoint(keys | {"qinfer.hidden_act": "relu"}, values_of(path))
 
 
 @pytest.mark.parametrize("sparsity", ["exact", "predict"])
@@ -261,10 +269,10 @@ def test_the_trained_models_texts(stories: Path, converted: Path, sparsity: str)
 
 def test_f32_and_f16_hold_the_same(stories: Path, converted: Path, tmp_path: Path) -> None:
     out = convert(stories, stories / "predictor", tmp_path / "f32.gguf", outtype="f32")
-    narrow, wide = read_gguf(with_dense_magic(converted)), read_gguf(with_dense_magic(out))
-    assert narrow.tensors.keys() == wide.tensors.keys()
-    for name, data in narrow.tensors.items():
-        np.testing.assert_array_equal(wide.tensors[name], data, name)
+    narrow, wide = values_of(converted), values_of(out)
+    assert narrow.keys() == wide.keys()
+    for name, data in narrow.items():
+        np.testing.assert_array_equal(wide[name], data, name)
 
 
 # ---- every architecture, every form of checkpoint ----

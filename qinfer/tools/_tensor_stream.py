@@ -244,7 +244,7 @@ def _check(
     limit = _LIMITS["F32" if source.dtype == type_name else type_name]
     if stored.size == 0 or _largest(stored, source.dtype) < limit:
         return
-    values = stored if source.dtype == "F64" else as_float32(stored, source.dtype)
+    values = stored if source.dtype == "F64" else as_float32(stored, source.dtype).astype("f8")
     place = np.argwhere(~(np.abs(values) < limit))[0]
     value = values[tuple(place)]
     where = f"{source.path}: tensor {planned.source_name} holds {value:g} at "
