@@ -166,11 +166,14 @@ def test_rotary_embeddings(rope: Config, expected: dict[str, Any], tmp_path: Pat
           "max_window_layers": 1}, 128),
     ],
 )  # fmt: skip
-def test_sliding_windows(changes: Config, window: int, tmp_path: Path) -> None:
+def test_sliding_windows(
+    changes: Config, window: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tensors = random_tensors(SILU)
     converted(tmp_path, SILU | changes, tensors)
     with Model(tmp_path / "out.gguf") as model:
         assert model.info.sliding_window == window
+    assert ("attend beyond their sliding window" in caplog.text) == (window > 0)
 
 
 def test_a_window_of_some_layers_is_refused(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def convert_dense(
 
     The file appears when it is complete. Vectors are written as F32, a tied head is left out. An
     activation other than the architecture's own is written as `qinfer.hidden_act`, which llama.cpp
-    does not read: a warning says so.
+    does not read, as it ignores the sliding window of these architectures: warnings say so.
 
     Args:
         model: a folder as transformers saves it, of the types llama, mistral, qwen2, falcon, opt
@@ -82,17 +82,25 @@ def convert_dense(
     vocabulary = read_vocabulary_of(source, vocab_type, planned.n_vocab)
     type_name = outtype or _input_type(planned)
     path = checkpoint.folder / f"ggml-model-{type_name}.gguf" if outfile is None else Path(outfile)
-    if architecture in _IN_LLAMA_CPP and act != usual:
-        logger.warning(
-            "%s: the activation is %s; llama.cpp would apply %s and talk nonsense, use qinfer",
-            path, act, usual,
-        )  # fmt: skip
+    if architecture in _IN_LLAMA_CPP:
+        for difference in _differences(planned, act, usual):
+            logger.warning("%s: llama.cpp would %s; use qinfer", path, difference)
     write_model(
         path, architecture=architecture, name=checkpoint.folder.resolve().name, keys=planned.keys,
         others=others, vocabulary=vocabulary, tensors=planned.tensors, outtype=type_name.upper(),
         powerinfer=False, threads=threads, progress=progress,
     )  # fmt: skip
     return path
+
+
+def _differences(planned: Plan, act: str, usual: str) -> list[str]:
+    """What llama.cpp does otherwise than the file says, as an infinitive without "to"."""
+    found = []
+    if act != usual:
+        found.append(f"apply {usual} instead of {act}")
+    if "attention.sliding_window" in planned.keys:
+        found.append("let tokens attend beyond their sliding window")
+    return found
 
 
 def _input_type(planned: Plan) -> OutType:
