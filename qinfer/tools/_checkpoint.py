@@ -129,8 +129,10 @@ class Checkpoint:
     def __init__(self, model: StrPath) -> None:
         self.folder = checkpoint_folder(model)
         self.config = read_config(self.folder)
-        self.files = _tensor_files(self.folder)
-        self.tensors = read_tensors(self.files)
+        files, index = _tensor_files(self.folder)
+        self.tensors = _read_tensors(files)
+        if index is not None:
+            _check_places(index, self.tensors)
 
 
 def checkpoint_folder(model: StrPath) -> Path:
@@ -154,17 +156,6 @@ def read_config(folder: Path) -> Config:
     return Config(path, read_json(path))
 
 
-def read_tensors(files: Iterable[Path]) -> dict[str, FileTensor]:
-    """The tensors of several files by name."""
-    tensors: dict[str, FileTensor] = {}
-    for path in files:
-        for name, tensor in tensors_of(path).items():
-            if name in tensors:
-                raise FormatError(f"{path}: tensor {name} is also in {tensors[name].path}")
-            tensors[name] = tensor
-    return tensors
-
-
 def tensors_of(path: Path) -> dict[str, FileTensor]:
     """The tensors of one file, safetensors or torch's, by name."""
     if path.suffix not in _SINGLE_SUFFIXES:
@@ -182,38 +173,55 @@ def listing(tensors: Mapping[str, FileTensor]) -> Iterator[str]:
 # ---- files ----
 
 
-def _tensor_files(folder: Path) -> list[Path]:
+def _tensor_files(folder: Path) -> tuple[list[Path], Path | None]:
+    """The files with tensors, and the index that names them if there is one."""
     for stem, suffix in _STEMS:
         index = folder / f"{stem}{suffix}.index.json"
         if index.is_file():
-            return _indexed(index)
+            return _indexed(index), index
         single = folder / f"{stem}{suffix}"
         if single.is_file():
-            return [single]
+            return [single], None
         shards = _unindexed_shards(folder, stem, suffix)
         if shards:
-            return shards
+            return shards, None
     names = " or ".join(f"{stem}{suffix}" for stem, suffix in _STEMS)
     raise FileError(f"{folder}: holds no {names}, whole or in numbered parts")
 
 
-def _indexed(index: Path) -> list[Path]:
-    """The shards an index names, each checked to hold what the index says."""
+def _weight_map(index: Path) -> dict[str, str]:
+    """The name of the file of each tensor."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(
         isinstance(place, str) and Path(place).name == place for place in places.values()
     ):
         raise FormatError(f"{index}: weight_map is not an object of file names by tensor")
-    files = [index.parent / name for name in dict.fromkeys(places.values())]
+    return places
+
+
+def _indexed(index: Path) -> list[Path]:
+    files = [index.parent / name for name in dict.fromkeys(_weight_map(index).values())]
     absent = [path.name for path in files if not path.is_file()]
     if absent:
         raise FileError(f"{index}: names {_some(absent)}, which {index.parent} does not hold")
-    held = {path.name: tensors_of(path).keys() for path in files}
-    for name, place in places.items():
-        if name not in held[place]:
-            raise FormatError(f"{index.parent / place}: tensor {name} is missing; {index.name} "
-                              "has it there")  # fmt: skip
     return files
+
+
+def _check_places(index: Path, tensors: Mapping[str, FileTensor]) -> None:
+    for name, place in _weight_map(index).items():
+        path = index.parent / place
+        if name not in tensors or Path(tensors[name].path) != path:
+            raise FormatError(f"{path}: tensor {name} is missing; {index.name} has it there")
+
+
+def _read_tensors(files: Iterable[Path]) -> dict[str, FileTensor]:
+    tensors: dict[str, FileTensor] = {}
+    for path in files:
+        for name, tensor in tensors_of(path).items():
+            if name in tensors:
+                raise FormatError(f"{path}: tensor {name} is also in {tensors[name].path}")
+            tensors[name] = tensor
+    return tensors
 
 
 def _unindexed_shards(folder: Path, stem: str, suffix: str) -> list[Path]:
