@@ -324,6 +324,7 @@ UNKNOWN = piece(b"<unk>", kind=2)
         (UNKNOWN + piece(b"a", kind=9) + BPE_TRAINER, FormatError, "piece 1: .* type is 9"),
         (UNKNOWN + piece(b"") + BPE_TRAINER, FormatError, ""),
         (UNKNOWN + 2 * piece(b"a") + BPE_TRAINER, FormatError, ""),
+        (UNKNOWN + b"\x12\x02\x1a\x00", FormatError, "should be a number"),
         (UNKNOWN + piece(b"a"), UnsupportedError, "Unigram"),
         (UNKNOWN + piece(b"<0x0A>", kind=6) + BPE_TRAINER, FormatError, "byte piece"),
         (UNKNOWN + BPE_TRAINER + b"\x12\x03\xc0\x01\x01", UnsupportedError, "after words"),

@@ -42,21 +42,26 @@ def read_spm_model(files: Folder) -> Pieces:
         )
     try:
         model = _message(data)
-        trainer = _last(_message(_joined(model[_TRAINER])))
-        normalizer = _last(_message(_joined(model[_NORMALIZER])))
         pieces = [_piece(item) for item in model[_PIECES]]
+        trainer = _last(_message(_joined(model[_TRAINER])))
+        kind = _MODEL_TYPES.get(_number(trainer.get(_MODEL_TYPE, 1)), "unknown")
+        space_as_suffix = _number(trainer.get(_SPACE_AS_SUFFIX, 0))
+        normalizer = _last(_message(_joined(model[_NORMALIZER])))
+        dummy_prefix, remove_spaces, escape_spaces = (
+            _number(normalizer.get(field, 1))
+            for field in (_DUMMY_PREFIX, _REMOVE_SPACES, _ESCAPE_SPACES)
+        )
     except ValueError as error:
         raise FormatError(f"{source}: is not a sentencepiece model: {error}") from None
     if not pieces:
         raise FormatError(f"{source}: is not a sentencepiece model: it has no pieces")
-    kind = _MODEL_TYPES.get(_number(trainer.get(_MODEL_TYPE, 1)), "unknown")
     if kind != "BPE":
         raise UnsupportedError(f"{source}: its model type is {kind}; supported is BPE")
-    if _number(trainer.get(_SPACE_AS_SUFFIX, 0)):
+    if space_as_suffix:
         raise UnsupportedError(f"{source}: puts spaces after words, which GGUF cannot express")
-    if not _number(normalizer.get(_ESCAPE_SPACES, 1)):
+    if not escape_spaces:
         raise UnsupportedError(f"{source}: keeps spaces as they are; supported is {SPACE!r}")
-    if _number(normalizer.get(_REMOVE_SPACES, 1)):
+    if remove_spaces:
         logger.warning(
             "%s: sentencepiece would remove superfluous spaces from a text; with GGUF they stay",
             source,
@@ -67,7 +72,8 @@ def read_spm_model(files: Folder) -> Pieces:
             "texts that it changes get other tokens",
             source,
         )
-    result = Pieces(source, "llama", {}, special=_special(data, source))
+    result = Pieces(source, "llama", {}, add_space_prefix=bool(dummy_prefix))
+    result.special = _special(data, source)
     for token_id, (text, score, number) in enumerate(pieces):
         if not math.isfinite(score):
             raise FormatError(f"{source}: piece {token_id}: its score is {score}, not finite")
@@ -77,7 +83,6 @@ def read_spm_model(files: Folder) -> Pieces:
         result.scores[token_id] = score
         if number != TokenType.NORMAL:
             result.types[token_id] = TokenType(number)
-    result.add_space_prefix = bool(_number(normalizer.get(_DUMMY_PREFIX, 1)))
     return result
 
 
