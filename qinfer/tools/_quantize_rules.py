@@ -2,7 +2,7 @@
 
 A target is one type for the matrices, and exceptions: the head gets more bits than the rest, the
 mixes of K types (`_S`, `_M`, `_L`) give more to the matrices whose errors hurt most, and predictors
-stay in blocks of 32. The names and mixes are llama.cpp's, the same here for every architecture.
+stay in blocks of 32. The names and mixes are llama.cpp's (as of 2026).
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ TARGETS = {
         Target("Q2_K", "Q2_K", 10, "v Q3_K or Q4_K; attn_output, down Q3_K"),
         Target("Q2_K_S", "Q2_K", 21, "v Q4_K if shared by 4 heads; down Q4_K in the first layers"),
         Target("Q3_K_S", "Q3_K", 11, "head Q6_K"),
-        Target("Q3_K_M", "Q3_K", 12, "v, down Q4_K or Q5_K; attn_output, qkv Q4_K"),
-        Target("Q3_K_L", "Q3_K", 13, "v, down, attn_output Q5_K; qkv Q4_K"),
+        Target("Q3_K_M", "Q3_K", 12, "v, down Q4_K or Q5_K; attn_output Q4_K"),
+        Target("Q3_K_L", "Q3_K", 13, "v, down, attn_output Q5_K"),
         Target("Q4_K_S", "Q4_K", 14, "v, down Q5_K in the first layers"),
-        Target("Q4_K_M", "Q4_K", 15, "v, down Q6_K in half of the layers; qkv Q5_K"),
+        Target("Q4_K_M", "Q4_K", 15, "v, down Q6_K in half of the layers"),
         Target("Q5_K_S", "Q5_K", 16, "head Q6_K"),
-        Target("Q5_K_M", "Q5_K", 17, "v, down Q6_K in half of the layers; qkv Q6_K"),
+        Target("Q5_K_M", "Q5_K", 17, "v, down Q6_K in half of the layers"),
         Target("Q6_K", "Q6_K", 18),
         Target(COPY, None, None, "every tensor as it is; parts become one file"),
     )
@@ -157,9 +157,11 @@ def wanted_type(
         return fitting_type("Q6_K", n_cols, "F16")
     if role in ("fc1", "fc2"):
         return _predictor_type(base)
-    if role in _MIXES.get(target.name, {}):
-        return _MIXES[target.name][role](layer, facts) or base
-    return base
+    role = _SAME_RULE.get(role, role)
+    rules = _MIXES.get(target.name, {})
+    if facts.architecture == "falcon":
+        rules = rules | _FALCON_MIXES.get(target.name, {})
+    return (role in rules and rules[role](layer, facts)) or base
 
 
 def fitting_type(wanted: str, n_cols: int, current: str) -> str:
@@ -194,7 +196,7 @@ def _more_bits(layer: int, facts: Facts) -> bool:
 Rule = Callable[[int, Facts], str | None]
 
 
-def _always(type: str) -> Rule:
+def _always(type: str | None) -> Rule:
     return lambda layer, facts: type
 
 
@@ -204,6 +206,12 @@ def _first_eighth(type: str) -> Rule:
 
 def _half(type: str) -> Rule:
     return lambda layer, facts: type if _more_bits(layer, facts) else None
+
+
+def _first_and_half(first: str, half: str) -> Rule:
+    return lambda layer, facts: (
+        first if layer < facts.n_layer // 16 else half if _more_bits(layer, facts) else None
+    )
 
 
 # By target and role; None is the target's own type.
@@ -219,13 +227,11 @@ _MIXES: dict[str, dict[str, Rule]] = {
     },
     "Q3_K_M": {
         "attn_v": lambda layer, facts: "Q5_K" if layer < 2 else "Q4_K",
-        "attn_qkv": _always("Q4_K"),
         "attn_output": _always("Q4_K"),
         "ffn_down": lambda layer, facts: "Q5_K" if layer < facts.n_layer // 16 else "Q4_K",
     },
     "Q3_K_L": {
         "attn_v": _always("Q5_K"),
-        "attn_qkv": _always("Q4_K"),
         "attn_output": _always("Q5_K"),
         "ffn_down": _always("Q5_K"),
     },
@@ -235,14 +241,20 @@ _MIXES: dict[str, dict[str, Rule]] = {
     },
     "Q4_K_M": {
         "attn_v": _half("Q6_K"),
-        "attn_qkv": _always("Q5_K"),
         "ffn_down": _half("Q6_K"),
     },
     "Q5_K_M": {
         "attn_v": _half("Q6_K"),
-        "attn_qkv": _always("Q6_K"),
         "ffn_down": _half("Q6_K"),
     },
 }
-for _rules in _MIXES.values():
-    _rules["ffn_down_t"] = _rules["ffn_down"]
+# What differs for Falcon, whose residual is parallel and whose MLP has no gate.
+_FALCON_MIXES: dict[str, dict[str, Rule]] = {
+    "Q2_K": {"attn_output": _always(None)},
+    "Q3_K_M": {"attn_output": _always(None), "ffn_down": _first_and_half("Q5_K", "Q4_K")},
+    "Q3_K_L": {"attn_output": _always("Q4_K"), "ffn_down": _always("Q4_K")},
+    "Q4_K_S": {"ffn_down": _always(None)},
+    "Q4_K_M": {"ffn_down": _first_and_half("Q6_K", "Q5_K")},
+}
+# A fused projection has the values in it.
+_SAME_RULE = {"attn_qkv": "attn_v", "ffn_down_t": "ffn_down"}
