@@ -148,9 +148,8 @@ class Score:
 
     Attributes:
         tokens: the n tokens of the text, a leading BOS included where the model wants one.
-        logprobs: float32 of shape (n - 1,): `logprobs[i]` is log p(tokens[i + 1] | tokens[: i +
-        1]),
-            natural logarithm.
+        logprobs: float32 of shape (n - 1,): `logprobs[i]` is the natural logarithm of
+            p(tokens[i + 1] | tokens[: i + 1]).
     """
 
     tokens: list[int] = field(repr=False)

@@ -255,8 +255,8 @@ class Context:
 
         `targets` are as many token ids, -1 where no answer is wanted (0 is written there); without
         it each token's target is the one after it, and the last has none. `generated` is as in
-        `feed`. Returns float32 of shape
-        (n_tokens,), natural logarithms. Logits are never all kept. Raises as `feed` does.
+        `feed`. Returns float32 of shape (n_tokens,), natural logarithms. Logits are never all
+        kept. Raises as `feed` does.
         """
         n_vocab = self.model_info.n_vocab
         ids = token_array(tokens, n_vocab)

@@ -15,6 +15,7 @@ _PACKAGES = {
     "tokenizers": "byte-level BPE vocabularies",
     "sentencepiece": "SentencePiece vocabularies",
     "jinja2": "chat templates",
+    "safetensors": "checkpoints",
     "huggingface_hub": "downloads",
     "click": "the command line",
     "rich": "progress bars",

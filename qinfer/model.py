@@ -187,10 +187,9 @@ class Model:
             prompt: a text or token ids; a list of either is computed together and gives a list of
                 answers, each the same as alone.
             **options: `max_tokens` (None: to the end of the answer or of the context),
-            `min_tokens`,
-                `stop`, `ignore_eos`, `logprobs`, `logits_processors`, `progress` as described in
-                `GenerateOptions`, and `sampling` or single fields of `Sampling`. Without those:
-                temperature 0.8, top_k 40, top_p 0.95, min_p 0.05 and a fresh seed;
+                `min_tokens`, `stop`, `ignore_eos`, `logprobs`, `logits_processors`, `progress` as
+                described in `GenerateOptions`, and `sampling` or single fields of `Sampling`.
+                Without those: temperature 0.8, top_k 40, top_p 0.95, min_p 0.05 and a fresh seed;
                 `temperature=0` always takes the most likely token. `seed` goes for every prompt.
 
         Raises:
@@ -423,6 +422,8 @@ class Model:
             kv_type: "f16" or "q8_0"; None takes the model's.
             sparsity, sparse_threshold, prefill: as of `Model`; None takes the model's.
         """
+        if positive("n_ctx", n_ctx) and n_ctx != self.n_ctx:
+            _beyond_training(self.info, positive("n_ctx", n_ctx))
         own = self.policy
         policy = choose(
             self._weights,
@@ -536,9 +537,7 @@ def _n_ctx(info: ModelInfo, asked: int | None, kv_type: str) -> int:
     """Positions per sequence: those asked for, or as many as were trained and fit in memory."""
     trained = info.n_ctx_train
     if asked is not None:
-        if asked > trained:
-            logger.warning("n_ctx=%d is more than the %d the model was trained for", asked, trained)
-        return asked
+        return _beyond_training(info, asked)
     # Q8_0 keeps 32 values in 34 bytes, F16 in 64.
     per_token = info.kv_bytes_per_token_f16 * (34 / 64 if kv_type.lower() == "q8_0" else 1)
     free = _machine.available_memory()
@@ -552,3 +551,12 @@ def _n_ctx(info: ModelInfo, asked: int | None, kv_type: str) -> int:
         *(fitting, trained, trained * per_token / 2**30, free / 2**30),
     )
     return min(fitting, trained)
+
+
+def _beyond_training(info: ModelInfo, asked: int) -> int:
+    """A number of positions that was asked for, warned of when it was never trained."""
+    if asked > info.n_ctx_train:
+        logger.warning(
+            "n_ctx=%d is more than the %d the model was trained for", asked, info.n_ctx_train
+        )
+    return asked
