@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ._gguf import GGUF, StrPath
+from ._gguf import GGUF, StrPath, path_bytes
 from .errors import FileError, FormatError
 
 _MAGIC = b"QINFSEQ\0"
@@ -46,7 +46,7 @@ def write(
     digest.update(roles)
     digest.update(data.data)
     header = _HEADER.pack(_MAGIC, _VERSION, len(ids), data.nbytes, model, digest.digest())
-    target = Path(path)
+    target = Path(os.fsdecode(path_bytes(path)))
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         try:
@@ -66,9 +66,9 @@ def write(
 
 def read(path: StrPath, model: bytes) -> tuple[list[int], bytes, NDArray[np.uint8]]:
     """Tokens, their roles and the state of a file; refuses a damaged one, or another model's."""
-    name = os.fspath(path)
+    name = os.fsdecode(path_bytes(path))
     try:
-        content = Path(path).read_bytes()
+        content = Path(name).read_bytes()
     except OSError as error:
         raise FileError(f"{name}: cannot read the state: {error.strerror}") from error
     if len(content) < _HEADER.size or not content.startswith(_MAGIC):

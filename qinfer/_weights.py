@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ._gguf import GGUF, StrPath
 from ._native import Handle, check, ffi, lib, new_error, text
-from .errors import FormatError
+from .errors import ArgumentError, FormatError
 
 if TYPE_CHECKING:
     from .context import Context
@@ -74,6 +74,8 @@ class Weights:
 
     def __init__(self, path: StrPath, *, mmap: bool, hidden_act: str | None) -> None:
         self.path = os.fsdecode(path)
+        if not isinstance(hidden_act, str | None) or not (hidden_act or "").isascii():
+            raise ArgumentError(f"hidden_act={hidden_act!r:.80} is not the name of an activation")
         self.file = GGUF(path, mmap=mmap)
         self._hidden_act = hidden_act
         self._handle = self._load()

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from ._gguf import StrPath
 from ._interrupt import run_interruptibly
@@ -20,7 +20,7 @@ from ._types import tensor_type, type_name
 from ._weights import Weights
 from .completion import Stats
 from .errors import ArgumentError, Busy, FormatError
-from .sampling import Sampler
+from .sampling import Sampler, token_array
 from .sparsity import LayerStats, Policy
 
 Tokens = Sequence[int] | NDArray[np.integer[Any]]
@@ -63,24 +63,6 @@ def kv_type_number(name: str) -> int:
     if not isinstance(name, str) or name.lower() not in ("f16", "q8_0"):
         raise ArgumentError(f"kv_type={name!r} is neither 'f16' nor 'q8_0'")
     return tensor_type(name).number
-
-
-def token_array(tokens: ArrayLike, n_vocab: int, name: str = "token") -> NDArray[np.int32]:
-    """Token ids as int32, each checked against the vocabulary."""
-    ids = np.asarray(tokens)
-    if ids.size == 0:
-        return np.empty(0, np.int32)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ArgumentError(
-            f"{name}s are a flat sequence of integers, not {ids.dtype} of shape {ids.shape}"
-        )
-    wrong = np.flatnonzero((ids < 0) | (ids >= n_vocab))
-    if len(wrong):
-        raise ArgumentError(
-            f"{name} {ids[wrong[0]]} at position {wrong[0]} is not in the vocabulary, "
-            f"which has ids 0 to {n_vocab - 1}"
-        )
-    return np.ascontiguousarray(ids, np.int32)
 
 
 class Context:
@@ -581,6 +563,8 @@ class Context:
 
         What was found is in `stats()`: `n_checked`, `n_due` and `n_missed` of each layer.
         """
+        if not 0 <= every <= _INT32_MAX:
+            raise ArgumentError(f"every={every!r} is not 0 or a positive number of tokens")
         error = new_error()
         with self._exclusive():
             check(lib.qi_context_check_predictions(self._handle.pointer, every, error), error)

@@ -20,8 +20,9 @@ from ._gguf import StrPath
 from ._pool import ContextPool
 from ._weights import ModelInfo, Weights
 from .completion import Completion, Piece, Score
-from .context import Context, Tokens, Wanted, kv_type_number, positive, token_array
+from .context import Context, Tokens, Wanted, kv_type_number, positive
 from .errors import ArgumentError, ContextFull, DeviceError
+from .sampling import token_array
 from .sparsity import Prefill, SparsityMode, choose
 from .stream import Stream, asynchronous
 from .tokenizer import Tokenizer

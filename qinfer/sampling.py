@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ._native import Handle, check, ffi, lib, new_error
 from .errors import ArgumentError
 
+_INT32_MAX = 2**31 - 1
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 # Legal range of each number, both ends included, and what the ends mean where that is not plain.
@@ -166,6 +167,27 @@ def unknown_keyword(name: str, known: list[str]) -> str:
     return f"unexpected keyword argument {name!r}{hint}"
 
 
+def token_array(tokens: ArrayLike, n_vocab: int, name: str = "token") -> NDArray[np.int32]:
+    """Token ids as int32, each checked against the vocabulary."""
+    try:
+        ids = np.asarray(tokens)
+    except ValueError:  # sequences of several lengths
+        raise ArgumentError(f"{name}s are a flat sequence of integers, not nested ones") from None
+    if ids.size == 0:
+        return np.empty(0, np.int32)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ArgumentError(
+            f"{name}s are a flat sequence of integers, not {ids.dtype} of shape {ids.shape}"
+        )
+    wrong = np.flatnonzero((ids < 0) | (ids >= n_vocab))
+    if len(wrong):
+        raise ArgumentError(
+            f"{name} {ids[wrong[0]]} at position {wrong[0]} is not in the vocabulary, "
+            f"which has ids 0 to {n_vocab - 1}"
+        )
+    return np.ascontiguousarray(ids, np.int32)
+
+
 class Sampler:
     """Draws tokens under one `Sampling`; keeps its random state and its window of recent tokens.
 
@@ -177,6 +199,8 @@ class Sampler:
 
         Raises ArgumentError when a biased token id is outside the vocabulary.
         """
+        if not _is_a(n_vocab, _INTEGER_TYPES) or not 1 <= n_vocab <= _INT32_MAX:
+            raise ArgumentError(f"n_vocab={n_vocab!r} is not a positive integer")
         self.sampling = (sampling or Sampling()).seeded()
         self.n_vocab = n_vocab
         params = ffi.new("qi_sampling_params *")
@@ -206,8 +230,11 @@ class Sampler:
         return self._handle.pointer
 
     def accept(self, tokens: Iterable[int]) -> None:
-        """Puts tokens, such as the prompt's, into the penalty window without drawing them."""
-        ids = np.fromiter(tokens, np.int32)
+        """Puts tokens, such as the prompt's, into the penalty window without drawing them.
+
+        Raises ArgumentError when one is outside the vocabulary.
+        """
+        ids = token_array(list(tokens), self.n_vocab)
         error = new_error()
         check(
             lib.qi_sampler_accept(self.pointer, ffi.from_buffer("int32_t[]", ids), len(ids), error),

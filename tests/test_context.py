@@ -113,6 +113,9 @@ def test_tokens_come_as_any_sequence_of_integers(context: Context) -> None:
         (["a"], "integers"),
         ([[1, 2]], r"shape \(1, 2\)"),
         ([None], "integers"),
+        ([[1], [2, 3]], "not nested"),
+        ("abc", "integers"),
+        ([10**30], "integers"),
     ],
 )
 def test_wrong_tokens_are_refused(context: Context, tokens: list[int], message: str) -> None:
@@ -235,8 +238,12 @@ def test_a_sampler_refuses_wrong_logits() -> None:
         sampler.sample(np.zeros(7, np.float32))
     with pytest.raises(qinfer.ArgumentError, match="NaN"):
         sampler.sample(np.full(8, np.nan, np.float32))
-    with pytest.raises(qinfer.ArgumentError, match="9"):
-        sampler.accept([9])
+    for token in (9, -1, 2**40, 1.5):
+        with pytest.raises(qinfer.ArgumentError, match="token"):
+            sampler.accept([token])  # type: ignore[list-item]
+    for n_vocab in (0, -1, 2**40, "8"):
+        with pytest.raises(qinfer.ArgumentError, match="n_vocab"):
+            Sampler(n_vocab)  # type: ignore[arg-type]
     sampler.close()
     sampler.close()
     with pytest.raises(qinfer.Closed):
@@ -427,6 +434,9 @@ def test_state_files_that_cannot_be_read_or_written(context: Context, tmp_path: 
         context.load_state(tmp_path / "none")
     with pytest.raises(qinfer.FileError, match="no-such-folder"):
         context.save_state(tmp_path / "no-such-folder" / "state")
+    for use in (context.load_state, context.save_state):
+        with pytest.raises(qinfer.ArgumentError, match="NUL"):
+            use("a\0b")
 
 
 # ---- the context itself ----

@@ -239,6 +239,8 @@ def test_a_device_that_cannot_be_had_is_an_error(stories260k: Path, device: str)
         {"kv_type": None},
         {"chat_template": 5},
         {"hidden_act": "tanh"},
+        {"hidden_act": 5},
+        {"hidden_act": "\ud800"},
     ],
     ids=str,
 )
