@@ -569,7 +569,6 @@ def test_arguments_by_place(wide: Path, tmp_path: Path) -> None:
         (["IN", "OUT", "Q4_0", "0"], "THREADS is '0'"),
         (["IN", "OUT", "Q4_0", "2", "3"], "'2 3' comes after"),
         (["IN", "OUT", "Q4_0", "2", "-t", "2"], "given twice"),
-        (["IN", "OUT", "Q4_0", "--imatrix", "x.dat"], "--imatrix is not available"),
         (["IN", "OUT", "Q4_0", "--include-weights", "x"], "--include-weights is not available"),
         (["IN", "OUT", "Q4_0", "--keep-split"], "--keep-split is not available: the output is one"),
         (["IN", "OUT", "Q4_0", "--override-kv", "a=int:1"], "--override-kv is not available"),

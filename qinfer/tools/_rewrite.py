@@ -61,10 +61,16 @@ def copied(tensor: TensorInfo, name: str | None = None) -> NewTensor:
     return NewTensor(name or tensor.name, tensor.shape, tensor.type, pieces)
 
 
-def encoded(source: GGUF, tensor: TensorInfo, type: str) -> NewTensor:
+def encoded(
+    source: GGUF,
+    tensor: TensorInfo,
+    type: str,
+    importance: NDArray[np.float32] | None = None,
+) -> NewTensor:
     """A tensor's values in another type, or in its own after a look at each.
 
-    Its pieces raise FormatError, naming the tensor, at a value that the type cannot hold.
+    `importance`, one weight per column, steers the types that can use it. The pieces raise
+    FormatError, naming the tensor, at a value that the type cannot hold.
     """
     old = tensor_type(tensor.type)
     n_cols = tensor.shape[-1]
@@ -77,7 +83,9 @@ def encoded(source: GGUF, tensor: TensorInfo, type: str) -> NewTensor:
         blocks = tensor.data[first * row_bytes : last * row_bytes]
         values = decode(blocks, old.name, (last - first, n_cols))
         check_values(source.path, tensor.name, values, type, first_row=first)
-        return blocks if type == old.name else encode(values, type).reshape(-1)
+        if type == old.name:
+            return blocks
+        return encode(values, type, importance=importance).reshape(-1)
 
     def pieces() -> Iterator[Piece]:
         for first in range(0, n_rows, rows_per_piece):
@@ -106,11 +114,16 @@ def check_values(
         return
     row, col = np.argwhere(~(np.abs(values) <= limit))[0]
     value = float(values[row, col])
-    reason = "" if np.isfinite(value) else "finite "
+    rule = f"{type} can store values up to {limit:g}" if np.isfinite(value) else "it must be finite"
     raise FormatError(
         f"{path}: tensor {name!r} holds {value:g} at row {first_row + row}, column "
-        f"{first_col + col}; {type} can store {reason}values up to {limit:g}"
+        f"{first_col + col}; {rule}"
     )
+
+
+def mib(n_bytes: int) -> str:
+    """A size for people."""
+    return f"{n_bytes / 2**20:.1f} MiB"
 
 
 def refuse_own_source(source: GGUF, out: StrPath) -> None:

@@ -30,7 +30,7 @@ from .._weights import Weights
 from ..errors import ArgumentError
 from . import _rewrite
 from ._quantize_rules import FLOATS, computed_type, fitting_type
-from ._rewrite import NewTensor, Piece, check_values, copied, rewrite
+from ._rewrite import NewTensor, Piece, check_values, copied, mib, rewrite
 
 logger = logging.getLogger("qinfer")
 
@@ -214,14 +214,10 @@ def command(source: str, out: str, down: str | None, threads: int | None) -> Non
         twin = neuron_major(source, out, down=down, threads=threads, progress=bar)
     old, new = (", ".join(dict.fromkeys(types)) for types in (twin.old_types, twin.new_types))
     click.echo(
-        f"{out}: {len(twin.new_types)} layers, down {old} of {_mib(twin.old_down_bytes)} to {new} "
-        f"of {_mib(twin.new_down_bytes)}; all tensors {_mib(twin.old_bytes)} to "
-        f"{_mib(twin.new_bytes)}, in {time.monotonic() - begin:.1f} s"
+        f"{out}: {len(twin.new_types)} layers, down {old} of {mib(twin.old_down_bytes)} to {new} "
+        f"of {mib(twin.new_down_bytes)}; all tensors {mib(twin.old_bytes)} to "
+        f"{mib(twin.new_bytes)}, in {time.monotonic() - begin:.1f} s"
     )
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f} MiB"
 
 
 if __name__ == "__main__":

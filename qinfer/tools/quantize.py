@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+from numpy.typing import NDArray
 
 from .. import _machine
 from .._files import StrPath
 from .._gguf import GGUF, TensorInfo
 from .._progress import Bar
 from .._types import tensor_type
-from ..errors import ArgumentError, UnsupportedError
+from ..errors import ArgumentError, FormatError, UnsupportedError
+from ._imatrix import ImportanceMatrix, read_imatrix
 from ._quantize_rules import (
     FLOATS,
     TARGETS,
@@ -36,7 +39,7 @@ from ._quantize_rules import (
     role_of,
     wanted_type,
 )
-from ._rewrite import NewTensor, copied, encoded, refuse_own_source, rewrite
+from ._rewrite import NewTensor, copied, encoded, mib, refuse_own_source, rewrite
 
 logger = logging.getLogger("qinfer")
 
@@ -104,6 +107,7 @@ def quantize(
     output_tensor_type: str | None = None,
     token_embedding_type: str | None = None,
     tensor_types: Sequence[tuple[str, str]] = (),
+    imatrix: StrPath | None = None,
     allow_requantize: bool = False,
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -127,6 +131,7 @@ def quantize(
         token_embedding_type: type of `token_embd.weight`.
         tensor_types: pairs of a regular expression and the type of the matrices in whose names it
             is found; the first that is found decides, before everything above.
+        imatrix: an importance matrix, as llama.cpp's imatrix writes it; it steers the K types.
         allow_requantize: accepts tensors that are quantised already, in another type.
         dry_run: computes sizes, writes nothing.
         progress: called with the bytes written and all bytes.
@@ -136,7 +141,8 @@ def quantize(
             already.
         UnsupportedError: a tensor to be converted is of a type that cannot be decoded.
         FormatError: the source is damaged, or holds a value that is not finite or too large for
-            the type; the message names the tensor.
+            the type; the message names the tensor. Or the importance matrix is damaged, or of
+            another model.
         FileError: a file cannot be read or written.
     """
     target = find_target(type)
@@ -154,20 +160,22 @@ def quantize(
         tensor_types=[_tensor_type(pattern, name) for pattern, name in tensor_types],
         allow_requantize=allow_requantize,
     )
+    importance = None if imatrix is None else read_imatrix(imatrix)
     with GGUF(source) as file:
         if out is not None:
             refuse_own_source(file, out)
         changes = _plan(file, target, options)
+        columns = {} if importance is None else _columns(file, changes, importance)
         if not dry_run and out is not None:
             tensors = [
-                _new_tensor(file, tensor, change.new_type)
+                _new_tensor(file, tensor, change.new_type, columns.get(tensor.name))
                 for tensor, change in zip(file.tensors, changes, strict=True)
             ]
             rewrite(
                 file,
                 out,
                 tensors,
-                metadata=_metadata(target),
+                metadata=_metadata(target, importance),
                 threads=threads or _machine.processor().n_usable_cores,
                 progress=progress,
             )
@@ -185,13 +193,44 @@ def _tensor_type(pattern: str, name: str) -> tuple[re.Pattern[str], str]:
         raise ArgumentError(f"tensor type: {pattern!r} is no regular expression: {error}") from None
 
 
-def _metadata(target: Target) -> dict[str, tuple[object, str]]:
-    if target.file_type is None:
-        return {}
-    return {
-        "general.file_type": (target.file_type, "u32"),
-        "general.quantization_version": (_QUANTIZATION_VERSION, "u32"),
-    }
+def _metadata(target: Target, importance: ImportanceMatrix | None) -> dict[str, tuple[object, str]]:
+    """The keys by which llama.cpp records how a file was quantised."""
+    found: dict[str, tuple[object, str]] = {}
+    if target.file_type is not None:
+        found["general.file_type"] = target.file_type, "u32"
+        found["general.quantization_version"] = _QUANTIZATION_VERSION, "u32"
+    if importance is not None:
+        found["quantize.imatrix.file"] = importance.path, "string"
+        found["quantize.imatrix.entries_count"] = len(importance.columns), "u32"
+        if importance.n_chunks is not None:
+            found["quantize.imatrix.chunks_count"] = importance.n_chunks, "u32"
+    return found
+
+
+def _columns(
+    file: GGUF, changes: list[Change], importance: ImportanceMatrix
+) -> dict[str, NDArray[np.float32]]:
+    """The importance of the columns of each K-type tensor; says which have none."""
+    steered = [change for change in changes if change.new_type.endswith("_K")]
+    found = {}
+    for change in steered:
+        columns = importance.columns.get(change.name)
+        if columns is None:
+            continue
+        if len(columns) != change.shape[-1]:
+            raise FormatError(
+                f"{importance.path}: {change.name!r} has {len(columns)} columns there and "
+                f"{change.shape[-1]} in {file.path}: it is of another model"
+            )
+        found[change.name] = columns
+    if not steered:
+        logger.warning("%s: no tensor is of a K type, and it steers only those", importance.path)
+    elif len(found) < len(steered):
+        logger.warning(
+            "%s: has no entry for %s",
+            importance.path, _some([c.name for c in steered if c.name not in found]),
+        )  # fmt: skip
+    return found
 
 
 def _plan(file: GGUF, target: Target, options: _Options) -> list[Change]:
@@ -295,20 +334,21 @@ def _some(names: list[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''}: {listed}"
 
 
-def _new_tensor(file: GGUF, tensor: TensorInfo, new: str) -> NewTensor:
+def _new_tensor(
+    file: GGUF, tensor: TensorInfo, new: str, columns: NDArray[np.float32] | None
+) -> NewTensor:
     # What the runtime cannot decode, it cannot look at either.
     if new == tensor.type and not tensor_type(new).can_decode:
         return copied(tensor)
-    return encoded(file, tensor, new)
+    return encoded(file, tensor, new, columns)
 
 
 # ---- command line ----
 
 # Flags of the tools this one follows that it does not have, and what to do instead.
 _REFUSED = {
-    "--imatrix": "weights are fitted by least squares without an importance matrix; leave it out",
-    "--include-weights": "it chooses from an importance matrix, and none is used",
-    "--exclude-weights": "it chooses from an importance matrix, and none is used",
+    "--include-weights": "all entries of the importance matrix are used",
+    "--exclude-weights": "all entries of the importance matrix are used",
     "--tensor-type-file": "give each line as a --tensor-type of its own",
     "--prune-layers": "this tool changes types, not the model",
     "--override-kv": "this tool changes types only; gguf's gguf_set_metadata.py sets keys",
@@ -398,6 +438,9 @@ Q6_K Q8_0; where they are not whole blocks of 32 either, F16.""",
     help="Type of matrices whose name matches a regular expression; may be repeated.",
 )
 @click.option(
+    "--imatrix", metavar="FILE", help="llama.cpp's importance matrix; it steers the K types."
+)
+@click.option(
     "--allow-requantize",
     is_flag=True,
     help="Accept tensors that are quantised already; this loses twice.",
@@ -412,6 +455,7 @@ def command(
     output_tensor_type: str | None,
     token_embedding_type: str | None,
     tensor_type: tuple[str, ...],
+    imatrix: str | None,
     allow_requantize: bool,
     dry_run: bool,
 ) -> None:
@@ -432,14 +476,14 @@ def command(
             threads=threads or number, pure=pure, leave_output_tensor=leave_output_tensor,
             output_tensor_type=output_tensor_type, token_embedding_type=token_embedding_type,
             tensor_types=[_tensor_type_pair(text) for text in tensor_type],
-            allow_requantize=allow_requantize, dry_run=dry_run, progress=bar,
+            imatrix=imatrix, allow_requantize=allow_requantize, dry_run=dry_run, progress=bar,
         )  # fmt: skip
     if dry_run:
         _print_tensors(result)
     seconds = "" if dry_run else f", in {time.monotonic() - begin:.1f} s"
     click.echo(
-        f"{out}{' (not written)' if dry_run else ''}: {_mib(result.old_bytes)} to "
-        f"{_mib(result.new_bytes)}, {result.bits_per_weight:.2f} bits per weight{seconds}"
+        f"{out}{' (not written)' if dry_run else ''}: {mib(result.old_bytes)} to "
+        f"{mib(result.new_bytes)}, {result.bits_per_weight:.2f} bits per weight{seconds}"
     )
 
 
@@ -453,11 +497,7 @@ def _print_tensors(result: Quantised) -> None:
     counts = Counter(change.new_type for change in result.changes)
     for name, n in counts.most_common():
         size = sum(change.new_bytes for change in result.changes if change.new_type == name)
-        click.echo(f"{name}: {n} tensors, {_mib(size)}")
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:.1f} MiB"
+        click.echo(f"{name}: {n} tensors, {mib(size)}")
 
 
 if __name__ == "__main__":
