@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from ._progress import Bar
-from .errors import ContextFull
+from .errors import ArgumentError, ContextFull
 from .model import Model
 
 _HELP = """\
@@ -84,7 +84,7 @@ class Talk:
                     print(piece.text, end="", flush=True)
         except KeyboardInterrupt:
             _say("\n(stopped)")
-        except ContextFull as error:
+        except (ContextFull, ArgumentError) as error:  # too long, or not to the template's taste
             del self._messages[-1]
             _say(f"error: {error}; /reset starts over")
             return

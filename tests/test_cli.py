@@ -23,7 +23,10 @@ from qinfer._gguf import GGUF, Writer
 from qinfer.perplexity import perplexity
 
 PROMPT = "Once upon a time"
-TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('not that') }}{% endif %}"
+    "{{ m.content }}{% endfor %}"
+)
 
 
 def qinfer_command(*arguments: str | Path) -> list[str]:
@@ -394,6 +397,16 @@ def test_a_conversation_that_outgrows_the_context_says_so(chat_model: Path) -> N
     assert done.returncode == 0
     assert re.match(r"error: .* 10.*; /reset starts over\n$", done.stderr)
     assert done.stdout.count("\n") == 1
+
+
+def test_a_message_that_the_template_refuses_is_taken_back(chat_model: Path) -> None:
+    options = ("-n", "12", "--temp", "0")
+    expected = output_of("chat", chat_model, *options, given=f"{PROMPT}\n")
+    done = run("chat", chat_model, *options, given=f"bad\n{PROMPT}\n")
+    assert (done.returncode, done.stdout) == (0, expected)
+    assert re.fullmatch(
+        "error: .* refuses the messages: not that; /reset starts over\n", done.stderr
+    )
 
 
 @pytest.fixture
