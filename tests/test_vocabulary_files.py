@@ -94,6 +94,20 @@ def test_special_tokens_come_from_the_first_file_that_names_them(tmp_path: Path)
     ] == [7, 9, 8, 10, 11]
 
 
+def test_ends_of_an_answer_that_get_lost_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = ["<|user|>", "<|im_end|>", "<|end|>"]
+    added = [{"id": 7 + i, "content": text, "special": True} for i, text in enumerate(texts)]
+    put(tmp_path, tokenizer=small_json(added_tokens=added), config={"eos_token_id": 8})
+    put(tmp_path, generation_config={"eos_token_id": [8, 9]})
+    assert keys(read_vocabulary(tmp_path))["eos_token_id"] == 8
+    assert not caplog.records  # readers know <|end|> by its name
+    put(tmp_path, generation_config={"eos_token_id": [8, 7]})
+    read_vocabulary(tmp_path)
+    assert "also end at '<|user|>'" in caplog.text
+
+
 def test_tokens_called_special_are_control_tokens(tmp_path: Path) -> None:
     put(tmp_path, vocab=SMALL_VOCAB | {"</s>": 7, "<pad>": 8}, merges="a b\nab c\n")
     put(tmp_path, config={"model_type": "opt"}, tokenizer_config={"add_bos_token": True})
@@ -442,6 +456,7 @@ def test_broken_merges_txt(tmp_path: Path, merges: str, message: str) -> None:
         ("added_tokens", '{"<x>": 1.5}', "'<x>' is 1.5, not a token id"),
         ("added_tokens", '{"<x>": 8, "<y>": 8}', "'<y>' has id 8"),
         ("config", '{"bos_token_id": "1"}', "bos_token_id is '1'"),
+        ("generation_config", '{"eos_token_id": -3.0}', "eos_token_id is -3.0"),
         ("config", '{"eos_token_id": [7, 8]}', r"eos_token_id is \[7, 8\], outside .* of 8"),
         ("generation_config", '{"pad_token_id": true}', "pad_token_id is True"),
     ],

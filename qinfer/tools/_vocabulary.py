@@ -9,11 +9,12 @@ from typing import Literal
 
 from .._files import StrPath
 from .._tokenize.vocabulary import TokenType, byte_value
+from .._tokenize.vocabulary import read_vocabulary as read_metadata
 from ..errors import ArgumentError, FileError, FormatError
 from ._vocabulary_added import ADDED_SCORE, AddedToken, add_tokens, read_added_tokens
 from ._vocabulary_bpe import is_byte_level, read_bpe_files, read_bpe_json
 from ._vocabulary_files import Folder, Pieces
-from ._vocabulary_special import ROLES, SpecialTokens
+from ._vocabulary_special import ROLES, SpecialTokens, config_ids
 from ._vocabulary_spm import read_spm_json, read_spm_model
 
 logger = logging.getLogger("qinfer")
@@ -80,7 +81,21 @@ def read_vocabulary(
         *_special(files, pieces, special, ids),
         *_chat_templates(files),
     ]
+    _compare_ends(files, pieces, metadata)
     return Vocabulary(pieces.model, n_tokens, tuple(metadata))
+
+
+def _compare_ends(files: Folder, pieces: Pieces, metadata: _Metadata) -> None:
+    """Says which tokens end an answer for the model, but not for a reader of these keys."""
+    values = {key: value for key, value, _ in metadata}
+    known = read_metadata(values, None, str(files.path)).eog_ids
+    for name in ("config.json", "generation_config.json"):
+        ends = config_ids(files.json(name), "eos_token_id", len(pieces.texts))
+        if others := [pieces.texts[token_id] for token_id in ends if token_id not in known]:
+            logger.warning(
+                "%s: answers also end at %s, which GGUF cannot express",
+                *(files.path / name, ", ".join(map(repr, others))),
+            )
 
 
 def _pieces(files: Folder, kind: Kind) -> Pieces:

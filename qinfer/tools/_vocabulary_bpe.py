@@ -16,7 +16,8 @@ _NAMES = (
 _WITHOUT_CLEAN_UP = {"starcoder": "smollm"}
 _PUNCTUATION, _GPT2, _DIGIT_TRIPLE = PRE_TOKENIZERS["falcon"].patterns
 # Falcon's own steps cut digits once more, and only after bytes became characters, where they cut
-# some letters, too: of "м" (D0 BC) the second byte is "¼". llama.cpp's "falcon" leaves that out.
+# some letters, too: of "м" (D0 BC) the second byte is "¼". llama.cpp's "falcon" leaves that out:
+# Falcon's merges, learned from such pieces, never cross the cuts.
 _FALCON_STEPS = (_PUNCTUATION, _GPT2, r"\p{N}+", _DIGIT_TRIPLE)
 # Without tokenizer.json, the program that reads vocab.json decides: by model, else by its class.
 _PRE_OF_MODEL = {

@@ -65,9 +65,8 @@ class SpecialTokens:
             for role in ROLES:
                 if role not in found:
                     section = self._files.json(name)
-                    token_id = _config_id(section, f"{role}_token_id", len(pieces.texts))
-                    if token_id is not None:
-                        found[role] = token_id
+                    for token_id in config_ids(section, f"{role}_token_id", len(pieces.texts)):
+                        found.setdefault(role, token_id)
         found = pieces.special | found
         for role, end in (("bos", self._first), ("eos", self._last)):
             if end is not None and end in ids:
@@ -121,8 +120,11 @@ class SpecialTokens:
         return next(iter(before), None), next(reversed(after), None)
 
 
-def _config_id(section: Section, key: str, n_tokens: int) -> int | None:
-    """A token id in a model's configuration, the first of several; negative means none."""
+def config_ids(section: Section, key: str, n_tokens: int) -> list[int]:
+    """The token ids under a key of a model's configuration; negative ones mean none.
+
+    Raises FormatError when they are something else than ids of `n_tokens` tokens.
+    """
     value: Any = section.content.get(key)
     values = value if isinstance(value, list) else [] if value is None else [value]
     for item in values:
@@ -130,4 +132,4 @@ def _config_id(section: Section, key: str, n_tokens: int) -> int | None:
             raise section.error(key, f"is {value!r:.80}, not a token id")
         if item >= n_tokens:
             raise section.error(key, f"is {value!r:.80}, outside the vocabulary of {n_tokens}")
-    return next((item for item in values if item >= 0), None)
+    return [item for item in values if item >= 0]
