@@ -10,6 +10,7 @@
 
 #include "kernels/matmul_layout.h"
 #include "kernels/matmul_loops_impl.h"
+#include "kernels/prefetch_impl.h"
 
 namespace qi::kernels::QI_SIMD_LEVEL {
 
@@ -147,7 +148,7 @@ struct FloatKernels {
             for (; k + line_cols <= size; k += line_cols) {
                 if (product.list)
                     for (int r = 0; r < n_rows; ++r)
-                        __builtin_prefetch(ahead[r] + (first + k) * element_bytes<type>);
+                        prefetch_lines(ahead[r] + (first + k) * element_bytes<type>, cache_line);
                 for (int64_t i = 0; i < line_cols; i += width) {
                     for (int r = 0; r < n_rows; ++r)
                         weights[r] = load_weights<type>(at[r] + i * element_bytes<type>);

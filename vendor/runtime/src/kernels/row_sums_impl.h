@@ -3,6 +3,7 @@
 // A tile of a few rows by 256 columns is decoded to floats in L1, then every token passes over it.
 #pragma once
 
+#include "kernels/prefetch_impl.h"
 #include "kernels/row_sums_layout.h"
 #include "kernels/row_sums_table.h"
 #include "kernels/widen_impl.h"
@@ -48,9 +49,7 @@ struct Sums {
                          RowTile& tile) {
         for (int i = 0; i < n; ++i) {
             // The same columns of the next tile's rows.
-            const uint8_t* ahead = row(args, first + i + tile_list_rows) + offset(col);
-            for (int64_t b = 0; b < offset(n_cols); b += 64)
-                __builtin_prefetch(ahead + b);
+            prefetch_lines(row(args, first + i + tile_list_rows) + offset(col), offset(n_cols));
             widen<type>(row(args, first + i) + offset(col), n_cols, tile.weights[i]);
         }
         for (int64_t t = 0; t < args.n_tokens; ++t) {
