@@ -54,7 +54,6 @@ inline void prefetch_ahead(const uint8_t* p, int64_t n) {
         __builtin_prefetch(reinterpret_cast<const void*>(ahead + uintptr_t(i)));
 }
 
-
 inline int64_t ceil_div(int64_t n, int64_t by) {
     return (n + by - 1) / by;
 }
