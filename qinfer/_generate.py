@@ -97,7 +97,8 @@ class Settings:
         for name, least in (("max_tokens", 0), ("min_tokens", 0), ("logprobs", 0)):
             value = own.get(name)
             if value is not None and (not isinstance(value, (int, np.integer)) or value < least):
-                raise ArgumentError(f"{name}={value!r} is not an integer of at least {least}")
+                none = " (None: to the end)" if name == "max_tokens" else ""
+                raise ArgumentError(f"{name}={value!r} is not an integer of at least {least}{none}")
         processors = own.get("logits_processors") or ()
         if not isinstance(processors, Sequence) or not all(map(callable, processors)):
             raise ArgumentError(f"logits_processors={processors!r:.80} is not a list of callables")
@@ -203,7 +204,13 @@ class Answer:
         if self.changes_logits:
             logits = logits.copy()
             for process in self.settings.logits_processors:
-                process(self._history, logits)
+                changed: object = process(self._history, logits)
+                # Elsewhere processors return the logits; what is new in those would be lost.
+                if changed is not None and changed is not logits:
+                    raise ArgumentError(
+                        f"a logits processor returned a {type(changed).__name__}: it has to change "
+                        "the logits in place, as by logits[:] = …, and return nothing"
+                    )
             if len(self.tokens) < self.settings.min_tokens:
                 logits[self._end_ids] = -math.inf
         return self.sampler.sample(logits)

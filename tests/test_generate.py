@@ -268,6 +268,21 @@ def test_a_processor_that_does_nothing_changes_nothing(model: Model) -> None:
     assert with_one.tokens == plain.tokens
 
 
+def test_a_processor_that_returns_other_logits_is_told_to_change_them(model: Model) -> None:
+    def doubled(tokens: Sequence[int], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        return logits * 2
+
+    with pytest.raises(qinfer.ArgumentError, match=r"returned a ndarray: .* in place"):
+        model.generate(PROMPT, logits_processors=[doubled])  # type: ignore[list-item]
+    in_place = model.generate(
+        PROMPT,
+        max_tokens=5,
+        temperature=0,
+        logits_processors=[lambda tokens, logits: np.multiply(logits, 2, out=logits)],
+    )
+    assert in_place.tokens == model.generate(PROMPT, max_tokens=5, temperature=0).tokens
+
+
 def test_a_processor_that_leaves_nan_is_an_error(model: Model) -> None:
     def spoil(tokens: Sequence[int], logits: NDArray[np.float32]) -> None:
         logits[7] = math.nan
