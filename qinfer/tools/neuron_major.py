@@ -5,8 +5,20 @@ reads the rows of its active neurons, where in an ordinary file it reads whole b
 neurons in every row, most of them for nothing.
 
 Floats move exactly. Quantised blocks lie along the neurons before and along the outputs after, so
-their values have to be quantised again: in Q8_0 this adds about half a percent of error, in the
-same type about as much as quantising added at first.
+their values have to be quantised again. What that costs, on a trained ReLU model of 15 million
+weights: the divergence (KL, nats per token) of the twin's predictions from its source's, that from
+the F16 model's, which the source's own quantising began, and the bytes of all down projections.
+
+    source  down     from source  from F16 (source)  down, KiB (source)
+    Q4_0    Q4_0     0.0439       0.171 (0.119)       729  (729)
+    Q4_0    Q8_0     0.0011       0.119 (0.119)      1377  (729)
+    Q4_K    Q5_0     0.0125       0.065 (0.055)       891  (729)
+    Q4_K    Q8_0     0.0012       0.055 (0.055)      1377  (729)
+    Q8_0    Q8_0     0.0012       0.0017 (0.0016)    1377 (1377)
+
+So Q8_0 is the default for quantised types: a twin is meant to be the same model, and of the rows
+that grew only those of active neurons are read. Where there is an F16 file, make its twin and
+quantise that; then nothing is quantised twice.
 """
 
 from __future__ import annotations
@@ -205,7 +217,7 @@ def command(source: str, out: str, down: str | None, threads: int | None) -> Non
 
     Reads fewer bytes per token where few neurons are active. Floats are moved exactly; quantised
     blocks are quantised again, in Q8_0 with little loss and more bytes, in the same type the other
-    way round. Only qinfer loads the result.
+    way round; better quantise the twin of an F16 file. Only qinfer loads the result.
 
     Example: python -m qinfer.tools.neuron_major relu-7b.q4_0.gguf relu-7b.q4_0.neurons.gguf
     """
