@@ -382,6 +382,32 @@ def test_a_tied_head_is_written(said: str, tmp_path: Path) -> None:
     assert_holds(out, expected_tensors(config, source, predictors))
 
 
+@pytest.mark.parametrize("arch", ["llama", "falcon-7b"])
+def test_a_tied_head_is_left_out_on_request(
+    arch: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = CONFIGS[arch] | {"tie_word_embeddings": True}
+    source = random_tensors(config)
+    source.pop("lm_head.weight", None)
+    folder = write_checkpoint(tmp_path / "model", config, source)
+    predictors = write_predictors(tmp_path / "predictor", config)
+    expected = expected_tensors(config, source, predictors)
+    del expected["output.weight"]
+    out = convert(folder, tmp_path / "predictor", tied_head=True)
+    assert_holds(out, expected)
+    assert "PowerInfer will refuse the file for want of output.weight" in caplog.text
+    with Model(out, sparsity="predict") as model:
+        assert model.info.tied_head
+
+
+def test_a_head_of_its_own_cannot_be_left_out(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", LLAMA, random_tensors(LLAMA))
+    write_predictors(tmp_path / "predictor", LLAMA)
+    with pytest.raises(ArgumentError, match=r"tied_head: .*has a head of its own, lm_head\.weight"):
+        convert(folder, tmp_path / "predictor", tied_head=True)
+    assert list(folder.glob("*.gguf")) == []
+
+
 def test_a_head_beside_a_tied_embedding_is_not_looked_at(tmp_path: Path) -> None:
     config = LLAMA | {"tie_word_embeddings": True}
     source = random_tensors(config)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._file_tensor import FileTensor
-from ..errors import FormatError, UnsupportedError
+from ..errors import ArgumentError, FormatError, UnsupportedError
 from ._checkpoint import Checkpoint, Config
 from ._predictor_folder import Predictors
 from ._rope_config import read_rope
@@ -124,6 +124,7 @@ def plan(
     sparse: bool,
     predictors: Callable[[int, int, int], Predictors] | None = None,
     n_ctx: int | None = None,
+    tied_head: bool = False,
 ) -> tuple[Plan, Predictors | None]:
     """What becomes of a checkpoint.
 
@@ -133,17 +134,19 @@ def plan(
             for.
         predictors: gives those of (n_layer, n_embd, n_ff), which then join their layers.
         n_ctx: positions the model was trained for, in place of the configuration's.
+        tied_head: no copy of the embedding for readers that do not look at it instead of a head.
 
     Raises:
         FormatError: the configuration or a tensor is not what it should be; one is missing, or one
             too many.
         UnsupportedError: the model does what files cannot say.
+        ArgumentError: `tied_head` is asked for, and the head is not the embedding.
     """
     config = checkpoint.config
     architecture = architecture_of(config)
     sizes = _SIZES[architecture](config, n_ctx)
     found = predictors(sizes.n_layer, sizes.n_embd, sizes.n_ff) if predictors else None
-    take = _Take(checkpoint, sparse, sizes, found.layers if found else [])
+    take = _Take(checkpoint, sparse, sizes, found.layers if found else [], tied_head)
     keys = sizes.keys() | _FAMILIES[architecture](config, sizes, take)
     take.finish()
     return Plan(architecture, sizes.n_vocab, keys, take.planned), found
@@ -158,12 +161,14 @@ class _Take:
         sparse: bool,
         sizes: _Sizes,
         predictors: list[tuple[FileTensor, FileTensor]],
+        tied_head: bool,
     ) -> None:
         self.sparse = sparse
         self.planned: list[Planned] = []
         self._checkpoint = checkpoint
         self._sizes = sizes
         self._predictors = predictors
+        self._tied_head = tied_head
         self._left = {
             name: tensor
             for name, tensor in checkpoint.tensors.items()
@@ -252,6 +257,11 @@ class _Take:
         shape = (self._sizes.n_vocab, self._sizes.n_embd)
         is_tied = config.flag("tie_word_embeddings", tied_by_default)
         if not is_tied and ("tie_word_embeddings" in config or _HEAD in self._left):
+            if self._tied_head:
+                raise ArgumentError(
+                    f"tied_head: {self._checkpoint.folder} has a head of its own, {_HEAD}, which "
+                    "cannot be left out"
+                )
             self.tensor(_HEAD, "output.weight", shape, is_full_name=True)
             return
         if not is_tied:
@@ -261,7 +271,7 @@ class _Take:
             )  # fmt: skip
         self._left.pop(_HEAD, None)
         source = self._checkpoint.tensors.get(self._prefix + embedding)
-        if written and source is not None:
+        if written and not self._tied_head and source is not None:
             self.planned.append(Planned("output.weight", shape, source, self._prefix + embedding))
 
     def finish(self) -> None:

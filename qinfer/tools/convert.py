@@ -46,13 +46,15 @@ def convert(
     vocab_type: VocabType = "auto",
     n_ctx: int | None = None,
     hidden_act: str | None = None,
+    tied_head: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Converts a checkpoint with predictors to a PowerInfer file, and returns its path.
 
     The file appears when it is complete. Vectors are written as F32. A tied head is written as a
-    copy of the embedding, because PowerInfer does not run models without one; OPT's alone is not.
+    copy of the embedding, because PowerInfer does not run models without one; OPT's alone is not,
+    nor is any with `tied_head`.
 
     Args:
         model: a folder as transformers saves it, of the types llama (also as mistral, sparsellama),
@@ -67,6 +69,7 @@ def convert(
         n_ctx: positions the model was trained for, in place of the configuration's.
         hidden_act: the activation, in place of the configuration's, as `qinfer.hidden_act` names
             it: "relu", "relu_relu" or "fatrelu:0.01".
+        tied_head: leaves the copy of a tied head out, for a file that qinfer alone runs.
         threads: that convert; None takes one per core, at most 8.
         progress: called as `progress(done, total)`, in bytes written.
 
@@ -75,7 +78,8 @@ def convert(
         FormatError: a file is not what it should be, or tensors and configuration do not agree, or
             a weight is not finite.
         UnsupportedError: the model is of a type or an activation that has no sparse form.
-        ArgumentError: an argument is out of range, or `outtype` does not reach a weight.
+        ArgumentError: an argument is out of range, or `outtype` does not reach a weight; or
+            `tied_head` is asked for, and the head is not the embedding.
     """
     checkpoint = Checkpoint(model)
     act = _sparse_act(checkpoint.config, hidden_act)
@@ -86,6 +90,7 @@ def convert(
             predictor, n_layer=n_layer, n_embd=n_embd, n_ff=n_ff
         ),
         n_ctx=n_ctx,
+        tied_head=tied_head,
     )
     others: dict[str, Value] = {}
     if predictors is not None and predictors.threshold is not None:
@@ -130,6 +135,8 @@ def _obstacles(planned: Plan, act: str, outtype: OutType) -> list[str]:
         found.append(f"PowerInfer computes {outtype} wrongly; it is for qinfer")
     if act != default_act(arch, sparse=True):
         found.append(f"PowerInfer will apply {default_act(arch, sparse=True)} instead of {act}")
+    if arch != "opt" and "output.weight" not in names:
+        found.append("PowerInfer will refuse the file for want of output.weight")
     extra = [name for name in names if name == "rope_freqs.weight"]
     if arch == "opt":
         extra += [name for name in names if name == "output.weight"]
@@ -157,6 +164,9 @@ def _obstacles(planned: Plan, act: str, outtype: OutType) -> list[str]:
 @click.argument("model")
 @click.argument("predictor", required=False)
 @shared_options("f16", ["f32", "f16", "q8_0"])
+@click.option(
+    "--tied-head", is_flag=True, help="Write a tied head once only. PowerInfer needs the copy."
+)
 def command(
     model: str,
     predictor: str | None,
@@ -171,6 +181,7 @@ def command(
     dump: bool,
     dump_single: bool,
     bigendian: bool,
+    tied_head: bool,
 ) -> None:
     """Convert a checkpoint and its activation predictors to a PowerInfer file.
 
@@ -192,7 +203,7 @@ def command(
         lambda progress: convert(
             model, predictor, outfile,
             outtype=outtype or "f16", vocab_dir=vocab_dir, vocab_type=vocab_type, n_ctx=n_ctx,
-            hidden_act=hidden_act, threads=threads, progress=progress,
+            hidden_act=hidden_act, tied_head=tied_head, threads=threads, progress=progress,
         )
     )  # fmt: skip
 
