@@ -10,7 +10,6 @@
 
 #include "kernels/matmul_layout.h"
 #include "kernels/matmul_loops_impl.h"
-#include "kernels/prefetch_impl.h"
 
 namespace qi::kernels::QI_SIMD_LEVEL {
 

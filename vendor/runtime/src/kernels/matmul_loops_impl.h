@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/matmul.h"
+#include "kernels/prefetch_impl.h"
 
 namespace qi::kernels::QI_SIMD_LEVEL {
 
@@ -50,8 +51,7 @@ inline constexpr int64_t prefetch_distance = 8192;
 // only: it may point beyond the weights.
 inline void prefetch_ahead(const uint8_t* p, int64_t n) {
     const uintptr_t ahead = reinterpret_cast<uintptr_t>(p) + prefetch_distance;
-    for (int64_t i = 0; i < n; i += cache_line)
-        __builtin_prefetch(reinterpret_cast<const void*>(ahead + uintptr_t(i)));
+    prefetch_lines(reinterpret_cast<const uint8_t*>(ahead), n);
 }
 
 inline int64_t ceil_div(int64_t n, int64_t by) {

@@ -44,27 +44,69 @@ struct Sums {
                size_t(args.list[inside]) * args.w.row_bytes;
     }
 
+    // The rows of a tile that count for a token, with their factors.
+    struct Kept {
+        int rows[tile_list_rows];  // of the tile
+        float factors[tile_list_rows];
+        int n = 0;
+
+        Kept(const RowSums& args, int64_t first, int n_rows, int64_t token) {
+            const float* of_token = args.factors + token * args.factor_stride;
+            for (int i = 0; i < n_rows; ++i) {
+                const float factor = of_token[args.by_neuron ? args.list[first + i] : first + i];
+                rows[n] = i;
+                factors[n] = factor;
+                n += factor != 0.0f;
+            }
+        }
+    };
+
     // Rows [first, first + n) of the list, columns [col, col + n_cols), for all tokens.
     static void add_tile(const RowSums& args, int64_t first, int n, int64_t col, int64_t n_cols,
                          RowTile& tile) {
-        for (int i = 0; i < n; ++i) {
-            // The same columns of the next tile's rows.
+        // The same columns of the next tile's rows.
+        for (int i = 0; i < n; ++i)
             prefetch_lines(row(args, first + i + tile_list_rows) + offset(col), offset(n_cols));
-            widen<type>(row(args, first + i) + offset(col), n_cols, tile.weights[i]);
+        float* sums = args.sums + (col - args.col_begin);
+        if constexpr (Unit<type>::n > 1) {
+            if (args.n_tokens == 1) return add_blocks(args, first, n, col, n_cols, sums);
         }
+        for (int i = 0; i < n; ++i)
+            widen<type>(row(args, first + i) + offset(col), n_cols, tile.weights[i]);
         for (int64_t t = 0; t < args.n_tokens; ++t) {
-            const float* factors = args.factors + t * args.factor_stride;
+            const Kept kept(args, first, n, t);
             const float* rows[tile_list_rows];
-            float kept[tile_list_rows];
-            int n_kept = 0;
-            for (int i = 0; i < n; ++i) {
-                const float factor = factors[args.by_neuron ? args.list[first + i] : first + i];
-                rows[n_kept] = tile.weights[i];
-                kept[n_kept] = factor;
-                n_kept += factor != 0.0f;
+            for (int i = 0; i < kept.n; ++i)
+                rows[i] = tile.weights[kept.rows[i]];
+            add_kept<tile_list_rows>(rows, kept.factors, kept.n, n_cols,
+                                     sums + t * args.sum_stride);
+        }
+    }
+
+    // For one token: a block's sums stay in registers while it is widened in all rows.
+    static void add_blocks(const RowSums& args, int64_t first, int n, int64_t col, int64_t n_cols,
+                           float* sums) {
+        using Block = typename Unit<type>::Block;
+        const Kept kept(args, first, n, 0);
+        const uint8_t* rows[tile_list_rows];
+        for (int i = 0; i < kept.n; ++i)
+            rows[i] = row(args, first + kept.rows[i]) + offset(col);
+        for (int64_t c = 0; c < n_cols; c += Unit<type>::n) {
+            Vec block_sums[Unit<type>::n / width];
+#pragma GCC unroll 16
+            for (int i = 0; i < Unit<type>::n / width; ++i)
+                block_sums[i] = load(sums + c + i * width);
+            for (int i = 0; i < kept.n; ++i) {
+                const Vec factor = broadcast(kept.factors[i]);
+                widen_block(*reinterpret_cast<const Block*>(rows[i] + offset(c)),
+                            [&](int column, Vec values) {
+                                Vec& sum = block_sums[column / width];
+                                sum = fma(factor, values, sum);
+                            });
             }
-            float* sums = args.sums + t * args.sum_stride + (col - args.col_begin);
-            add_kept<tile_list_rows>(rows, kept, n_kept, n_cols, sums);
+#pragma GCC unroll 16
+            for (int i = 0; i < Unit<type>::n / width; ++i)
+                store(sums + c + i * width, block_sums[i]);
         }
     }
 

@@ -57,6 +57,9 @@ inline Vec load_i8(const int8_t* p) {
 inline IntLanes load_u8(const uint8_t* p) {
     return IntLanes(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+inline Vec low_nibbles(IntLanes codes, int offset) {
+    return _mm256_cvtepi32_ps(__m256i((codes & 15) - offset));
+}
 
 inline Vec fma(Vec a, Vec b, Vec c) {
     return _mm256_fmadd_ps(a, b, c);

@@ -62,6 +62,11 @@ inline Vec load_i8(const int8_t* p) {
 inline IntLanes load_u8(const uint8_t* p) {
     return IntLanes(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+inline Vec low_nibbles(IntLanes codes, int offset) {
+    const __m512i values = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const Vec table = _mm512_cvtepi32_ps(_mm512_sub_epi32(values, _mm512_set1_epi32(offset)));
+    return _mm512_permutexvar_ps(__m512i(codes), table);
+}
 
 inline Vec fma(Vec a, Vec b, Vec c) {
     return _mm512_fmadd_ps(a, b, c);

@@ -65,6 +65,9 @@ inline IntLanes load_u8(const uint8_t* p) {
     __builtin_memcpy(&codes, p, sizeof codes);
     return IntLanes(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(codes)))));
 }
+inline Vec low_nibbles(IntLanes codes, int offset) {
+    return vcvtq_f32_s32(int32x4_t((codes & 15) - offset));
+}
 
 inline Vec fma(Vec a, Vec b, Vec c) {
     return vfmaq_f32(c, a, b);

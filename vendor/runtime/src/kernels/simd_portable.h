@@ -79,6 +79,10 @@ inline Vec load_i8(const int8_t* p) {
 inline IntLanes load_u8(const uint8_t* p) {
     return IntLanes{p[0], p[1], p[2], p[3]};
 }
+// The lowest four bits, less an offset.
+inline Vec low_nibbles(IntLanes codes, int offset) {
+    return __builtin_convertvector((codes & 15) - offset, Vec);
+}
 
 // a * b + c; rounded once where the processor can.
 inline Vec fma(Vec a, Vec b, Vec c) {

@@ -27,23 +27,27 @@ inline Vec times(Vec d, int factor) {
     return d * broadcast(float(factor));
 }
 
-// Writes n columns whose codes are code(column), `width` at a time: scale · code, and + minimum.
-template <int n, class Code>
-inline void put_scaled(Code code, Vec scale, float* out) {
+// Calls put(column, values) for n columns from `first` on, `width` at a time, of which value(i) has
+// those from the i-th on: scale · value, and + minimum.
+template <int n, class Value, class Put>
+inline void put_scaled(int first, Value value, Vec scale, Put put) {
+#pragma GCC unroll 8
     for (int i = 0; i < n; i += width)
-        store(out + i, scale * to_floats(code(i)));
+        put(first + i, scale * value(i));
 }
-template <int n, class Code>
-inline void put_scaled(Code code, Vec scale, Vec minimum, float* out) {
+template <int n, class Value, class Put>
+inline void put_scaled(int first, Value value, Vec scale, Vec minimum, Put put) {
+#pragma GCC unroll 8
     for (int i = 0; i < n; i += width)
-        store(out + i, scale * to_floats(code(i)) + minimum);
+        put(first + i, scale * value(i) + minimum);
 }
 
 // ---- blocks of 32 ----
 
-// Columns 0-15 are the low nibbles, 16-31 the high ones.
+// Columns 0-15 are the low nibbles, 16-31 the high ones, which lie above zeros or above the low
+// ones: only four bits count.
 inline IntLanes nibbles(const uint8_t (&qs)[16], int column) {
-    return column < 16 ? load_u8(qs + column) & 15 : load_u8(qs + column - 16) >> 4;
+    return column < 16 ? load_u8(qs + column) : load_u8(qs + column - 16) >> 4;
 }
 // 16 where the column's bit of qh is set.
 inline IntLanes fifth_bits(const uint8_t (&qh)[4], int column) {
@@ -51,43 +55,59 @@ inline IntLanes fifth_bits(const uint8_t (&qh)[4], int column) {
     __builtin_memcpy(&bits, qh, sizeof bits);
     return ((IntLanes{} + bits) >> counted(column) & 1) << 4;
 }
+template <class Block>
+inline IntLanes five_bits(const Block& block, int column) {
+    return (nibbles(block.qs, column) & 15) | fifth_bits(block.qh, column);
+}
 
-inline void widen_block(const BlockQ4_0& block, float* out) {
-    put_scaled<32>([&](int i) { return nibbles(block.qs, i) - 8; }, broadcast_f16(block.d), out);
+template <class Put>
+inline void widen_block(const BlockQ4_0& block, Put put) {
+    put_scaled<32>(
+        0, [&](int i) { return low_nibbles(nibbles(block.qs, i), 8); }, broadcast_f16(block.d),
+        put);
 }
-inline void widen_block(const BlockQ4_1& block, float* out) {
-    put_scaled<32>([&](int i) { return nibbles(block.qs, i); }, broadcast_f16(block.d),
-                   broadcast_f16(block.m), out);
+template <class Put>
+inline void widen_block(const BlockQ4_1& block, Put put) {
+    put_scaled<32>(
+        0, [&](int i) { return low_nibbles(nibbles(block.qs, i), 0); }, broadcast_f16(block.d),
+        broadcast_f16(block.m), put);
 }
-inline void widen_block(const BlockQ5_0& block, float* out) {
-    put_scaled<32>([&](int i) { return (nibbles(block.qs, i) | fifth_bits(block.qh, i)) - 16; },
-                   broadcast_f16(block.d), out);
+template <class Put>
+inline void widen_block(const BlockQ5_0& block, Put put) {
+    put_scaled<32>(
+        0, [&](int i) { return to_floats(five_bits(block, i) - 16); }, broadcast_f16(block.d), put);
 }
-inline void widen_block(const BlockQ5_1& block, float* out) {
-    put_scaled<32>([&](int i) { return nibbles(block.qs, i) | fifth_bits(block.qh, i); },
-                   broadcast_f16(block.d), broadcast_f16(block.m), out);
+template <class Put>
+inline void widen_block(const BlockQ5_1& block, Put put) {
+    put_scaled<32>(
+        0, [&](int i) { return to_floats(five_bits(block, i)); }, broadcast_f16(block.d),
+        broadcast_f16(block.m), put);
 }
-inline void widen_block(const BlockQ8_0& block, float* out) {
-    const Vec d = broadcast_f16(block.d);
-    for (int i = 0; i < 32; i += width)
-        store(out + i, d * load_i8(block.qs + i));
+template <class Put>
+inline void widen_block(const BlockQ8_0& block, Put put) {
+    put_scaled<32>(
+        0, [&](int i) { return load_i8(block.qs + i); }, broadcast_f16(block.d), put);
 }
 
 // ---- blocks of 256 ----
 
-inline void widen_block(const BlockQ2_K& block, float* out) {
+template <class Put>
+inline void widen_block(const BlockQ2_K& block, Put put) {
     const Vec d = broadcast_f16(block.d), dmin = broadcast_f16(block.dmin);
+#pragma GCC unroll 16
     for (int g = 0; g < 16; ++g) {
         const uint8_t* qs = block.qs + g / 8 * 32 + g % 2 * 16;
         const int shift = g / 2 % 4 * 2;
-        put_scaled<16>([&](int i) { return load_u8(qs + i) >> shift & 3; },
-                       times(d, block.scales[g] & 15), -times(dmin, block.scales[g] >> 4),
-                       out + 16 * g);
+        put_scaled<16>(
+            16 * g, [&](int i) { return to_floats(load_u8(qs + i) >> shift & 3); },
+            times(d, block.scales[g] & 15), -times(dmin, block.scales[g] >> 4), put);
     }
 }
 
-inline void widen_block(const BlockQ3_K& block, float* out) {
+template <class Put>
+inline void widen_block(const BlockQ3_K& block, Put put) {
     const Vec d = broadcast_f16(block.d);
+#pragma GCC unroll 16
     for (int g = 0; g < 16; ++g) {
         const uint8_t* qs = block.qs + g / 8 * 32 + g % 2 * 16;
         const uint8_t* hmask = block.hmask + g % 2 * 16;
@@ -95,11 +115,12 @@ inline void widen_block(const BlockQ3_K& block, float* out) {
         const int low = g < 8 ? block.scales[g] & 15 : block.scales[g - 8] >> 4;
         const int high = block.scales[8 + g % 4] >> (2 * (g / 4)) & 3;
         put_scaled<16>(
+            16 * g,
             [&](int i) {
                 const IntLanes third = load_u8(hmask + i) >> bit & 1;
-                return ((load_u8(qs + i) >> shift & 3) | third << 2) - 4;
+                return to_floats(((load_u8(qs + i) >> shift & 3) | third << 2) - 4);
             },
-            times(d, (low | high << 4) - 32), out + 16 * g);
+            times(d, (low | high << 4) - 32), put);
     }
 }
 
@@ -113,45 +134,53 @@ inline void split_six_bits(const uint8_t (&packed)[12], int (&scales)[8], int (&
     }
 }
 
-// code(g, i): column i of the g-th 32.
-template <class Block, class Code>
-inline void put_groups_of_32(const Block& block, Code code, float* out) {
+// value(g, i): columns from the i-th on of the g-th 32.
+template <class Block, class Value, class Put>
+inline void put_groups_of_32(const Block& block, Value value, Put put) {
     const Vec d = broadcast_f16(block.d), dmin = broadcast_f16(block.dmin);
     int scales[8], minima[8];
     split_six_bits(block.scales, scales, minima);
+#pragma GCC unroll 8
     for (int g = 0; g < 8; ++g)
-        put_scaled<32>([&](int i) { return code(g, i); }, times(d, scales[g]),
-                       -times(dmin, minima[g]), out + 32 * g);
+        put_scaled<32>(
+            32 * g, [&](int i) { return value(g, i); }, times(d, scales[g]),
+            -times(dmin, minima[g]), put);
 }
 inline IntLanes nibbles_of_group(const uint8_t (&qs)[128], int g, int i) {
-    return load_u8(qs + g / 2 * 32 + i) >> g % 2 * 4 & 15;
+    return load_u8(qs + g / 2 * 32 + i) >> g % 2 * 4;
 }
 
-inline void widen_block(const BlockQ4_K& block, float* out) {
+template <class Put>
+inline void widen_block(const BlockQ4_K& block, Put put) {
     put_groups_of_32(
-        block, [&](int g, int i) { return nibbles_of_group(block.qs, g, i); }, out);
+        block, [&](int g, int i) { return low_nibbles(nibbles_of_group(block.qs, g, i), 0); }, put);
 }
-inline void widen_block(const BlockQ5_K& block, float* out) {
+template <class Put>
+inline void widen_block(const BlockQ5_K& block, Put put) {
     put_groups_of_32(
         block,
         [&](int g, int i) {
-            return nibbles_of_group(block.qs, g, i) | (load_u8(block.qh + i) >> g & 1) << 4;
+            const IntLanes fifth = (load_u8(block.qh + i) >> g & 1) << 4;
+            return to_floats((nibbles_of_group(block.qs, g, i) & 15) | fifth);
         },
-        out);
+        put);
 }
 
-inline void widen_block(const BlockQ6_K& block, float* out) {
+template <class Put>
+inline void widen_block(const BlockQ6_K& block, Put put) {
     const Vec d = broadcast_f16(block.d);
+#pragma GCC unroll 16
     for (int g = 0; g < 16; ++g) {
         const int half = g / 8, quarter = g / 2 % 4, first = g % 2 * 16;
         const uint8_t* ql = block.ql + 64 * half + quarter % 2 * 32 + first;
         const uint8_t* qh = block.qh + 32 * half + first;
         put_scaled<16>(
+            16 * g,
             [&](int i) {
                 const IntLanes low = load_u8(ql + i) >> quarter / 2 * 4 & 15;
-                return (low | (load_u8(qh + i) >> quarter * 2 & 3) << 4) - 32;
+                return to_floats((low | (load_u8(qh + i) >> quarter * 2 & 3) << 4) - 32);
             },
-            times(d, block.scales[g]), out + 16 * g);
+            times(d, block.scales[g]), put);
     }
 }
 
@@ -200,7 +229,8 @@ inline void widen(const uint8_t* p, int64_t n, float* out) {
     } else {
         using Block = typename Unit<type>::Block;
         for (int64_t i = 0; i < n; i += Unit<type>::n, p += sizeof(Block))
-            widen_block(*reinterpret_cast<const Block*>(p), out + i);
+            widen_block(*reinterpret_cast<const Block*>(p),
+                        [&](int column, Vec values) { store(out + i + column, values); });
     }
 }
 
