@@ -1,4 +1,4 @@
-"""The model in the package: made as its recipe says, and as good as the checkpoint it is made of."""
+"""The model in the package: made as its recipe says, as good as the checkpoint it came from."""
 
 from __future__ import annotations
 

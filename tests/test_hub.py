@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from hub_server import COMMIT, TOKEN, Hub
 import qinfer
+from hub_server import COMMIT, TOKEN, Hub
 from qinfer import (
     ArgumentError,
     FileError,
@@ -82,7 +82,9 @@ def test_a_path_is_itself(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["missing.gguf", "a/b.gguf", "./a/b", "a/b/c", "/a/b", "nothing"])
 def test_neither_path_nor_repository_nor_alias(model: str) -> None:
-    with pytest.raises(FileError, match=r"no such file.*owner/repository.*stories, smollm2") as caught:
+    with pytest.raises(
+        FileError, match=r"no such file.*owner/repository.*stories, smollm2"
+    ) as caught:
         hub.resolve(model)
     assert model in str(caught.value)
 
