@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +19,8 @@ def whole_file(path: StrPath) -> Iterator[BinaryIO]:
 
     Raises FileError, naming the path, when the operating system refuses.
     """
+    import tempfile  # slow to import, and only needed here
+
     target = Path(path)
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)

@@ -14,11 +14,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ._files import StrPath
 from ._native import Handle, check, ffi, lib, new_error, view
 from ._types import tensor_type, type_name
 from .errors import ArgumentError, FormatError
-
-StrPath = str | os.PathLike[str]
 
 # GGUF's value types by number: name, and the letter that `struct` and NumPy both use for those
 # stored as packed items.

@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._gguf import GGUF, StrPath, path_bytes
+from ._files import StrPath, whole_file
+from ._gguf import GGUF, path_bytes
 from .errors import FileError, FormatError
 
 _MAGIC = b"QINFSEQ\0"
@@ -46,22 +45,11 @@ def write(
     digest.update(roles)
     digest.update(data.data)
     header = _HEADER.pack(_MAGIC, _VERSION, len(ids), data.nbytes, model, digest.digest())
-    target = Path(os.fsdecode(path_bytes(path)))
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(header)
-                file.write(ids.data)
-                file.write(roles)
-                file.write(data.data)
-            Path(temporary).replace(target)
-        except BaseException:
-            with suppress(OSError):
-                Path(temporary).unlink()
-            raise
-    except OSError as error:
-        raise FileError(f"{target}: cannot write the state: {error.strerror}") from error
+    with whole_file(os.fsdecode(path_bytes(path))) as file:
+        file.write(header)
+        file.write(ids.data)
+        file.write(roles)
+        file.write(data.data)
 
 
 def read(path: StrPath, model: bytes) -> tuple[list[int], bytes, NDArray[np.uint8]]:

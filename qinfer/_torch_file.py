@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import pickle
 import struct
-import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -21,9 +20,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ._file_tensor import DTYPES, FileTensor
+from ._files import StrPath, whole_file
 from .errors import ArgumentError, FileError, FormatError
-
-StrPath = str | os.PathLike[str]
 
 # torch's storage classes, and its names of element types.
 _STORAGES = {
@@ -122,27 +120,12 @@ def save_tensor(path: StrPath, values: ArrayLike) -> None:
         known = ", ".join(sorted(map(str, names)))
         raise ArgumentError(f"an array of {array.dtype} has no torch file; known are {known}")
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    target = Path(path)
-    handle, temporary = -1, ""
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with open(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive:  # noqa: PTH123
-            name = target.stem or "archive"
-            _store(archive, f"{name}/data.pkl", _tensor_pickle(storage, array.shape))
-            _store(archive, f"{name}/byteorder", b"little")
-            _store(archive, f"{name}/data/0", array.tobytes())
-            _store(archive, f"{name}/version", b"3\n")
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(temporary).chmod(0o666 & ~mask)
-        Path(temporary).replace(target)
-    except BaseException as error:
-        if temporary:
-            with suppress(OSError):
-                Path(temporary).unlink()
-        if isinstance(error, OSError):
-            raise FileError(f"{target}: cannot be written: {error.strerror or error}") from error
-        raise
+    name = Path(path).stem or "archive"
+    with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        _store(archive, f"{name}/data.pkl", _tensor_pickle(storage, array.shape))
+        _store(archive, f"{name}/byteorder", b"little")
+        _store(archive, f"{name}/data/0", array.tobytes())
+        _store(archive, f"{name}/version", b"3\n")
 
 
 # ---- reading ----

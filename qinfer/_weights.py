@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ._gguf import GGUF, StrPath
+from ._files import StrPath
+from ._gguf import GGUF
 from ._native import Handle, check, ffi, lib, new_error, text
 from .errors import ArgumentError, FormatError
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ._gguf import StrPath
+from ._files import StrPath
 from ._interrupt import run_interruptibly
 from ._native import Handle, check, ffi, lib, new_error
 from ._types import tensor_type, type_name

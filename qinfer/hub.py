@@ -12,11 +12,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from ._alias import ALIASES, EMBEDDED, Progress, embedded, fetch
+from ._files import StrPath
 from .errors import ArgumentError, FileError, FormatError, QInferError
 
 logger = logging.getLogger("qinfer")
 
-StrPath = str | os.PathLike[str]
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _REPOSITORY = re.compile(rf"({_NAME}/{_NAME})(?::(.+))?")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")

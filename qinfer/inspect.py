@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from ._gguf import GGUF, StrPath
+from ._files import StrPath
+from ._gguf import GGUF
 
 # Of a list or text, as much as is shown.
 _MOST_ITEMS = 8

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _machine
+from ._files import StrPath
 from ._generate import Answer, GenerateOptions, Settings, run
-from ._gguf import StrPath
 from ._pool import ContextPool
 from ._weights import ModelInfo, Weights
 from .completion import Completion, Piece, Score
