@@ -31,7 +31,7 @@ def test_quantising_costs_hardly_anything(
     checkpoint: Path, test_data: Path, tmp_path: Path
 ) -> None:
     whole = convert(checkpoint, checkpoint / "predictor", tmp_path / "f16.gguf", tied_head=True)
-    text = (test_data / "texts" / "children-stories-en.txt").read_text(encoding="utf-8")[:40_000]
+    text = (test_data / "texts" / "children-stories-en.txt").read_text(encoding="utf-8")[:15_000]
     for mode in ("off", "predict"):
         with Model(whole) as before, Model.demo() as after:
             a, b = (perplexity(m, text, n_ctx=256, sparsity=mode).value for m in (before, after))
@@ -48,3 +48,11 @@ def test_what_it_is() -> None:
         info = model.info
         assert (info.hidden_act, info.has_sparse_act, info.tied_head) == ("relu", True, True)
         assert (info.predictor_rank, info.down_by_neuron) == (64, True)
+
+
+def test_its_stories_come_to_an_end() -> None:
+    with Model.demo() as model:
+        story = model.generate("Once upon a time", temperature=0.6, seed=1)
+        assert story.finish_reason == "stop"
+        assert 50 < story.usage.completion_tokens < 250
+        assert story.text.startswith(", there was")
