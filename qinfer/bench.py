@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import _machine
-from .completion import Stats
 from .errors import ArgumentError
 from .model import Model
 from .sampling import Sampler, Sampling
-from .sparsity import Mode
+from .sparsity import Mode, Shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +91,7 @@ def bench(
             if progress is not None:
                 progress(number + 2, repeats + 1)
         stats = context.stats()
+        shares = Shares.of(stats.layers, model.info.n_ff)
         bytes_per_token = stats.weight_bytes_read // n_generate
     generation, bandwidth = Spread.of(generation_rates), Spread.of(bandwidths)
     bytes_per_second = bytes_per_token * generation.median
@@ -101,7 +101,7 @@ def bench(
         threads=threads,
         isa=_machine.processor().isa,
         sparsity=model.policy.mode,
-        active=_active_share(stats, model.info.n_ff),
+        active=shares.active if shares is not None else None,
         prompt_rate=Spread.of(prompt_rates),
         generation_rate=generation,
         bytes_per_token=bytes_per_token,
@@ -109,11 +109,6 @@ def bench(
         read_bandwidth=bandwidth,
         share=bytes_per_second / bandwidth.median,
     )
-
-
-def _active_share(stats: Stats, n_ff: int) -> float | None:
-    n_tokens = sum(layer.n_tokens for layer in stats.layers)
-    return sum(layer.n_active for layer in stats.layers) / n_tokens / n_ff if n_tokens else None
 
 
 def render(model: Model, result: BenchResult) -> str:

@@ -21,7 +21,8 @@ from .sparsity import Prefill, SparsityMode
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _MODEL_HELP = (
-    "MODEL is a path, owner/repository[:GLOB] on the Hugging Face hub, or an alias: smollm2."
+    "MODEL is a path, owner/repository[:GLOB] on the Hugging Face hub, or an alias: stories, "
+    "smollm2."
 )
 _INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
@@ -421,7 +422,10 @@ def perplexity(
         result = measure.perplexity(
             loaded, file.read(), n_ctx=ctx_size, n_chunks=chunks, on_chunk=show
         )
-    click.echo(f"\nFinal: PPL = {result.value:.4f} +/- {result.error:.5f}")
+    click.echo()
+    if result.neurons is not None:
+        click.echo(measure.render(result.neurons))
+    click.echo(f"Final: PPL = {result.value:.4f} +/- {result.error:.5f}")
 
 
 @cli.command(epilog=_MODEL_HELP)

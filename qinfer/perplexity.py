@@ -10,16 +10,27 @@ import numpy as np
 
 from .errors import ArgumentError
 from .model import Model
-from .sparsity import SparsityMode
+from .sparsity import Shares, SparsityMode
+
+# Of so many tokens one is held against all gates, which takes as long as computing it densely.
+_CHECK_EVERY = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """The perplexity of a text, its standard error, and how many tokens it was taken over."""
+    """The perplexity of a text, and how it came about.
+
+    Attributes:
+        value: the perplexity.
+        error: its standard error.
+        n_scored: tokens it was taken over.
+        neurons: which share of all neurons the tokens computed; None where that was all of them.
+    """
 
     value: float
     error: float
     n_scored: int
+    neurons: Shares | None = None
 
 
 def perplexity(
@@ -65,6 +76,7 @@ def perplexity(
     with model.context(
         n_ctx=n_ctx, sparsity=sparsity, sparse_threshold=sparse_threshold
     ) as context:
+        context.check_predictions(_CHECK_EVERY)
         for number in range(min(len(tokens) // n_ctx, n_chunks or len(tokens))):
             chunk = tokens[number * n_ctx : (number + 1) * n_ctx]
             targets = [-1] * first + chunk[first + 1 :] + [-1]
@@ -76,7 +88,18 @@ def perplexity(
             )
             if on_chunk is not None:
                 on_chunk(number + 1, math.exp(np.concatenate(scores).mean()))
+        neurons = Shares.of(context.stats().layers, model.info.n_ff)
     losses = np.concatenate(scores)
     value = math.exp(losses.mean())
     deviation = losses.std() / math.sqrt(len(losses) - 1)
-    return Perplexity(value, value * float(deviation), len(losses))
+    return Perplexity(value, value * float(deviation), len(losses), neurons)
+
+
+def render(neurons: Shares) -> str:
+    """The shares of neurons as a line of text."""
+    parts = [f"{neurons.active:.1%} active"]
+    if neurons.predicted is not None:
+        parts.append(f"{neurons.predicted:.1%} predicted")
+    if neurons.missed is not None:
+        parts.append(f"{neurons.missed:.1%} of those due missed")
+    return f"Neurons: {', '.join(parts)}"

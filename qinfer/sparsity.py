@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -97,6 +98,37 @@ class LayerStats:
     def __sub__(self, earlier: LayerStats) -> LayerStats:
         then = asdict(earlier)
         return LayerStats(**{name: value - then[name] for name, value in asdict(self).items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Of all neurons of all layers, those that a token computes on average.
+
+    Attributes:
+        active: the share that contributed.
+        predicted: the share that predictors named; None in "exact".
+        missed: the part of those that should have contributed that predictors did not name; None
+            where that was not looked at.
+    """
+
+    active: float
+    predicted: float | None = None
+    missed: float | None = None
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerStats], n_ff: int) -> Shares | None:
+        """The shares that counters amount to; None where all neurons were computed."""
+        total = sum(layers, LayerStats())
+        if total.n_tokens == 0:
+            return None
+        n = total.n_tokens * n_ff
+        # Predictors that named no neuron at all have at least taken their time.
+        were_asked = total.n_predicted > 0 or total.predict_seconds > 0
+        return cls(
+            active=total.n_active / n,
+            predicted=total.n_predicted / n if were_asked else None,
+            missed=total.n_missed / total.n_due if total.n_due else None,
+        )
 
 
 def checked(sparsity: str, prefill: str, threshold: float | None, info: ModelInfo) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ import qinfer
 from qinfer import Model
 from qinfer._gguf import GGUF, Writer
 from qinfer.perplexity import perplexity
+from qinfer.profile import profile
+from qinfer.sparsity import Shares
 
 PROMPT = "Once upon a time"
 TEMPLATE = (
@@ -256,6 +259,32 @@ def test_perplexity_shows_values_as_they_come_and_the_last(
     )
     two = output_of("perplexity", stories260k, "-f", path, "-c", "64", "--chunks", "2")
     assert two.splitlines()[0] == f"[1]{values[0]:.4f},[2]{values[1]:.4f},"
+
+
+def test_perplexity_says_which_share_of_neurons_it_took(tmp_path: Path) -> None:
+    text = "Once upon a time there was a little girl who loved to play in the park. " * 8
+    (tmp_path / "text.txt").write_text(text)
+    with Model.demo() as model:
+        off, exact = (perplexity(model, text, n_ctx=64, sparsity=mode) for mode in ("off", "exact"))
+        counted = profile(model, text, n_ctx=64, n_chunks=2).active.mean()
+        all_named = perplexity(model, text, n_ctx=64, sparsity="predict", sparse_threshold=-1e9)
+        none_named = perplexity(model, text, n_ctx=64, sparsity="predict", sparse_threshold=1e9)
+    assert off.n_scored == 2 * 31 and off.neurons is None
+    assert exact == replace(off, neurons=Shares(exact.neurons.active))
+    assert exact.neurons.active == pytest.approx(counted)
+    assert all_named.value == exact.value
+    assert all_named.neurons == Shares(exact.neurons.active, predicted=1.0, missed=0.0)
+    assert none_named.neurons == Shares(active=0.0, predicted=0.0, missed=1.0)
+
+    command = ("perplexity", "stories", "-f", tmp_path / "text.txt", "-c", "64")
+    assert "Neurons" not in output_of(*command)
+    line = f"Neurons: {exact.neurons.active:.1%} active"
+    assert output_of(*command, "--sparsity", "exact").splitlines()[1] == line
+    *_, line, last = output_of(*command, "--sparsity", "predict").splitlines()
+    found = re.fullmatch(r"Neurons: (.+)% active, (.+)% predicted, (.+)% of those due missed", line)
+    active, predicted, missed = map(float, found.groups())
+    assert 0 < active < predicted < 50 and 0 < missed < 50
+    assert last.startswith("Final: PPL = ")
 
 
 def test_perplexity_is_llama_cpps(stories260k: Path, test_data: Path) -> None:
