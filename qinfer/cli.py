@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import chain
 from typing import Any, NoReturn, TextIO, TypeVar
 
 import click
@@ -222,6 +224,42 @@ _TEXT_OPTIONS = [
 
 
 # ---- commands ----
+
+
+@cli.command()
+@click.option("-p", "--prompt", metavar="TEXT", default="Once upon a time", show_default=True,
+              help="How the story begins.")  # fmt: skip
+@click.option("-n", "--n-predict", "--max-tokens", type=click.IntRange(1),
+              help="Tokens at most; default: to the end of the story.")  # fmt: skip
+@click.option("-s", "--seed", type=click.IntRange(0), default=1, show_default=True,
+              help="Another one tells another story.")  # fmt: skip
+@click.option("-t", "--threads", type=click.IntRange(1), help="Threads; default: all cores.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def demo(prompt: str, n_predict: int | None, seed: int, threads: int | None, as_json: bool) -> None:
+    """Tell a story, and show what leaving neurons out does; needs no network.
+
+    Example: qinfer demo -p "The little dragon"
+    """
+    from . import demo as show
+
+    # One column less than there are: a space there would begin a line of its own.
+    width = min(shutil.get_terminal_size().columns, 96) - 1 if sys.stdout.isatty() else None
+    tell = show.WordWrap(lambda text: click.echo(text, nl=False), width)
+    with Model.demo(threads=threads, sparsity="exact") as model:
+        stream = show.story(model, prompt, seed=seed, max_tokens=n_predict)
+        for text in chain([prompt], (piece.text for piece in stream)):
+            if not as_json:
+                tell(text)
+        if not as_json:
+            tell.close()
+        completion = stream.completion
+        assert completion is not None
+        with Bar("measuring") as bar:
+            result = show.measure(model, prompt, completion, progress=bar)
+    if as_json:
+        click.echo(json.dumps(asdict(result), ensure_ascii=False))
+    else:
+        click.echo(f"\n{show.render(result)}")
 
 
 @cli.command(epilog=_MODEL_HELP)
