@@ -138,9 +138,12 @@ struct BlockKernels {
             }
             return;
         }
-        for (int64_t row = row_begin; row < product.row_end; row += tile_rows)
+        for (int64_t row = row_begin; row < product.row_end; row += sum_rows)
             for_token_tiles<direct_tokens>(0, product.n_tokens, [&]<int n>(int64_t token) {
-                multiply_rows<n>(product, row, token);
+                Lanes chains[sum_tiles][n];
+                for (int i = 0; i < sum_tiles && row + i * tile_rows < product.row_end; ++i)
+                    multiply_rows<n>(product, row + i * tile_rows, token, chains[i]);
+                put<n>(product, row, token, chains[0], n);
             });
     }
 
@@ -165,18 +168,23 @@ struct BlockKernels {
                token;
     }
 
+    // Adds the chains of n tokens in tiles from `row` on, which lie `stride` apart.
     template <int n>
-    static void put(const Product& product, int64_t row, int64_t token, const Lanes* chains) {
+    static void put(const Product& product, int64_t row, int64_t token, const Lanes* chains,
+                    int64_t stride) {
         for (int t = 0; t < n; ++t) {
-            float totals[tile_rows];
-            add_chains(chains[t], totals);
-            for (int i = 0; i < tile_rows; ++i)
-                product.put(row + i, token + t, totals[i]);
+            Lanes of_token[sum_tiles] = {};
+            for (int i = 0; i < sum_tiles && row + i * tile_rows < product.row_end; ++i)
+                of_token[i] = chains[i * stride + t];
+            float totals[sum_rows];
+            add_chains(of_token, totals);
+            product.put(row, token + t, totals, sum_rows);
         }
     }
 
     template <int n>
-    [[gnu::flatten]] static void multiply_rows(const Product& product, int64_t row, int64_t token) {
+    [[gnu::flatten]] static void multiply_rows(const Product& product, int64_t row, int64_t token,
+                                               Lanes (&out)[n]) {
         const Rows rows(product, row);
         const int64_t n_blocks = product.w.n_cols / chain_size;
         const bool listed = product.list != nullptr;
@@ -193,7 +201,8 @@ struct BlockKernels {
             rows.unpack_part(group, n_blocks - group * n_chains, tile);
             add_products(tile, activations(product, group, token), chains);
         }
-        put<n>(product, row, token, chains);
+        for (int t = 0; t < n; ++t)
+            out[t] = chains[t];
     }
 
     // The tiles of a panel [n_tiles][n_groups], and where sums wait between sweeps
@@ -211,6 +220,7 @@ struct BlockKernels {
             for (int64_t group = 0; group < panel.n_groups; ++group) {
                 Tile<type>& tile = panel.tiles[i * panel.n_groups + group];
                 const int64_t rest = n_blocks - group * n_chains;
+                rows.prefetch(group, false);
                 if (rest >= n_chains)
                     rows.unpack_whole(group, tile);
                 else
@@ -251,8 +261,9 @@ struct BlockKernels {
                 const int64_t end = first + sweep_groups;
                 sweep<n>(product, panel, token, first, end < panel.n_groups ? end : panel.n_groups);
             }
-            for (int64_t i = 0; i < panel.n_tiles; ++i)
-                put<n>(product, row_begin + i * tile_rows, token, panel.kept + i * tile_tokens);
+            for (int64_t i = 0; i < panel.n_tiles; i += sum_tiles)
+                put<n>(product, row_begin + i * tile_rows, token, panel.kept + i * tile_tokens,
+                       tile_tokens);
         });
     }
 };

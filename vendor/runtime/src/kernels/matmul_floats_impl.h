@@ -53,12 +53,13 @@ struct FloatKernels {
             }
             return;
         }
-        for (int64_t row = row_begin; row < product.row_end; row += float_rows) {
-            const int64_t end =
-                row + float_rows < product.row_end ? row + float_rows : product.row_end;
+        for (int64_t row = row_begin; row < product.row_end; row += width) {
+            const int64_t end = row + width < product.row_end ? row + width : product.row_end;
             for_token_tiles<float_tokens>(0, product.n_tokens, [&]<int n>(int64_t token) {
+                Vec chains[width][n] = {};
                 for (int64_t r = row; r < end; r += rows_together(n))
-                    multiply_rows<n>(product, r, token);
+                    multiply_rows<n>(product, r, token, chains + (r - row));
+                put<n>(product, row, token, [&](int i, int t) { return chains[i][t]; });
             });
         }
     }
@@ -116,12 +117,17 @@ struct FloatKernels {
         }
     }
 
-    // sums: [float_rows][n][width]
-    template <int n>
-    static void put(const Product& product, int64_t row, int64_t token, const float* sums) {
-        for (int r = 0; r < float_rows; ++r)
-            for (int t = 0; t < n; ++t)
-                product.put(row + r, token + t, sum(load(sums + (r * n + t) * width)));
+    // Adds the chains of `width` rows from `row` on with n tokens: chain(row's number, token's).
+    template <int n, class Chain>
+    static void put(const Product& product, int64_t row, int64_t token, Chain chain) {
+        for (int t = 0; t < n; ++t) {
+            Vec of_token[width];
+            for (int i = 0; i < width; ++i)
+                of_token[i] = chain(i, t);
+            float totals[width];
+            store(totals, sums(of_token));
+            product.put(row, token + t, totals, width);
+        }
     }
 
     // Rows read side by side: one stream comes fastest from memory, more share the loads of several
@@ -132,7 +138,8 @@ struct FloatKernels {
     }
 
     template <int n>
-    [[gnu::flatten]] static void multiply_rows(const Product& product, int64_t row, int64_t token) {
+    [[gnu::flatten]] static void multiply_rows(const Product& product, int64_t row, int64_t token,
+                                               Vec (*chains)[n]) {
         constexpr int n_rows = rows_together(n);
         const uint8_t *at[n_rows], *ahead[n_rows] = {};
         for (int r = 0; r < n_rows; ++r) {
@@ -167,7 +174,7 @@ struct FloatKernels {
         }
         for (int r = 0; r < n_rows; ++r)
             for (int t = 0; t < n; ++t)
-                product.put(row + r, token + t, sum(sums[r][t]));
+                chains[r][t] = sums[r][t];
     }
 
     // Rows as floats, in the order sweeps take them, so that they are one stream:
@@ -180,6 +187,9 @@ struct FloatKernels {
                 for (int r = 0; r < float_rows; ++r) {
                     const uint8_t* at =
                         product.row(row_begin + i * float_rows + r) + first * element_bytes<type>;
+                    // The same columns of the next tile.
+                    prefetch_lines(at + float_rows * product.w.row_bytes,
+                                   size * element_bytes<type>);
                     for (int64_t k = 0; k < size; k += width, at += width * element_bytes<type>)
                         store(out + k * float_rows + r * width,
                               size - k >= width ? load_weights<type>(at)
@@ -228,8 +238,13 @@ struct FloatKernels {
         for_token_tiles<float_tokens>(0, product.n_tokens, [&]<int n>(int64_t token) {
             for (int64_t first = 0; first < n_cols; first += chunk_cols)
                 sweep<n>(product, panel, token, first);
-            for (int64_t i = 0; i < panel.n_tiles; ++i)
-                put<n>(product, row_begin + i * float_rows, token, panel.kept + i * kept_size);
+            constexpr int n_tiles = width / float_rows;
+            for (int64_t i = 0; i < panel.n_tiles; i += n_tiles)
+                put<n>(product, row_begin + i * float_rows, token, [&](int row, int t) {
+                    const int64_t tile = i + row / float_rows;
+                    if (tile >= panel.n_tiles) return Vec{};
+                    return load(panel.kept + tile * kept_size + (row % float_rows * n + t) * width);
+                });
         });
     }
 };

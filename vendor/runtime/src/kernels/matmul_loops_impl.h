@@ -28,8 +28,10 @@ struct Product {
         return reinterpret_cast<const uint8_t*>(w.data) +
                size_t(list ? list[inside] : inside) * w.row_bytes;
     }
-    void put(int64_t r, int64_t token, float value) const {
-        if (r < row_end) y[token * y_stride + r] = value;
+    // Results of n rows from r on.
+    void put(int64_t r, int64_t token, const float* values, int64_t n) const {
+        const int64_t inside = row_end - r < n ? row_end - r : n;
+        __builtin_memcpy(y + token * y_stride + r, values, size_t(inside) * sizeof(float));
     }
 };
 

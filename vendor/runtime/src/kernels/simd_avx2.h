@@ -97,6 +97,20 @@ inline float sum(Vec v) {
     const __m128 two = four + _mm_movehl_ps(four, four);
     return two[0] + two[1];
 }
+// The additions of sum() for all vectors at once.
+inline Vec sums(const Vec (&v)[width]) {
+    Vec four[4], two[2];
+    for (int i = 0; i < 4; ++i)
+        four[i] = _mm256_permute2f128_ps(v[2 * i], v[2 * i + 1], 0x20) +
+                  _mm256_permute2f128_ps(v[2 * i], v[2 * i + 1], 0x31);
+    for (int i = 0; i < 2; ++i)
+        two[i] = _mm256_shuffle_ps(four[2 * i], four[2 * i + 1], _MM_SHUFFLE(1, 0, 1, 0)) +
+                 _mm256_shuffle_ps(four[2 * i], four[2 * i + 1], _MM_SHUFFLE(3, 2, 3, 2));
+    // Lane 4·h + k has the sum of v[2·k + h].
+    const Vec one = _mm256_shuffle_ps(two[0], two[1], _MM_SHUFFLE(2, 0, 2, 0)) +
+                    _mm256_shuffle_ps(two[0], two[1], _MM_SHUFFLE(3, 1, 3, 1));
+    return _mm256_permutevar8x32_ps(one, _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0));
+}
 inline float max_lane(Vec v) {
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));

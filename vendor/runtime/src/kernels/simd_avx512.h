@@ -99,6 +99,24 @@ inline float sum(Vec v) {
     const __m128 two = four + _mm_movehl_ps(four, four);
     return two[0] + two[1];
 }
+// The additions of sum() for all vectors at once: 3 operations each, where one alone takes 9.
+inline Vec sums(const Vec (&v)[width]) {
+    Vec eight[8], four[4], two[2];
+    for (int i = 0; i < 8; ++i)
+        eight[i] = _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], _MM_SHUFFLE(1, 0, 1, 0)) +
+                   _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], _MM_SHUFFLE(3, 2, 3, 2));
+    for (int i = 0; i < 4; ++i)
+        four[i] = _mm512_shuffle_f32x4(eight[2 * i], eight[2 * i + 1], _MM_SHUFFLE(2, 0, 2, 0)) +
+                  _mm512_shuffle_f32x4(eight[2 * i], eight[2 * i + 1], _MM_SHUFFLE(3, 1, 3, 1));
+    for (int i = 0; i < 2; ++i)
+        two[i] = _mm512_shuffle_ps(four[2 * i], four[2 * i + 1], _MM_SHUFFLE(1, 0, 1, 0)) +
+                 _mm512_shuffle_ps(four[2 * i], four[2 * i + 1], _MM_SHUFFLE(3, 2, 3, 2));
+    // Lane 4·q + k has the sum of v[4·k + q].
+    const Vec one = _mm512_shuffle_ps(two[0], two[1], _MM_SHUFFLE(2, 0, 2, 0)) +
+                    _mm512_shuffle_ps(two[0], two[1], _MM_SHUFFLE(3, 1, 3, 1));
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    return _mm512_permutexvar_ps(order, one);
+}
 inline float max_lane(Vec v) {
     const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

@@ -104,6 +104,9 @@ inline float sum(Vec v) {
     const float32x2_t two = vadd_f32(vget_low_f32(v), vget_high_f32(v));
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
 }
+inline Vec sums(const Vec (&v)[width]) {
+    return Vec{sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3])};
+}
 inline float max_lane(Vec v) {
     return vmaxvq_f32(v);
 }

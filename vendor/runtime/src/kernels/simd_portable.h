@@ -125,6 +125,10 @@ inline Vec scale_by_power(Vec v, Vec n) {
 inline float sum(Vec v) {
     return (v[0] + v[2]) + (v[1] + v[3]);
 }
+// Lane i has sum(v[i]).
+inline Vec sums(const Vec (&v)[width]) {
+    return Vec{sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3])};
+}
 inline float max_lane(Vec v) {
     const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
     return a > b ? a : b;

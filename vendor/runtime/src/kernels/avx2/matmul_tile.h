@@ -15,6 +15,8 @@ inline Vec load_bf16(const uint16_t* p) {
 }
 
 inline constexpr int tile_rows = 1;
+inline constexpr int sum_tiles = width;  // whose chains are added together
+inline constexpr int sum_rows = sum_tiles * tile_rows;
 // A token's products do not wait for each other, so tokens need not overlap; with one at a time the
 // codes stay in eight of the sixteen registers.
 inline constexpr int dot_tokens = 1;
@@ -99,8 +101,8 @@ inline void dot(Ints (&sums)[n], const Codes* w, const Q8Group* x, int first) {
 inline Lanes to_float(Ints sums) {
     return _mm256_cvtepi32_ps(sums);
 }
-inline void add_chains(Lanes chains, float (&totals)[tile_rows]) {
-    totals[0] = sum(chains);
+inline void add_chains(const Lanes (&chains)[sum_tiles], float (&totals)[sum_rows]) {
+    store(totals, sums(chains));
 }
 
 // Calls body.operator()<i>() for i = 0, ..., n - 1: shuffles want constants.

@@ -13,6 +13,8 @@ inline Vec load_bf16(const uint16_t* p) {
 }
 
 inline constexpr int tile_rows = 1;
+inline constexpr int sum_tiles = width;  // whose chains are added together
+inline constexpr int sum_rows = sum_tiles * tile_rows;
 inline constexpr int n_chains = 16;
 using Q8Group = ActivationGroup<n_chains>;
 
@@ -55,8 +57,8 @@ inline void dot(Ints (&sums)[n], const Codes* w, const Q8Group* x, int first) {
 inline Lanes to_float(Ints sums) {
     return _mm512_cvtepi32_ps(sums);
 }
-inline void add_chains(Lanes chains, float (&totals)[tile_rows]) {
-    totals[0] = sum(chains);
+inline void add_chains(const Lanes (&chains)[sum_tiles], float (&totals)[sum_rows]) {
+    store(totals, sums(chains));
 }
 
 // For each byte of a register a number: where the byte comes from, or at which bit.

@@ -14,6 +14,8 @@ inline Vec load_bf16(const uint16_t* p) {
 }
 
 inline constexpr int tile_rows = 2;
+inline constexpr int sum_tiles = 1;
+inline constexpr int sum_rows = sum_tiles * tile_rows;
 // 16 registers of chains and 8 of sums leave 8 for codes and activations, at one load for each dot
 // instruction.
 inline constexpr int tile_tokens = 4;
@@ -95,9 +97,9 @@ inline Lanes to_float(Ints sums) {
     return {vcvtq_f32_s32(sums.v[0]), vcvtq_f32_s32(sums.v[1]), vcvtq_f32_s32(sums.v[2]),
             vcvtq_f32_s32(sums.v[3])};
 }
-inline void add_chains(Lanes chains, float (&totals)[tile_rows]) {
-    totals[0] = sum(chains.v[0] + chains.v[1]);
-    totals[1] = sum(chains.v[2] + chains.v[3]);
+inline void add_chains(const Lanes (&chains)[sum_tiles], float (&totals)[sum_rows]) {
+    totals[0] = sum(chains[0].v[0] + chains[0].v[1]);
+    totals[1] = sum(chains[0].v[2] + chains[0].v[3]);
 }
 
 template <class T>

@@ -11,6 +11,8 @@ inline Vec load_bf16(const uint16_t* p) {
 }
 
 inline constexpr int tile_rows = 1;
+inline constexpr int sum_tiles = 1;
+inline constexpr int sum_rows = sum_tiles * tile_rows;
 inline constexpr int dot_tokens = 1;
 inline constexpr int tile_tokens = 4;
 
@@ -70,8 +72,8 @@ inline Lanes to_float(Ints sums) {
         lanes.v[c / width][c % width] = float(sums.v[c]);
     return lanes;
 }
-inline void add_chains(Lanes chains, float (&totals)[tile_rows]) {
-    totals[0] = sum(chains.v[0] + chains.v[1]);
+inline void add_chains(const Lanes (&chains)[sum_tiles], float (&totals)[sum_rows]) {
+    totals[0] = sum(chains[0].v[0] + chains[0].v[1]);
 }
 
 template <class Block>
