@@ -19,9 +19,6 @@ from .stream import Stream
 
 _TEMPERATURE = 0.6
 
-# Modes take turns after so many tokens, a few hundredths of a second: what other programs do to
-# this machine meanwhile, they do to all modes.
-_TURN = 16
 # Rounds through the text go on until this is over.
 _SECONDS = 2.0
 
@@ -31,7 +28,7 @@ _MEANINGS = {
     "exact": "those not zero: the same text",
     "predict": "those predicted: it may differ",
 }
-# Less than this difference is not one, between medians of a second's work.
+# A smaller difference is taken for none.
 _SAME_SPEED = 0.05
 _BAR = 20
 _WIDTH = 79
@@ -43,8 +40,8 @@ class ModeFigures:
 
     Attributes:
         mode: as `sparsity=` names it.
-        tokens_per_second: the median of the turns.
-        speedup: the median, over the turns, of the speed against that of "off" just before.
+        tokens_per_second: from the median of the times that tokens took.
+        speedup: this speed against that of "off".
         bytes_per_token: weight bytes read for a token.
         active: the share of all neurons that contributed.
         active_by_layer: the same of each layer.
@@ -114,50 +111,51 @@ def measure(
 def _compare(
     model: Model, tokens: list[int], progress: Callable[[int, int], None] | None
 ) -> tuple[int, list[ModeFigures]]:
-    """How many threads compute, and the figures of each mode, over the same tokens."""
-    turns = [tokens[i : i + _TURN] for i in range(0, len(tokens), _TURN)]
+    """How many threads compute, and the figures of each mode, over the same tokens.
+
+    The modes take turns token by token: what other programs do to the machine meanwhile, they do
+    to all modes.
+    """
     seconds: dict[Mode, list[float]] = {mode: [] for mode in MODES}
     with ExitStack() as stack:
         contexts = {mode: stack.enter_context(model.context(sparsity=mode)) for mode in MODES}
         for context in contexts.values():  # brings the weights into memory
-            _seconds_per_token(context, turns[0])
+            _seconds(context, tokens[0])
             context.reset_stats()
         begin = time.monotonic()
         while time.monotonic() - begin < _SECONDS:
             for context in contexts.values():
                 context.truncate(0)
-            for turn in turns:
+            for token in tokens:
                 for mode, context in contexts.items():
-                    seconds[mode].append(_seconds_per_token(context, turn))
+                    seconds[mode].append(_seconds(context, token))
                 if progress is not None:
                     # A slow machine's only round may take longer.
                     spent = (time.monotonic() - begin) / _SECONDS
                     progress(min(int(100 * spent), 99), 100)
         threads = contexts["off"].info.threads
         stats = {mode: context.stats() for mode, context in contexts.items()}
+    medians = {mode: statistics.median(values) for mode, values in seconds.items()}
     return threads, [
-        _figures(mode, seconds["off"], seconds[mode], stats[mode], model.info.n_ff)
+        _figures(mode, medians[mode], medians["off"], stats[mode], model.info.n_ff)
         for mode in MODES
     ]
 
 
-def _seconds_per_token(context: Context, tokens: list[int]) -> float:
+def _seconds(context: Context, token: int) -> float:
     begin = time.perf_counter()
-    for token in tokens:
-        context.feed([token], generated=True)
-    return (time.perf_counter() - begin) / len(tokens)
+    context.feed([token], generated=True)
+    return time.perf_counter() - begin
 
 
-def _figures(
-    mode: Mode, dense: list[float], own: list[float], stats: Stats, n_ff: int
-) -> ModeFigures:
-    """What the seconds per token of each turn, and the counters, amount to."""
+def _figures(mode: Mode, seconds: float, dense: float, stats: Stats, n_ff: int) -> ModeFigures:
+    """What the seconds per token, in this mode and densely, and the counters amount to."""
     everything = Shares(active=1.0)
     shares = Shares.of(stats.layers, n_ff) or everything
     return ModeFigures(
         mode=mode,
-        tokens_per_second=1 / statistics.median(own),
-        speedup=statistics.median(a / b for a, b in zip(dense, own, strict=True)),
+        tokens_per_second=1 / seconds,
+        speedup=dense / seconds,
         bytes_per_token=stats.weight_bytes_read // stats.n_generated_tokens,
         active=shares.active,
         active_by_layer=[(Shares.of([layer], n_ff) or everything).active for layer in stats.layers],
