@@ -8,11 +8,10 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ._native import lib
-from .errors import ArgumentError
+from .errors import ArgumentError, FileError
 
 if TYPE_CHECKING:
     from ._weights import ModelInfo, Weights
@@ -187,10 +186,10 @@ def _seconds_per_token(
     weights: Weights, candidates: list[Mode], policy: Policy, threads: int | None
 ) -> dict[str, float]:
     import json
-    import tempfile
 
     from . import _machine
     from ._alias import cache_folder
+    from ._files import whole_file
 
     processor = _machine.processor()
     key = "-".join(
@@ -213,11 +212,10 @@ def _seconds_per_token(
     known = known if isinstance(known, dict) else {}
     seconds = known[key] = _measure(weights, candidates, policy, threads)
     # Another process may lose its entry to ours; it is measured again then.
-    with suppress(OSError):
+    with suppress(OSError, FileError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(known, file)
-        Path(file.name).replace(path)
+        with whole_file(path) as file:
+            file.write(json.dumps(known).encode())
     return seconds
 
 
