@@ -242,6 +242,7 @@ void check_type(Isa isa, Type type) {
         check_shape(isa, type, Content::random, 3, n_cols * block, 5, rng);
     check_shape(isa, type, Content::random, 1, 2 * block, 1, rng);
     check_shape(isa, type, Content::random, 37, 2816, 64, rng);  // several sweeps of a panel
+    check_shape(isa, type, Content::random, 83, 8192, 13, rng);  // panels of odd numbers of rows
     check_shape(isa, type, Content::all_zero_bits, 4, 512, 14, rng);
     check_shape(isa, type, Content::all_one_bits, 4, 512, 14, rng);
 }

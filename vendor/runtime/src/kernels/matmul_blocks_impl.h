@@ -143,9 +143,10 @@ struct BlockKernels {
         for (int64_t row = row_begin; row < product.row_end; row += sum_rows)
             for_token_tiles<direct_tokens>(0, product.n_tokens, [&]<int n>(int64_t token) {
                 Lanes chains[sum_tiles][n];
-                for (int i = 0; i < sum_tiles && row + i * tile_rows < product.row_end; ++i)
+                const int64_t n_tiles = ceil_div(product.row_end - row, tile_rows);
+                for (int i = 0; i < sum_tiles && i < n_tiles; ++i)
                     multiply_rows<n>(product, row + i * tile_rows, token, chains[i]);
-                put<n>(product, row, token, chains[0], n);
+                put<n>(product, row, n_tiles, token, chains[0], n);
             });
     }
 
@@ -170,17 +171,19 @@ struct BlockKernels {
                token;
     }
 
-    // Adds the chains of n tokens in tiles from `row` on, which lie `stride` apart.
+    // Adds the chains of n tokens in the first of n_tiles tiles from `row` on; a tile's lie
+    // `stride` behind those of the one before.
     template <int n>
-    static void put(const Product& product, int64_t row, int64_t token, const Lanes* chains,
-                    int64_t stride) {
+    static void put(const Product& product, int64_t row, int64_t n_tiles, int64_t token,
+                    const Lanes* chains, int64_t stride) {
+        const int64_t n_summed = n_tiles < sum_tiles ? n_tiles : sum_tiles;
         for (int t = 0; t < n; ++t) {
             Lanes of_token[sum_tiles] = {};
-            for (int i = 0; i < sum_tiles && row + i * tile_rows < product.row_end; ++i)
+            for (int i = 0; i < n_summed; ++i)
                 of_token[i] = chains[i * stride + t];
             float totals[sum_rows];
             add_chains(of_token, totals);
-            product.put(row, token + t, totals, sum_rows);
+            product.put(row, token + t, totals, n_summed * tile_rows);
         }
     }
 
@@ -264,8 +267,8 @@ struct BlockKernels {
                 sweep<n>(product, panel, token, first, end < panel.n_groups ? end : panel.n_groups);
             }
             for (int64_t i = 0; i < panel.n_tiles; i += sum_tiles)
-                put<n>(product, row_begin + i * tile_rows, token, panel.kept + i * tile_tokens,
-                       tile_tokens);
+                put<n>(product, row_begin + i * tile_rows, panel.n_tiles - i, token,
+                       panel.kept + i * tile_tokens, tile_tokens);
         });
     }
 };

@@ -59,7 +59,7 @@ struct FloatKernels {
                 Vec chains[width][n] = {};
                 for (int64_t r = row; r < end; r += rows_together(n))
                     multiply_rows<n>(product, r, token, chains + (r - row));
-                put<n>(product, row, token, [&](int i, int t) { return chains[i][t]; });
+                put<n>(product, row, end - row, token, [&](int i, int t) { return chains[i][t]; });
             });
         }
     }
@@ -117,16 +117,19 @@ struct FloatKernels {
         }
     }
 
-    // Adds the chains of `width` rows from `row` on with n tokens: chain(row's number, token's).
+    // Adds the chains of the first of n_rows rows from `row` on with n tokens: chain(row's number,
+    // token's).
     template <int n, class Chain>
-    static void put(const Product& product, int64_t row, int64_t token, Chain chain) {
+    static void put(const Product& product, int64_t row, int64_t n_rows, int64_t token,
+                    Chain chain) {
+        const int64_t n_summed = n_rows < width ? n_rows : width;
         for (int t = 0; t < n; ++t) {
-            Vec of_token[width];
-            for (int i = 0; i < width; ++i)
+            Vec of_token[width] = {};
+            for (int i = 0; i < n_summed; ++i)
                 of_token[i] = chain(i, t);
             float totals[width];
             store(totals, sums(of_token));
-            product.put(row, token + t, totals, width);
+            product.put(row, token + t, totals, n_summed);
         }
     }
 
@@ -238,13 +241,13 @@ struct FloatKernels {
         for_token_tiles<float_tokens>(0, product.n_tokens, [&]<int n>(int64_t token) {
             for (int64_t first = 0; first < n_cols; first += chunk_cols)
                 sweep<n>(product, panel, token, first);
-            constexpr int n_tiles = width / float_rows;
-            for (int64_t i = 0; i < panel.n_tiles; i += n_tiles)
-                put<n>(product, row_begin + i * float_rows, token, [&](int row, int t) {
-                    const int64_t tile = i + row / float_rows;
-                    if (tile >= panel.n_tiles) return Vec{};
-                    return load(panel.kept + tile * kept_size + (row % float_rows * n + t) * width);
-                });
+            constexpr int step = width / float_rows;
+            for (int64_t i = 0; i < panel.n_tiles; i += step)
+                put<n>(product, row_begin + i * float_rows, (panel.n_tiles - i) * float_rows, token,
+                       [&](int row, int t) {
+                           const float* kept = panel.kept + (i + row / float_rows) * kept_size;
+                           return load(kept + (row % float_rows * n + t) * width);
+                       });
         });
     }
 };
