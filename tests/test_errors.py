@@ -15,7 +15,7 @@ import pytest
 import qinfer
 from oracle.tiny import tiny_shape, write_tiny
 from qinfer import Model, _native
-from qinfer._gguf import GGUF
+from qinfer._gguf import GGUF, Writer
 from qinfer._native import ffi, lib
 
 FAMILY = {
@@ -204,3 +204,52 @@ def test_finite_weights_that_give_nan(tmp_path: Path) -> None:
     with_weights(path, "blk.0.attn_v.weight", range(500), 3e38)
     with Model(path) as model, pytest.raises(qinfer.FormatError, match=r"huge\.gguf: .* too large"):
         model.score([5, 6, 7])
+
+
+def test_memory_that_runs_out_is_told_by_what_and_how_much(
+    stories260k: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "long.gguf"
+    with Writer(path) as writer:
+        writer.add("long", ["x" * 1000] * 40_000)
+    script = """
+import resource, sys, qinfer
+from contextlib import contextmanager
+from pathlib import Path
+from qinfer._gguf import GGUF, Writer
+
+@contextmanager
+def at_most(more):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, before[1]))
+    try:
+        yield
+    except qinfer.OutOfMemory as error:
+        print(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+with qinfer.Model(sys.argv[1], threads=1) as model:
+    context = model.context(n_ctx=20000, n_batch=20000)
+    with at_most(12 << 20):
+        context.feed([5] * 19000)
+    context.feed([5] * 10)
+    print(context.length())
+with GGUF(sys.argv[2]) as file:
+    with at_most(12 << 20):
+        file.raw_strings("long")
+    print(len(file.raw_strings("long")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(stories260k), str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines() == [
+        f"no memory for {19000 * 64 * 4} bytes of working space",
+        "10",
+        "no memory is left for what qi_gguf_kv_strings needs",
+        "40000",
+    ], done.stderr

@@ -23,7 +23,9 @@ class AlignedBuffer {
             if (n > SIZE_MAX / sizeof(T) - alignment)
                 fail(QI_MEMORY, "a buffer of %zu elements is too large", n);
             const size_t bytes = (n * sizeof(T) + alignment - 1) / alignment * alignment;
-            data_.reset(static_cast<T*>(::operator new(bytes, std::align_val_t(alignment))));
+            data_.reset(
+                static_cast<T*>(::operator new(bytes, std::align_val_t(alignment), std::nothrow)));
+            if (!data_) fail(QI_MEMORY, "no memory for %zu bytes of working space", bytes);
             std::memset(static_cast<void*>(data_.get()), 0, bytes);
             capacity_ = n;
         }

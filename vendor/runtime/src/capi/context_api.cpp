@@ -13,12 +13,16 @@ using namespace qi;
 namespace {
 
 template <typename F>
-int32_t enter(qi_context* context, qi_error* error, F&& body) {
-    return guard(error, [&] {
-        require_pointer(context, "context");
-        Entered entered(context->busy, "context");
-        body(context->context);
-    });
+int32_t enter(qi_context* context, qi_error* error, F&& body,
+              const char* function = __builtin_FUNCTION()) {
+    return guard(
+        error,
+        [&] {
+            require_pointer(context, "context");
+            Entered entered(context->busy, "context");
+            body(context->context);
+        },
+        function);
 }
 
 NeuronRule rule(int32_t number, const char* name) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <exception>
 #include <new>
@@ -37,15 +38,20 @@ inline int32_t report(qi_error* error, qi_status status, std::string_view messag
 }
 
 // Runs body() and turns whatever it throws into a status; QI_OK leaves the error slot alone.
+// `function` is the caller's name, all there is to say of an allocation that fails anywhere.
 template <typename F>
-int32_t guard(qi_error* error, F&& body) noexcept {
+int32_t guard(qi_error* error, F&& body, const char* function = __builtin_FUNCTION()) noexcept {
     try {
         body();
         return QI_OK;
     } catch (const Error& failure) {
         return report(error, failure.status(), failure.what());
     } catch (const std::bad_alloc&) {
-        return report(error, QI_MEMORY, "out of memory");
+        // On the stack: nothing can be allocated now.
+        char message[sizeof error->message];
+        const int length =
+            std::snprintf(message, sizeof message, "no memory is left for what %s needs", function);
+        return report(error, QI_MEMORY, {message, std::min(size_t(length), sizeof message - 1)});
     } catch (const std::exception& failure) {
         return report(error, QI_INTERNAL, failure.what());
     } catch (...) {
