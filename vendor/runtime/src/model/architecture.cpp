@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "base/text.h"
 
 namespace qi {
 
@@ -100,38 +101,58 @@ RopeScaling read_rope_scaling(const gguf::File& file, const Reader& read, int64_
     return scaling;
 }
 
-}  // namespace
-
-std::span<const Architecture> all_architectures() {
-    return architectures;
-}
-
-const Architecture& find_architecture(const std::string& name) {
+// QI_UNSUPPORTED naming the file, with the list of known names.
+const Architecture& find_architecture(const std::string& name, const char* path) {
     std::string known;
     for (const Architecture& arch : architectures) {
         if (name == arch.name) return arch;
         known += known.empty() ? "" : ", ";
         known += arch.name;
     }
-    fail(QI_UNSUPPORTED, "architecture \"%s\" is not one of those this runtime knows: %s",
-         name.c_str(), known.c_str());
+    fail(QI_UNSUPPORTED, "%s: general.architecture is %s; this runtime knows %s", path,
+         quoted(name).c_str(), known.c_str());
 }
 
-HiddenAct parse_hidden_act(const std::string& text, const char* source) {
+// The activation that the caller asks for, else the file, else the architecture. What is wrong with
+// it is told of whoever named it: QI_ARGUMENT of the caller, QI_UNSUPPORTED of the file.
+HiddenAct choose_hidden_act(const gguf::File& file, const Architecture& arch,
+                            const std::string& asked) {
+    const qi_status status = asked.empty() ? QI_UNSUPPORTED : QI_ARGUMENT;
+    const std::string source = asked.empty() ? file.path() + ": qinfer.hidden_act" : "hidden_act";
+    const std::string text =
+        !asked.empty() ? asked
+                       : file.get_string("qinfer.hidden_act")
+                             .value_or(file.is_powerinfer() ? arch.sparse_act : arch.hidden_act);
+    const auto act = parse_hidden_act(text);
+    if (!act)
+        fail(status,
+             "%s is %s, not one of silu, relu, gelu, gelu_tanh, relu_relu, fatrelu:<threshold of 0 "
+             "or more>",
+             source.c_str(), quoted(text).c_str());
+    if (act->kind == HiddenAct::Kind::relu_relu && !arch.gated)
+        fail(status, "%s is relu_relu, which needs a gate; architecture %s has none",
+             source.c_str(), arch.name);
+    return *act;
+}
+
+}  // namespace
+
+std::span<const Architecture> all_architectures() {
+    return architectures;
+}
+
+std::optional<HiddenAct> parse_hidden_act(const std::string& text) {
     for (const ActName& act : act_names)
-        if (text == act.name) return {act.kind, 0.0f};
+        if (text == act.name) return HiddenAct{act.kind, 0.0f};
     const std::string prefix = "fatrelu:";
     if (text.starts_with(prefix)) {
         float threshold = 0.0f;
         const char* end = text.data() + text.size();
         const auto [stop, problem] = std::from_chars(text.data() + prefix.size(), end, threshold);
         if (problem == std::errc() && stop == end && std::isfinite(threshold) && threshold >= 0.0f)
-            return {HiddenAct::Kind::fatrelu, threshold};
+            return HiddenAct{HiddenAct::Kind::fatrelu, threshold};
     }
-    fail(QI_ARGUMENT,
-         "%s: activation \"%s\" is not one of silu, relu, gelu, gelu_tanh, relu_relu, "
-         "fatrelu:<threshold of 0 or more>",
-         source, text.c_str());
+    return std::nullopt;
 }
 
 std::string hidden_act_name(const HiddenAct& act) {
@@ -144,7 +165,7 @@ HyperParams read_hyper_params(const gguf::File& file, const std::string& hidden_
     const char* path = file.path().c_str();
     HyperParams hp;
     const std::string name = file.require_string("general.architecture");
-    hp.arch = &find_architecture(name);
+    hp.arch = &find_architecture(name, path);
     const Reader read(file, name);
 
     hp.n_embd = read.size("embedding_length");
@@ -176,17 +197,7 @@ HyperParams read_hyper_params(const gguf::File& file, const std::string& hidden_
     if (!read.has(epsilon) && name != "opt") file.require_float(read.key(epsilon));
     hp.norm_epsilon = float(read.number_or(epsilon, 1e-5, 0.0, 1.0));
 
-    std::string act = hidden_act;
-    const char* source = "hidden_act";
-    if (act.empty()) {
-        act = file.get_string("qinfer.hidden_act")
-                  .value_or(file.is_powerinfer() ? hp.arch->sparse_act : hp.arch->hidden_act);
-        source = path;
-    }
-    hp.act = parse_hidden_act(act, source);
-    if (hp.act.kind == HiddenAct::Kind::relu_relu && !hp.arch->gated)
-        fail(QI_ARGUMENT, "%s: relu_relu needs a gate, which architecture %s does not have", source,
-             hp.arch->name);
+    hp.act = choose_hidden_act(file, *hp.arch, hidden_act);
 
     if (const auto threshold = file.get_float("powerinfer.sparse_threshold")) {
         hp.sparse_threshold = float(*threshold);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -30,12 +31,9 @@ struct Architecture {
 };
 
 std::span<const Architecture> all_architectures();
-// QI_UNSUPPORTED with the list of known names.
-const Architecture& find_architecture(const std::string& name);
 
-// "silu", "relu", "gelu", "gelu_tanh", "relu_relu", "fatrelu:0.01"; QI_ARGUMENT naming `source`
-// otherwise.
-HiddenAct parse_hidden_act(const std::string& text, const char* source);
+// "silu", "relu", "gelu", "gelu_tanh", "relu_relu", "fatrelu:0.01"; nothing for other texts.
+std::optional<HiddenAct> parse_hidden_act(const std::string& text);
 std::string hidden_act_name(const HiddenAct& act);
 
 struct RopeScaling {

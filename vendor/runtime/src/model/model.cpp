@@ -71,6 +71,9 @@ class TensorBinder {
     const gguf::TensorInfo& find(const std::string& name) {
         const gguf::TensorInfo* info = file_.find_tensor(name);
         if (!info) fail(QI_FORMAT, "%s: tensor %s is missing", file_.path().c_str(), name.c_str());
+        if (!find_layout(info->type))
+            fail(QI_UNSUPPORTED, "%s: tensor %s is of type number %d, which GGUF does not define",
+                 file_.path().c_str(), name.c_str(), info->type);
         if (!find_type(info->type))
             fail(QI_UNSUPPORTED,
                  "%s: tensor %s is of type %s, which this runtime does not compute with",
