@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ._files import StrPath
 from ._native import Handle, check, ffi, lib, new_error, view
+from ._strings import StringTable
 from ._types import tensor_type, type_name
 from .errors import ArgumentError, FormatError
 
@@ -211,6 +212,17 @@ class GGUF:
         index = self.find(key)
         if index < 0:
             raise KeyError(key)
+        return list(self._strings(index, self._kv(index).n_items))
+
+    def string_array(self, key: str) -> StringTable:
+        """An array of strings as it is stored.
+
+        Raises KeyError when the key is absent and FormatError when it holds something else.
+        """
+        kind = self.value_type(key)
+        if kind != "array of string":
+            raise FormatError(f"{self.path}: {key} is of type {kind}; wanted an array of string")
+        index = self.find(key)
         return self._strings(index, self._kv(index).n_items)
 
     def find(self, key: str) -> int:
@@ -222,7 +234,8 @@ class GGUF:
         """The value of the key at an index."""
         kv = self._kv(index)
         if kv.item_type == _STRING:
-            strings = [item.decode("utf-8", "replace") for item in self._strings(index, kv.n_items)]
+            table = self._strings(index, kv.n_items)
+            strings = [item.decode("utf-8", "replace") for item in table]
             return strings if kv.type == _ARRAY else strings[0]
         name, letter = _VALUE_TYPES[kv.item_type]
         if not letter:
@@ -253,15 +266,15 @@ class GGUF:
     def _key(kv: Any) -> str:
         return str(ffi.buffer(kv.key, kv.key_length)[:].decode("utf-8", "surrogateescape"))
 
-    def _strings(self, index: int, n_items: int) -> list[bytes]:
+    def _strings(self, index: int, n_items: int) -> StringTable:
         pointer = self.pointer
         text = ffi.new("char **")
         offsets = ffi.new("uint64_t **")
         error = new_error()
         check(lib.qi_gguf_kv_strings(pointer, index, text, offsets, error), error)
-        ends = ffi.unpack(offsets[0], n_items + 1)
-        data = bytes(ffi.buffer(text[0], ends[-1])) if ends[-1] else b""
-        return [data[ends[i] : ends[i + 1]] for i in range(n_items)]
+        # Copies: the table outlives the file.
+        bounds = np.frombuffer(ffi.buffer(offsets[0], 8 * (n_items + 1)), np.int64).copy()
+        return StringTable(bytes(ffi.buffer(text[0], int(bounds[-1]))), bounds)
 
     def close(self) -> None:
         """Closes the file; calling it again does nothing. Arrays taken from it stay valid."""

@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING
 
 from ._tokenize.bpe import BpeEncoder, byte_alphabet
 from ._tokenize.spm import SPACE, SpmEncoder
-from ._tokenize.vocabulary import RawStrings, TokenType, byte_value, read_vocabulary
+from ._tokenize.vocabulary import HIDDEN, StringArrays, TokenType, byte_value, read_vocabulary
 from .errors import ArgumentError
 
 if TYPE_CHECKING:
     from ._gguf import GGUF
-
-# Tokens that a reader of the text does not see, and that plain text cannot spell.
-_HIDDEN = (TokenType.CONTROL, TokenType.UNKNOWN)
 
 
 class Tokenizer:
@@ -34,16 +31,16 @@ class Tokenizer:
         self,
         metadata: Mapping[str, object],
         *,
-        raw_strings: RawStrings | None = None,
+        string_arrays: StringArrays | None = None,
         source: str = "metadata",
     ) -> None:
         """A tokenizer from the `tokenizer.*` keys of `metadata`; `source` names them in messages.
 
-        `raw_strings(key)` gives the bytes of an array of strings; without it they are taken from
+        `string_arrays(key)` gives the bytes of an array of strings; without it they are taken from
         `metadata`. Raises FormatError naming the key and index of what is wrong, UnsupportedError
         for another kind of vocabulary.
         """
-        vocabulary = read_vocabulary(metadata, raw_strings, source)
+        vocabulary = read_vocabulary(metadata, string_arrays, source)
         self._vocabulary = vocabulary
         self.source = source
         self.n_vocab = vocabulary.n_vocab
@@ -58,7 +55,7 @@ class Tokenizer:
         self.add_space_prefix = vocabulary.add_space_prefix
         self.chat_template = vocabulary.chat_template
         self._bytes: list[bytes | None] = [None] * self.n_vocab
-        self._hidden = frozenset(i for i, kind in enumerate(vocabulary.types) if kind in _HIDDEN)
+        self._hidden = vocabulary.hidden
 
     @classmethod
     def from_gguf(cls, file: str | os.PathLike[str] | GGUF) -> Tokenizer:
@@ -66,9 +63,9 @@ class Tokenizer:
         from ._gguf import GGUF
 
         if isinstance(file, GGUF):
-            return cls(file.metadata, raw_strings=file.raw_strings, source=file.path)
+            return cls(file.metadata, string_arrays=file.string_array, source=file.path)
         with GGUF(file, tensors=False) as opened:
-            return cls(opened.metadata, raw_strings=opened.raw_strings, source=opened.path)
+            return cls(opened.metadata, string_arrays=opened.string_array, source=opened.path)
 
     def encode(
         self, text: str, *, add_special: bool = True, parse_special: bool = False
@@ -165,12 +162,9 @@ class Tokenizer:
     @cached_property
     def _special(self) -> list[tuple[str, int, bool]]:
         """Each token that is read whole, longest first: text, id, and whether only when parsing."""
-        kinds = (*_HIDDEN, TokenType.USER_DEFINED)
-        found = [
-            (text, token_id, token_id in self._hidden)
-            for token_id, text in enumerate(self._vocabulary.texts)
-            if text and self._vocabulary.types[token_id] in kinds
-        ]
+        texts = self._vocabulary.texts
+        whole = self._vocabulary.of_types(*HIDDEN, TokenType.USER_DEFINED)
+        found = [(texts[i], i, i in self._hidden) for i in whole if texts[i]]
         return sorted(found, key=lambda item: -len(item[0].encode()))
 
     def _split_special(self, text: str, parse_special: bool) -> list[str | int]:
@@ -202,7 +196,7 @@ class Tokenizer:
     def _token_bytes(self, token_id: int) -> bytes:
         text = self._vocabulary.texts[token_id]
         kind = self._vocabulary.types[token_id]
-        if kind in _HIDDEN or kind == TokenType.USER_DEFINED:
+        if token_id in self._hidden or kind == TokenType.USER_DEFINED:
             return text.encode()
         if kind == TokenType.BYTE and (value := byte_value(text)) is not None:
             return bytes((value,))

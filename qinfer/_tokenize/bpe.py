@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from ..errors import ArgumentError, FormatError
 from .pretokenize import PRE_TOKENIZERS
-from .vocabulary import TokenType, Vocabulary
+from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import models
@@ -83,17 +83,14 @@ def _model(vocabulary: Vocabulary, whole_words: bool) -> models.BPE:
     """The merging model; plain text cannot become a control token, so those are kept out of it."""
     from tokenizers import models
 
-    excluded = (TokenType.CONTROL, TokenType.UNKNOWN)
-    ids = vocabulary.ids
-    types = vocabulary.types
-    plain = {text: index for text, index in ids.items() if types[index] not in excluded}
-    merges = vocabulary.merges
-    longest = max((len(text.encode()) for text in plain), default=0)
-    if max(map(len, merges), default=0) <= longest + 1:  # else `tokenizers` panics
+    plain = dict(vocabulary.ids)
+    for token_id in vocabulary.hidden:
+        plain.pop(vocabulary.texts[token_id], None)
+    longest = max(map(len, map(str.encode, plain)), default=0)
+    # Of equal merges the first counts, as elsewhere; `tokenizers` would take the last.
+    pairs = vocabulary.merges.pairs()
+    if pairs is not None and vocabulary.merges.longest <= longest + 1:  # else `tokenizers` panics
         try:
-            # Of equal merges the first counts, as elsewhere; `tokenizers` would take the last.
-            texts = dict.fromkeys(map(bytes.decode, merges))
-            pairs = cast("list[tuple[str, str]]", [tuple(text.split(" ")) for text in texts])
             return models.BPE(plain, pairs, ignore_merges=whole_words)
         except Exception as error:
             logger.debug("%s: %s; looking at each merge", vocabulary.source, error)

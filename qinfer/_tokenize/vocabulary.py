@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import cast
 
+from .._strings import StringTable
 from ..errors import FormatError, UnsupportedError
 
 logger = logging.getLogger("qinfer")
 
-RawStrings = Callable[[str], list[bytes]]
+StringArrays = Callable[[str], StringTable]
 
 
 class TokenType(IntEnum):
@@ -26,6 +28,9 @@ class TokenType(IntEnum):
     UNUSED = 5
     BYTE = 6
 
+
+# Tokens that a reader of the text does not see, and that plain text cannot spell.
+HIDDEN = (TokenType.CONTROL, TokenType.UNKNOWN)
 
 _BYTE_TEXT = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Ends of a turn in order of preference: files that name none are searched for these.
@@ -65,8 +70,9 @@ class Vocabulary:
     texts: list[str]  # [n_vocab]
     types: list[int]  # [n_vocab], a TokenType each
     scores: list[float]  # [n_vocab]
-    merges: list[bytes]  # [n_merges] "left right", best first
+    merges: StringTable  # [n_merges] "left right", best first
     ids: dict[str, int]  # text to id
+    hidden: frozenset[int]  # ids of the types in HIDDEN
     bos_id: int | None
     eos_id: int | None
     eot_id: int | None
@@ -83,16 +89,20 @@ class Vocabulary:
         """Number of tokens."""
         return len(self.texts)
 
+    def of_types(self, *kinds: TokenType) -> list[int]:
+        """The ids of tokens of these types."""
+        return _of_types(self.types, kinds)
+
 
 class _Reader:
     """Values of a metadata mapping, each checked to be of the type it should have."""
 
     def __init__(
-        self, metadata: Mapping[str, object], raw_strings: RawStrings | None, source: str
+        self, metadata: Mapping[str, object], string_arrays: StringArrays | None, source: str
     ) -> None:
         self.source = source
         self._metadata = metadata
-        self._raw_strings = raw_strings
+        self._string_arrays = string_arrays
 
     def __contains__(self, key: str) -> bool:
         return key in self._metadata
@@ -128,11 +138,11 @@ class _Reader:
             )
         return None
 
-    def byte_strings(self, key: str) -> list[bytes]:
+    def strings(self, key: str) -> StringTable:
         if key not in self._metadata:
-            return []
-        if self._raw_strings is not None:
-            return self._raw_strings(key)
+            return StringTable.of(())
+        if self._string_arrays is not None:
+            return self._string_arrays(key)
         value = self._metadata[key]
         if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
             raise self.error(key, "is not an array of strings")
@@ -141,7 +151,7 @@ class _Reader:
             if not isinstance(item, (str, bytes)):
                 raise self.error(f"{key}[{index}]", f"is {item!r:.80}, not a string")
             items.append(item.encode("utf-8", "surrogatepass") if isinstance(item, str) else item)
-        return items
+        return StringTable.of(items)
 
     def numbers(self, key: str, n_vocab: int, *kinds: type) -> list[float] | None:
         value = self._metadata.get(key)
@@ -158,15 +168,15 @@ class _Reader:
 
 
 def read_vocabulary(
-    metadata: Mapping[str, object], raw_strings: RawStrings | None, source: str
+    metadata: Mapping[str, object], string_arrays: StringArrays | None, source: str
 ) -> Vocabulary:
     """The vocabulary of a file.
 
-    `raw_strings` gives the bytes of an array of strings by key; without it, `metadata` holds str or
-    bytes. Raises FormatError naming the key and the index of what is wrong, UnsupportedError for
+    `string_arrays` gives the bytes of an array of strings by key; without it, `metadata` holds str
+    or bytes. Raises FormatError naming the key and the index of what is wrong, UnsupportedError for
     another kind of tokenizer.
     """
-    reader = _Reader(metadata, raw_strings, source)
+    reader = _Reader(metadata, string_arrays, source)
     model = reader.string("tokenizer.ggml.model")
     if model is None:
         raise reader.error("tokenizer.ggml.model", "is missing: the file has no vocabulary")
@@ -177,7 +187,7 @@ def read_vocabulary(
     texts = _texts(reader)
     ids = _ids(reader, texts)
     special = _special_ids(reader, model, texts, ids)
-    types = _types(reader, model, texts, special)
+    types = _types(reader, model, texts, ids, special)
     pre = reader.string("tokenizer.ggml.pre") or _PRE_BY_ARCHITECTURE.get(
         reader.string("general.architecture") or "", ""
     )
@@ -192,6 +202,7 @@ def read_vocabulary(
         scores=_scores(reader, len(texts)),
         merges=_merges(reader, model),
         ids=ids,
+        hidden=frozenset(_of_types(types, HIDDEN)),
         bos_id=special["bos"],
         eos_id=special["eos"],
         eot_id=special["eot"],
@@ -208,11 +219,11 @@ def read_vocabulary(
 
 def _texts(reader: _Reader) -> list[str]:
     key = "tokenizer.ggml.tokens"
-    raw = reader.byte_strings(key)
-    if not raw:
+    raw = reader.strings(key)
+    if not len(raw):
         raise reader.error(key, "is missing or empty: the file has no vocabulary")
     try:
-        return [text.decode() for text in raw]
+        return list(map(bytes.decode, raw))
     except UnicodeDecodeError:
         for index, text in enumerate(raw):
             try:
@@ -225,7 +236,7 @@ def _texts(reader: _Reader) -> list[str]:
 
 
 def _ids(reader: _Reader, texts: list[str]) -> dict[str, int]:
-    ids = {text: index for index, text in enumerate(texts)}
+    ids = dict(zip(texts, range(len(texts)), strict=True))
     # Empty texts are placeholders: there may be any number of them, and none is ever encoded.
     ids.pop("", None)
     if len(ids) + texts.count("") != len(texts):
@@ -255,34 +266,48 @@ def _special_ids(
 
 
 def _types(
-    reader: _Reader, model: str, texts: list[str], special: dict[str, int | None]
+    reader: _Reader,
+    model: str,
+    texts: list[str],
+    ids: dict[str, int],
+    special: dict[str, int | None],
 ) -> list[int]:
     key = "tokenizer.ggml.token_type"
     given = reader.numbers(key, len(texts), int)
     if given is not None:
-        types = [int(kind) or TokenType.NORMAL for kind in given]
-        if not set(types) <= set(TokenType):
-            index = next(i for i, kind in enumerate(types) if kind not in set(TokenType))
+        types = cast("list[int]", given)
+        if not set(types) <= {0, *TokenType}:
+            index = next(i for i, kind in enumerate(types) if kind not in {0, *TokenType})
             raise reader.error(f"{key}[{index}]", f"is {types[index]}, not one of 0 to 6")
+        if 0 in types:
+            types = [kind or TokenType.NORMAL for kind in types]
         # Text from a stranger must not end a turn, whatever the converter called the token.
-        return [
-            TokenType.CONTROL
-            if kind == TokenType.USER_DEFINED and texts[index] in _END_OF_GENERATION
-            else kind
-            for index, kind in enumerate(types)
-        ]
+        for end in _known(ids, _END_OF_GENERATION):
+            if types[end] == TokenType.USER_DEFINED:
+                types[end] = TokenType.CONTROL
+        return types
     types = [int(TokenType.NORMAL)] * len(texts)
     if model == "llama":
         for index, text in enumerate(texts):
             if byte_value(text) is not None:
                 types[index] = TokenType.BYTE
-    for index, text in enumerate(texts):
-        if text in _END_OF_GENERATION:
-            types[index] = TokenType.CONTROL
+    for end in _known(ids, _END_OF_GENERATION):
+        types[end] = TokenType.CONTROL
     for name, token_id in special.items():
         if token_id is not None:
             types[token_id] = TokenType.UNKNOWN if name == "unknown" else TokenType.CONTROL
     return types
+
+
+def _of_types(types: list[int], kinds: Sequence[TokenType]) -> list[int]:
+    """The positions of these types, with a quick look at the one type that nearly all have."""
+    normal = int(TokenType.NORMAL)
+    return [i for i, kind in enumerate(types) if kind != normal and kind in kinds]
+
+
+def _known(ids: dict[str, int], texts: Iterable[str]) -> list[int]:
+    """The ids of those texts that are tokens."""
+    return [ids[text] for text in texts if text in ids]
 
 
 def byte_value(text: str) -> int | None:
@@ -302,25 +327,24 @@ def _scores(reader: _Reader, n_vocab: int) -> list[float]:
     return scores
 
 
-def _merges(reader: _Reader, model: str) -> list[bytes]:
+def _merges(reader: _Reader, model: str) -> StringTable:
     key = "tokenizer.ggml.merges"
     if model != "gpt2":
-        return []
+        return StringTable.of(())
     if key not in reader:
         raise reader.error(key, "is missing, which a BPE vocabulary needs")
-    return reader.byte_strings(key)
+    return reader.strings(key)
 
 
 def _end_of_turn(ids: dict[str, int], types: list[int]) -> int | None:
-    known = (ids.get(text) for text in _END_OF_TURN)
-    return next((i for i in known if i is not None and types[i] == TokenType.CONTROL), None)
+    known = _known(ids, _END_OF_TURN)
+    return next((i for i in known if types[i] == TokenType.CONTROL), None)
 
 
 def _end_of_generation(
     special: dict[str, int | None], ids: dict[str, int], types: list[int]
 ) -> frozenset[int]:
-    known = (ids.get(text) for text in _END_OF_GENERATION)
-    found = {i for i in known if i is not None and types[i] == TokenType.CONTROL}
+    found = {i for i in _known(ids, _END_OF_GENERATION) if types[i] == TokenType.CONTROL}
     return frozenset(
         found | {i for name in ("eos", "eot", "eom") if (i := special[name]) is not None}
     )
