@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -15,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._files import StrPath
+from ._interrupt import run_interruptibly
 from ._native import Handle, check, ffi, lib, new_error, view
 from ._strings import StringTable
 from ._types import tensor_type, type_name
 from .errors import ArgumentError, FormatError
+
+Progress = Callable[[int, int], None]
 
 # GGUF's value types by number: name, and the letter that `struct` and NumPy both use for those
 # stored as packed items.
@@ -137,19 +140,31 @@ class Metadata(Mapping[str, object]):
 class GGUF:
     """A GGUF or PowerInfer file, validated when it is opened; split parts count as one file.
 
-    `mmap=False` reads the file into private memory, for files that others may truncate meanwhile.
-    `tensors=False` reads metadata and descriptions only and accepts files without tensor data.
+    `mmap=False` reads the file into private memory, for files that others may truncate meanwhile;
+    that takes a while, can be stopped by Ctrl-C, and calls `progress(done, total)`, in bytes, about
+    twenty times a second. `tensors=False` reads metadata and descriptions only and accepts files
+    without tensor data.
     Raises FileError when the file cannot be read, and FormatError, naming the key, tensor or
     offset, when it is not a well-formed GGUF file.
     """
 
-    def __init__(self, path: StrPath, *, mmap: bool = True, tensors: bool = True) -> None:
+    def __init__(
+        self,
+        path: StrPath,
+        *,
+        mmap: bool = True,
+        tensors: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
         self.path = os.fsdecode(path)
         name = path_bytes(path)
-        flags = (0 if mmap else lib.QI_GGUF_NO_MMAP) | (0 if tensors else lib.QI_GGUF_NO_TENSORS)
         out = ffi.new("qi_gguf **")
         error = new_error()
-        check(lib.qi_gguf_open(name, len(name), flags, out, error), error)
+        if mmap or not tensors:
+            flags = 0 if tensors else lib.QI_GGUF_NO_TENSORS
+            check(lib.qi_gguf_open(name, len(name), flags, ffi.NULL, out, error), error)
+        else:
+            check(_read(name, out, error, progress), error)
         self._handle = Handle(out[0], lib.qi_gguf_close, f"the file {self.path}")
         self._values: dict[str, object] = {}
 
@@ -293,6 +308,30 @@ class GGUF:
 
     def __repr__(self) -> str:
         return f"GGUF({self.path!r})"
+
+
+def _read(name: bytes, out: Any, error: Any, progress: Progress | None) -> int:
+    """Opens a file by reading it into memory; gives the status."""
+    state = ffi.new("qi_read_progress *")
+
+    def poll() -> None:
+        if progress is not None and state.n_bytes:
+            progress(state.n_read, state.n_bytes)
+
+    def cancel() -> None:
+        state.cancel = 1
+
+    try:
+        status = run_interruptibly(
+            lambda: int(lib.qi_gguf_open(name, len(name), lib.QI_GGUF_NO_MMAP, state, out, error)),
+            cancel,
+            poll,
+        )
+        poll()
+    except BaseException:
+        lib.qi_gguf_close(out[0])  # it may have come to its end all the same; NULL is fine
+        raise
+    return status
 
 
 class Writer:

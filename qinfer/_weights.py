@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ._files import StrPath
-from ._gguf import GGUF
+from ._gguf import GGUF, Progress
 from ._native import Handle, check, ffi, lib, new_error, text
 from .errors import ArgumentError, FormatError
 
@@ -32,6 +32,7 @@ class ModelInfo:
         head_dim: width of a head.
         n_ff: neurons per feed-forward network.
         n_ctx_train: positions the model was trained for.
+        n_ctx_max: positions that learned embeddings have; 0 means there is no such limit.
         sliding_window: positions a token attends to; 0 means all.
         is_powerinfer: whether the file is a PowerInfer one.
         tied_head: whether embedding and head are one tensor.
@@ -56,6 +57,7 @@ class ModelInfo:
     head_dim: int
     n_ff: int
     n_ctx_train: int
+    n_ctx_max: int
     sliding_window: int
     is_powerinfer: bool
     tied_head: bool
@@ -73,11 +75,18 @@ class ModelInfo:
 class Weights:
     """The file, the C model over it and the contexts that use it."""
 
-    def __init__(self, path: StrPath, *, mmap: bool, hidden_act: str | None) -> None:
+    def __init__(
+        self,
+        path: StrPath,
+        *,
+        mmap: bool,
+        hidden_act: str | None,
+        progress: Progress | None = None,
+    ) -> None:
         self.path = os.fsdecode(path)
         if not isinstance(hidden_act, str | None) or not (hidden_act or "").isascii():
             raise ArgumentError(f"hidden_act={hidden_act!r:.80} is not the name of an activation")
-        self.file = GGUF(path, mmap=mmap)
+        self.file = GGUF(path, mmap=mmap, progress=progress)
         self._hidden_act = hidden_act
         self._handle = self._load()
         self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()

@@ -206,7 +206,9 @@ def _path(name: str) -> str:
 
 def _load(name: str, **options: Any) -> Model:
     """The model of a MODEL."""
-    return Model(_path(name), **options)
+    path = _path(name)
+    with Bar("loading", in_bytes=True) as bar:
+        return Model(path, progress=bar, **options)
 
 
 def _text(prompt: str | None, file: TextIO | None) -> str:

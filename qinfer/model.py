@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from . import _machine
 from ._files import StrPath
 from ._generate import Answer, GenerateOptions, Settings, run
+from ._gguf import Progress
 from ._pool import ContextPool
 from ._weights import ModelInfo, Weights
 from .completion import Completion, Piece, Score
@@ -38,6 +39,7 @@ _MAX_TOGETHER = 16
 _KEPT_SEQUENCES = 2
 # A context never defaults to fewer positions, however little memory is free.
 _LEAST_N_CTX = 512
+_Q8_0_BLOCK = 32
 
 
 class Model:
@@ -59,6 +61,7 @@ class Model:
         threads: how many compute; None uses the physical cores this process may run on.
         kv_type: how keys and values are kept, "f16" or "q8_0".
         mmap: False reads the file into memory, for files that others may truncate meanwhile.
+        progress: called while a file is so read, as `progress(done, total)`, in bytes.
         hidden_act: overrides the activation: "silu", "relu", "gelu", "gelu_tanh", "relu_relu" or
             "fatrelu:<threshold>".
         chat_template: Jinja source that replaces the file's own template.
@@ -87,6 +90,7 @@ class Model:
         threads: int | None = None,
         kv_type: str = "f16",
         mmap: bool = True,
+        progress: Progress | None = None,
         hidden_act: str | None = None,
         chat_template: str | None = None,
         sparsity: SparsityMode = "auto",
@@ -116,7 +120,8 @@ class Model:
         self._threads = threads
         self._kv_type = kv_type
         self._chat_template = chat_template
-        weights = self._weights = Weights(path, mmap=mmap, hidden_act=hidden_act)
+        weights = self._weights = Weights(path, mmap=mmap, hidden_act=hidden_act, progress=progress)
+        _check_heads(weights.info, kv_type)
         self.n_ctx = _n_ctx(weights.info, n_ctx, kv_type)
         limit = self.n_ctx
         policy = self.policy = choose(weights, sparsity, prefill, sparse_threshold, threads)
@@ -534,6 +539,14 @@ def _check_device(device: str) -> None:
         raise ArgumentError(f"device={device!r} is not 'auto', 'cpu', 'cuda' or 'cann'")
 
 
+def _check_heads(info: ModelInfo, kv_type: str) -> None:
+    if kv_type.lower() == "q8_0" and info.head_dim % _Q8_0_BLOCK:
+        raise ArgumentError(
+            f"kv_type={kv_type!r} needs heads of a multiple of {_Q8_0_BLOCK} dimensions; this "
+            f"model's have {info.head_dim}"
+        )
+
+
 def _file(path: StrPath) -> StrPath:
     """The file meant by a path: the one model in a folder, or the path itself."""
     if not os.fsdecode(path):  # for pathlib, the working directory
@@ -547,7 +560,7 @@ def _file(path: StrPath) -> StrPath:
 
 def _n_ctx(info: ModelInfo, asked: int | None, kv_type: str) -> int:
     """Positions per sequence: those asked for, or as many as were trained and fit in memory."""
-    trained = info.n_ctx_train
+    trained = min(info.n_ctx_train, info.n_ctx_max or info.n_ctx_train)
     if asked is not None:
         return _beyond_training(info, asked)
     # Q8_0 keeps 32 values in 34 bytes, F16 in 64.
@@ -566,7 +579,15 @@ def _n_ctx(info: ModelInfo, asked: int | None, kv_type: str) -> int:
 
 
 def _beyond_training(info: ModelInfo, asked: int) -> int:
-    """A number of positions that was asked for, warned of when it was never trained."""
+    """A number of positions that was asked for, warned of when it was never trained.
+
+    Raises ArgumentError when it is more than learned position embeddings reach.
+    """
+    if 0 < info.n_ctx_max < asked:
+        raise ArgumentError(
+            f"n_ctx={asked} is more than the {info.n_ctx_max} positions that the model has "
+            "embeddings for (position_embd.weight)"
+        )
     if asked > info.n_ctx_train:
         logger.warning(
             "n_ctx=%d is more than the %d the model was trained for", asked, info.n_ctx_train

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -18,8 +19,8 @@ from hypothesis import strategies as st
 
 import gguf_corpus as corpus
 from qinfer import _native
-from qinfer._gguf import GGUF
-from qinfer.errors import ArgumentError, FileError, FormatError
+from qinfer._gguf import GGUF, Writer
+from qinfer.errors import ArgumentError, Cancelled, FileError, FormatError
 
 WHOLE = corpus.whole_files()
 BROKEN = {case.name: case for case in corpus.broken_files()}
@@ -97,6 +98,10 @@ def test_values_of_every_type(saved: Callable[[bytes], Path]) -> None:
     assert "absent" not in file.metadata
     with pytest.raises(FormatError, match=r"a\.u8.*u8.*string"):
         file.raw_strings("a.u8")
+    assert list(file.string_array("l.string")) == file.raw_strings("l.string")
+    for key, kind in (("a.bytes", "string"), ("l.u8", "array of u8"), ("a.u8", "u8")):
+        with pytest.raises(FormatError, match=rf"{key} is of type {kind}; wanted an array of str"):
+            file.string_array(key)
 
 
 def test_tensors_and_their_data(saved: Callable[[bytes], Path]) -> None:
@@ -165,6 +170,69 @@ def test_closing_twice_and_data_after_closing(saved: Callable[[bytes], Path]) ->
     file.close()
     del file
     assert data.tolist() == list(range(68))
+
+
+def test_reading_into_memory_tells_how_far_it_is(tmp_path: Path) -> None:
+    size = 64 << 20
+    path = tmp_path / "x.gguf"
+    with Writer(path) as writer:
+        writer.add_tensor("t", (size,), "I8")
+        writer.write(np.zeros(size, np.uint8))
+    seen: list[tuple[int, int]] = []
+    file = GGUF(path, mmap=False, progress=lambda done, total: seen.append((done, total)))
+    n_bytes = path.stat().st_size
+    assert seen[-1] == (n_bytes, n_bytes) and {total for _, total in seen} == {n_bytes}
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    np.testing.assert_array_equal(file.tensors[0].data, 0)
+    # Mapping takes no time, and is no reading.
+    GGUF(path, progress=lambda done, total: seen.append((-1, -1))).close()
+    GGUF(path, mmap=False, tensors=False, progress=lambda done, total: seen.append((-1, -1)))
+    assert (-1, -1) not in seen
+
+
+def test_all_parts_of_a_split_file_are_counted_together(tmp_path: Path) -> None:
+    for number in range(3):
+        path = tmp_path / f"x-{number + 1:05}-of-00003.gguf"
+        path.write_bytes(corpus.split_part(number).bytes)
+    n_bytes = sum(path.stat().st_size for path in tmp_path.iterdir())
+    seen: list[tuple[int, int]] = []
+    GGUF(
+        tmp_path / "x-00001-of-00003.gguf",
+        mmap=False,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen[-1] == (n_bytes, n_bytes)
+
+
+def test_reading_can_be_cancelled(saved: Callable[[bytes], Path]) -> None:
+    ffi, lib = _native.ffi, _native.lib
+    path = os.fsencode(saved(corpus.WHOLE.bytes))
+    out, state = ffi.new("qi_gguf **"), ffi.new("qi_read_progress *")
+    state.cancel = 1
+    with pytest.raises(Cancelled, match=r"reading '.*' was cancelled at byte 0 of \d+"):
+        call("qi_gguf_open", path, len(path), lib.QI_GGUF_NO_MMAP, state, out)
+    assert out[0] == ffi.NULL
+    assert (state.n_read, state.n_bytes) == (0, len(corpus.WHOLE.bytes))
+
+
+def test_what_progress_raises_ends_the_reading(
+    saved: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    path = saved(corpus.WHOLE.bytes)
+    closed = []
+    close = _native.lib.qi_gguf_close
+    library = SimpleNamespace(
+        qi_gguf_open=_native.lib.qi_gguf_open,
+        qi_gguf_close=lambda file: (closed.append(file), close(file)),
+        QI_GGUF_NO_MMAP=_native.lib.QI_GGUF_NO_MMAP,
+    )
+    monkeypatch.setattr("qinfer._gguf.lib", library)
+    with pytest.raises(KeyboardInterrupt):
+        GGUF(path, mmap=False, progress=stop)
+    assert len(closed) == 1  # what had been opened by then
 
 
 # ---- what is wrong with a file ----
@@ -441,11 +509,11 @@ def test_bad_arguments_are_refused(saved: Callable[[bytes], Path]) -> None:
     path = os.fsencode(saved(corpus.WHOLE.bytes))
     out = ffi.new("qi_gguf **")
     for arguments, says in [
-        ((null, 4, 0, out), "'path' is NULL"),
-        ((path, len(path), 0, null), "'out' is NULL"),
-        ((path, 0, 0, out), "empty"),
-        ((b"a\0b", 3, 0, out), "NUL"),
-        ((path, len(path), 4, out), "flags 4"),
+        ((null, 4, 0, null, out), "'path' is NULL"),
+        ((path, len(path), 0, null, null), "'out' is NULL"),
+        ((path, 0, 0, null, out), "empty"),
+        ((b"a\0b", 3, 0, null, out), "NUL"),
+        ((path, len(path), 4, null, out), "flags 4"),
     ]:
         with pytest.raises(ArgumentError, match=says):
             call("qi_gguf_open", *arguments)
@@ -468,4 +536,4 @@ def test_bad_arguments_are_refused(saved: Callable[[bytes], Path]) -> None:
     assert lib.qi_gguf_find_tensor(file.pointer, b"firs", 4) == -1
     assert lib.qi_gguf_header(null) == null
     lib.qi_gguf_close(null)
-    assert lib.qi_gguf_open(path, 0, 0, out, null) == lib.QI_ARGUMENT
+    assert lib.qi_gguf_open(path, 0, 0, null, out, null) == lib.QI_ARGUMENT

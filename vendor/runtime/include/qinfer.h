@@ -29,7 +29,7 @@ extern "C" {
 
 /* --- declarations begin --- */
 
-#define QI_ABI_VERSION 2
+#define QI_ABI_VERSION 3
 
 typedef enum qi_status {
     QI_OK = 0,
@@ -139,8 +139,17 @@ typedef struct qi_gguf_tensor {
 /* Metadata and descriptions only: data pointers are NULL, missing data is no error. */
 #define QI_GGUF_NO_TENSORS 2
 
-int32_t qi_gguf_open(const char* path, uint64_t path_length, uint32_t flags, qi_gguf** out,
-                     qi_error* error);
+/* How far an open has come that reads into memory. Other threads may look at it, and set `cancel`,
+ * meanwhile. */
+typedef struct qi_read_progress {
+    uint64_t n_read;  /* bytes so far */
+    uint64_t n_bytes; /* to be read, of all files that are known by now */
+    int32_t cancel;   /* anything but 0 ends the open with QI_CANCELLED */
+} qi_read_progress;
+
+/* `progress` (zeroed by the caller, or NULL) is written while a file is read into memory. */
+int32_t qi_gguf_open(const char* path, uint64_t path_length, uint32_t flags,
+                     qi_read_progress* progress, qi_gguf** out, qi_error* error);
 void qi_gguf_close(qi_gguf* file); /* a model keeps what it needs: closing the file first is fine */
 int32_t qi_gguf_get_info(const qi_gguf* file, qi_gguf_info* out);
 int32_t qi_gguf_get_kv(const qi_gguf* file, uint64_t index, qi_gguf_kv* out, qi_error* error);
@@ -199,6 +208,7 @@ typedef struct qi_model_info {
     int32_t head_dim;
     int32_t n_ff;
     int32_t n_ctx_train;
+    int32_t n_ctx_max;      /* of learned position embeddings; 0: no limit */
     int32_t sliding_window; /* 0: none */
     int32_t is_powerinfer;
     int32_t tied_head;

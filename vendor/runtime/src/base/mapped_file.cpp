@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 
@@ -17,8 +18,8 @@ namespace qi {
 
 namespace {
 
-// Linux reads at most this much in one call.
-constexpr size_t max_read = 0x7ffff000;
+// Read by one call: a slow disk's 50 MB/s leave less than 0.1 s between two looks at `cancel`.
+constexpr size_t max_read = 4u << 20;
 
 class Descriptor {
   public:
@@ -52,46 +53,58 @@ size_t regular_file_size(int descriptor, const std::string& path) {
     return size_t(status.st_size);
 }
 
-void read_all(int descriptor, const std::string& path, std::byte* out, size_t n_bytes) {
+void read_all(int descriptor, const std::string& path, std::span<std::byte> out,
+              qi_read_progress* progress) {
     size_t done = 0;
-    while (done < n_bytes) {
-        const ssize_t got = ::read(descriptor, out + done, std::min(n_bytes - done, max_read));
+    while (done < out.size()) {
+        if (progress && std::atomic_ref(progress->cancel).load(std::memory_order_relaxed))
+            fail(QI_CANCELLED, "reading %s was cancelled at byte %zu of %zu",
+                 quoted(path, path.size()).c_str(), done, out.size());
+        const ssize_t got =
+            ::read(descriptor, out.data() + done, std::min(out.size() - done, max_read));
         if (got < 0 && errno == EINTR) continue;
         if (got < 0)
             fail(QI_IO, "cannot read %s: %s", quoted(path, path.size()).c_str(),
                  std::strerror(errno));
         if (got == 0)
             fail(QI_IO, "%s became shorter while it was read: %zu of %zu bytes were left",
-                 quoted(path, path.size()).c_str(), done, n_bytes);
+                 quoted(path, path.size()).c_str(), done, out.size());
         done += size_t(got);
+        if (progress)
+            std::atomic_ref(progress->n_read).fetch_add(uint64_t(got), std::memory_order_relaxed);
     }
 }
 
 }  // namespace
 
-MappedFile::MappedFile(const std::string& path, bool use_mmap) : path_(path) {
+MappedFile::MappedFile(const std::string& path) : path_(path) {
     const Descriptor file(open_for_reading(path));
     const size_t n_bytes = regular_file_size(file.number(), path);
     if (n_bytes == 0) return;  // mmap refuses an empty range
-
-    void* address = use_mmap ? mmap(nullptr, n_bytes, PROT_READ, MAP_SHARED, file.number(), 0)
-                             : mmap(nullptr, n_bytes, PROT_READ | PROT_WRITE,
-                                    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (address == MAP_FAILED && use_mmap)
+    void* address = mmap(nullptr, n_bytes, PROT_READ, MAP_SHARED, file.number(), 0);
+    if (address == MAP_FAILED)
         fail(QI_IO, "cannot map %s: %s; reading it without mmap may work",
              quoted(path, path.size()).c_str(), std::strerror(errno));
+    bytes_ = {static_cast<const std::byte*>(address), n_bytes};
+}
+
+MappedFile::MappedFile(const std::string& path, qi_read_progress* progress) : path_(path) {
+    const Descriptor file(open_for_reading(path));
+    const size_t n_bytes = regular_file_size(file.number(), path);
+    if (n_bytes == 0) return;
+    void* address =
+        mmap(nullptr, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (address == MAP_FAILED)
         fail(QI_MEMORY, "no memory for the %zu bytes of %s", n_bytes,
              quoted(path, path.size()).c_str());
-    bytes_ = {static_cast<const std::byte*>(address), n_bytes};
-    if (use_mmap) return;
     madvise(address, n_bytes, MADV_HUGEPAGE);  // a hint; it has to come before the first touch
     try {
-        read_all(file.number(), path, static_cast<std::byte*>(address), n_bytes);
+        read_all(file.number(), path, {static_cast<std::byte*>(address), n_bytes}, progress);
     } catch (...) {
         munmap(address, n_bytes);
         throw;
     }
+    bytes_ = {static_cast<const std::byte*>(address), n_bytes};
 }
 
 MappedFile::~MappedFile() {

@@ -5,12 +5,17 @@
 #include <span>
 #include <string>
 
+#include "qinfer.h"
+
 namespace qi {
 
 class MappedFile {
   public:
-    // Throws QI_IO naming the path and the reason. use_mmap false reads the file into memory.
-    MappedFile(const std::string& path, bool use_mmap);
+    // Maps a file. Throws QI_IO naming the path and the reason.
+    explicit MappedFile(const std::string& path);
+    // Reads a file into memory. Counts n_read of `progress` (may be nullptr) up, and throws
+    // QI_CANCELLED soon after `cancel` was set.
+    MappedFile(const std::string& path, qi_read_progress* progress);
     ~MappedFile();
     MappedFile(const MappedFile&) = delete;
     MappedFile& operator=(const MappedFile&) = delete;

@@ -28,15 +28,16 @@ int64_t position(std::span<const Item> items, const Item* item) {
 
 }  // namespace
 
-int32_t qi_gguf_open(const char* path, uint64_t path_length, uint32_t flags, qi_gguf** out,
-                     qi_error* error) {
+int32_t qi_gguf_open(const char* path, uint64_t path_length, uint32_t flags,
+                     qi_read_progress* progress, qi_gguf** out, qi_error* error) {
     return guard(error, [&] {
         require_pointer(out, "out");
         *out = nullptr;
         if (flags & ~uint32_t(QI_GGUF_NO_MMAP | QI_GGUF_NO_TENSORS))
             fail(QI_ARGUMENT, "flags %u are not known", flags);
         const gguf::OpenOptions options{.use_mmap = !(flags & QI_GGUF_NO_MMAP),
-                                        .with_tensors = !(flags & QI_GGUF_NO_TENSORS)};
+                                        .with_tensors = !(flags & QI_GGUF_NO_TENSORS),
+                                        .progress = progress};
         *out = new qi_gguf{gguf::File::open(checked_path(path, path_length), options)};
     });
 }

@@ -45,6 +45,7 @@ uint64_t qi_struct_size(const char* name) {
         {"qi_error", sizeof(qi_error)},
         {"qi_cpu_info", sizeof(qi_cpu_info)},
         {"qi_type_info", sizeof(qi_type_info)},
+        {"qi_read_progress", sizeof(qi_read_progress)},
         {"qi_gguf_info", sizeof(qi_gguf_info)},
         {"qi_gguf_kv", sizeof(qi_gguf_kv)},
         {"qi_gguf_tensor", sizeof(qi_gguf_tensor)},

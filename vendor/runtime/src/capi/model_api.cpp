@@ -53,6 +53,7 @@ int32_t qi_model_get_info(const qi_model* model, qi_model_info* out) {
     out->head_dim = int32_t(hp.head_dim);
     out->n_ff = int32_t(hp.n_ff);
     out->n_ctx_train = int32_t(hp.n_ctx_train);
+    out->n_ctx_max = int32_t(m.n_ctx_max());
     out->sliding_window = int32_t(hp.sliding_window);
     out->is_powerinfer = m.file().is_powerinfer();
     out->tied_head = m.tied_head();

@@ -1,6 +1,8 @@
 // Opening GGUF files, split ones included, and looking things up in them.
 #include "gguf/file.h"
 
+#include <atomic>
+#include <filesystem>
 #include <mutex>
 
 #include "base/error.h"
@@ -33,10 +35,24 @@ struct File::Impl {
         refuse(format("key %s is missing", quoted(key).c_str()));
     }
 
+    // Descriptions alone are a few pages: mapping them beats reading a whole model into memory.
+    static bool maps(const OpenOptions& options) {
+        return options.use_mmap || !options.with_tensors;
+    }
+
+    // Counts a file that is about to be read; that it cannot be is found out when it is.
+    static void announce(const std::string& file_path, const OpenOptions& options) {
+        if (!options.progress || maps(options)) return;
+        std::error_code problem;
+        const uint64_t size = std::filesystem::file_size(file_path, problem);
+        if (!problem)
+            std::atomic_ref(options.progress->n_bytes).fetch_add(size, std::memory_order_relaxed);
+    }
+
     std::span<const std::byte> map(const std::string& file_path, const OpenOptions& options) {
-        // Descriptions alone are a few pages: mapping them beats reading a whole model into memory.
-        const bool use_mmap = options.use_mmap || !options.with_tensors;
-        mappings.push_back(std::make_unique<MappedFile>(file_path, use_mmap));
+        mappings.push_back(maps(options)
+                               ? std::make_unique<MappedFile>(file_path)
+                               : std::make_unique<MappedFile>(file_path, options.progress));
         return mappings.back()->bytes();
     }
 
@@ -78,6 +94,8 @@ struct File::Impl {
                 format("is part 1 of %u of a split model, but its name does not end in '%s', so "
                        "the other parts cannot be found",
                        split.count, split_suffix(1, split.count).c_str()));
+        for (uint32_t number = 2; number <= split.count; number++)
+            announce(*split_path(path, split, number), options);
         for (uint32_t number = 2; number <= split.count; number++) {
             try {
                 add_other_part(*split_path(path, split, number), number, split, options);
@@ -110,6 +128,7 @@ std::shared_ptr<const File> File::open(const std::string& path, const OpenOption
     std::shared_ptr<File> file(new File());
     Impl& impl = *file->impl_;
     impl.path = path;
+    Impl::announce(path, options);
     impl.set_first(impl.map(path, options), options.with_tensors);
     if (const auto split = split_facts(impl.first, path)) impl.add_other_parts(*split, options);
     impl.build_indices();

@@ -64,6 +64,7 @@ struct TensorInfo {
 struct OpenOptions {
     bool use_mmap = true;
     bool with_tensors = true;  // false: metadata and descriptions only, missing data is no error
+    qi_read_progress* progress = nullptr;  // of reading without mmap
 };
 
 class File {
