@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,8 @@ def render(
 
     Args:
         tokenizer: the model's, which has the template and the names of its tokens.
-        messages: each a mapping with a "role", and "content": a str, or a list of parts.
+        messages: each a mapping with a "role", and "content": a str, or a list of parts such as
+            `{"type": "text", "text": "Hello"}`, which become one text of as many paragraphs.
         chat_template: Jinja source that replaces the file's own template.
         add_generation_prompt: ends the text where the answer begins.
         tools: JSON schemas of the functions the model may call.
@@ -116,14 +117,31 @@ def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
             raise ArgumentError(f"{where}['role'] is {message.get('role')!r:.80}, not a str")
         content = message.get("content")
         if isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
-            if not all(isinstance(part, Mapping) for part in content):
-                raise ArgumentError(f"{where}['content'] is a list of other things than mappings")
+            # Templates for text alone fail at a list, and those that take one take a text as well.
+            content = "\n".join(_texts(content, f"{where}['content']"))
+            message = {**message, "content": content}
         elif not isinstance(content, str) and (content is not None or "tool_calls" not in message):
             raise ArgumentError(
                 f"{where}['content'] is {content!r:.80}, not a str or a list of parts"
             )
         checked.append(_json(message, where))
     return checked
+
+
+def _texts(parts: Sequence[Any], where: str) -> Iterator[str]:
+    """The texts of a content's parts."""
+    for index, part in enumerate(parts):
+        place = f"{where}[{index}]"
+        if not isinstance(part, Mapping):
+            raise ArgumentError(f"{place} is a {type(part).__name__}, not a mapping")
+        if part.get("type") != "text":
+            raise ArgumentError(
+                f"{place} is of type {part.get('type')!r:.80}; the only type of parts that models "
+                "read here is 'text'"
+            )
+        if not isinstance(part.get("text"), str):
+            raise ArgumentError(f"{place}['text'] is {part.get('text')!r:.80}, not a str")
+        yield part["text"]
 
 
 def _json(value: Any, where: str, depth: int = 0) -> Any:

@@ -276,7 +276,8 @@ class Model:
         """Answers a conversation by the model's own template.
 
         Args:
-            messages: mappings with "role" ("system", "user", "assistant"…) and "content".
+            messages: mappings with "role" ("system", "user", "assistant"…) and "content", a str or
+                a list of parts `{"type": "text", "text": …}`.
             tools: JSON schemas of functions that the model may call, for templates that know them.
             variables: more names for the template, such as `{"enable_thinking": False}`.
             **options: as in `generate`.

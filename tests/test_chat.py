@@ -43,6 +43,11 @@ CONVERSATION = [
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"é": "<number>"}}}]
 
 
+def parts(*content: Any) -> list[dict[str, Any]]:
+    """A conversation of one message made of parts."""
+    return [{"role": "user", "content": list(content)}]
+
+
 def render(template: str, messages: Any = HELLO, **options: Any) -> str:
     return chat.render(STORIES, messages, chat_template=template, **options)
 
@@ -116,13 +121,21 @@ FEATURES = [
 @pytest.mark.parametrize("template", FEATURES)
 def test_templates_render_as_jinja_does(template: str) -> None:
     variables = {
-        "messages": CONVERSATION,
+        "messages": [*CONVERSATION[:-1], {"role": "user", "content": "And now?"}],
         "tools": TOOLS,
         "add_generation_prompt": True,
         "bos_token": "<s>",
         "eos_token": "</s>",
     }
     assert render(template, CONVERSATION, tools=TOOLS) == plainly(template, variables)
+
+
+def test_parts_of_text_become_one() -> None:
+    two = [{"type": "text", "text": "Hello"}, {"type": "text", "text": ""}]
+    for count, text in enumerate(("", "Hello", "Hello\n")):
+        messages = parts(*two[:count])
+        assert render(CHATML, messages) == render(CHATML, [{"role": "user", "content": text}])
+        assert messages == parts(*two[:count])
 
 
 def test_marks_for_training_are_transparent() -> None:
@@ -192,7 +205,13 @@ def test_no_template() -> None:
         ([{"role": "user"}], r"messages\[0\]\['content'\] is None, not a str"),
         ([{"role": "user", "content": 5}], r"messages\[0\]\['content'\] is 5, not a str"),
         ([{"role": "user", "content": b"x"}], r"messages\[0\]\['content'\] is b'x', not a str"),
-        ([{"role": "user", "content": ["x"]}], r"messages\[0\]\['content'\] is a list of other"),
+        (parts("x"), r"messages\[0\]\['content'\]\[0\] is a str, not a mapping"),
+        (
+            parts({"type": "image_url", "image_url": {"url": "x"}}),
+            r"'\]\[0\] is of type 'image_url'",
+        ),
+        (parts({"type": "text", "text": "x"}, {"text": "x"}), r"'content'\]\[1\] is of type None"),
+        (parts({"type": "text", "content": "x"}), r"'content'\]\[0\]\['text'\] is None, not a str"),
         ([{"role": "u", "content": "", "x": {1: 2}}], r"messages\[0\]\['x'\] has the key 1"),
         ([{"role": "u", "content": "", "x": [object()]}], r"\['x'\]\[0\] is a object"),
     ],
