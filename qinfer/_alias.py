@@ -89,6 +89,12 @@ def fetch(name: str, progress: Progress | None) -> Path:
     return path
 
 
+def is_here(name: str) -> bool:
+    """Whether the file of an alias was fetched before."""
+    alias = ALIASES[name]
+    return _is_whole(cache_folder() / "models" / alias.filename, alias)
+
+
 def _is_whole(path: Path, alias: Alias) -> bool:
     # The hash was checked when the file came, and it came whole or not at all.
     return path.is_file() and path.stat().st_size == alias.n_bytes

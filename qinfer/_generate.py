@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._keywords import unknown_keyword
 from ._stop import StopFilter
 from .completion import (
     Completion,
@@ -25,7 +26,7 @@ from .completion import (
 )
 from .context import Context, Progress
 from .errors import ArgumentError, ContextFull
-from .sampling import Sampler, Sampling, SamplingOptions, unknown_keyword
+from .sampling import Sampler, Sampling, SamplingOptions
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from ._alias import ALIASES, EMBEDDED, Progress, embedded, fetch
+from ._alias import ALIASES, EMBEDDED, Progress, embedded, fetch, is_here
 from ._files import StrPath
 from .errors import ArgumentError, FileError, FormatError, QInferError
 
@@ -56,6 +56,16 @@ def resolve(model: StrPath, *, progress: Progress | None = None) -> Path:
             f"alias ({', '.join([*EMBEDDED, *ALIASES])})"
         )
     return download(match[1], match[2])
+
+
+def call_that_gets(name: str) -> str | None:
+    """The Python call for a name of `resolve` that is no path: an alias, or one on the hub."""
+    match = _REPOSITORY.fullmatch(name)
+    if name in EMBEDDED:
+        return "Model.demo()"
+    if name in ALIASES or (match is not None and match[2] is None and not name.endswith(".gguf")):
+        return f"Model.from_pretrained({name!r})"
+    return f"Model.from_pretrained{match.groups()!r}" if match is not None and match[2] else None
 
 
 # ---- folders and repositories ----
@@ -137,7 +147,7 @@ def download(
     the hub cannot be reached, what was downloaded before is used, which is logged.
 
     Args:
-        repo_id: "owner/name".
+        repo_id: "owner/name", or an alias.
         filename: a file's name or a glob such as "*q4*.gguf", in any case; it must match one model.
             None is for repositories that hold just one.
         revision: a branch, tag or commit.
@@ -151,6 +161,8 @@ def download(
         FormatError: the repository holds a checkpoint, not a GGUF file.
         FileError: the hub cannot be reached and the model is not there yet, or cannot be written.
     """
+    if repo_id in ALIASES or repo_id in EMBEDDED:
+        return _alias(repo_id, filename, revision, local_files_only)
     if not _REPOSITORY.fullmatch(repo_id) or ":" in repo_id:
         raise ArgumentError(f"repository {repo_id!r} is not of the form owner/name")
     if local_files_only:
@@ -183,6 +195,16 @@ def download(
     if len({path.parents[name.count("/")] for path, name in zip(paths, names, strict=True)}) > 1:
         raise FileError(f"{repo_id} changed while it was downloaded; try again")
     return paths[0]
+
+
+def _alias(name: str, filename: str | None, revision: str | None, local_files_only: bool) -> Path:
+    if filename is not None or revision is not None:
+        raise ArgumentError(f"{name} is an alias, of one file in one version")
+    if name in EMBEDDED:
+        return embedded(name)
+    if local_files_only and not is_here(name):
+        raise FileError(f"{name} has not been fetched yet")
+    return fetch(name, None)
 
 
 def _wanted(names: list[str], pattern: str | None, repo_id: str) -> list[str]:

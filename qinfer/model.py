@@ -18,11 +18,12 @@ from . import _machine
 from ._files import StrPath
 from ._generate import Answer, GenerateOptions, Settings, run
 from ._gguf import Progress
+from ._keywords import check_keywords, hinting
 from ._pool import ContextPool
 from ._weights import ModelInfo, Weights
 from .completion import Completion, Piece, Score
 from .context import Context, Tokens, Wanted, kv_type_number, positive
-from .errors import ArgumentError, ContextFull, DeviceError
+from .errors import ArgumentError, ContextFull, DeviceError, FileError
 from .sampling import token_array
 from .sparsity import Prefill, SparsityMode, choose
 from .stream import Stream, asynchronous
@@ -81,6 +82,7 @@ class Model:
         ArgumentError: an argument is out of range, or `path` is a folder without one model.
     """
 
+    @hinting
     def __init__(
         self,
         path: StrPath,
@@ -150,10 +152,10 @@ class Model:
         local_files_only: bool = False,
         **options: Any,
     ) -> Self:
-        """A model from the Hugging Face hub, downloaded once.
+        """A model from the Hugging Face hub or an alias, downloaded once.
 
         Args:
-            repo_id: "owner/name".
+            repo_id: "owner/name", or an alias that `qinfer run` takes, such as "smollm2".
             filename: a file's name or a glob such as "*q4*.gguf"; it must match one model, which
                 may be split. None is for repositories that hold just one.
             revision: a branch, tag or commit.
@@ -164,6 +166,7 @@ class Model:
         """
         from . import hub
 
+        check_keywords(options, cls.__init__)
         path = hub.download(
             repo_id,
             filename,
@@ -552,11 +555,20 @@ def _file(path: StrPath) -> StrPath:
     """The file meant by a path: the one model in a folder, or the path itself."""
     if not os.fsdecode(path):  # for pathlib, the working directory
         raise ArgumentError("the path of the model is empty")
-    if not Path(os.fsdecode(path)).is_dir():
-        return path
-    from .hub import resolve
+    local = Path(os.fsdecode(path))
+    if local.is_dir():
+        from .hub import resolve
 
-    return resolve(Path(os.fsdecode(path)))
+        return resolve(local)
+    if isinstance(path, str) and not local.exists():
+        from .hub import call_that_gets
+
+        if call := call_that_gets(path):
+            raise FileError(
+                f"{path}: there is no such file; what the command line takes by such a name comes "
+                f"by {call}"
+            )
+    return path
 
 
 def _n_ctx(info: ModelInfo, asked: int | None, kv_type: str) -> int:

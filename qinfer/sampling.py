@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ._keywords import unknown_keyword
 from ._native import Handle, check, ffi, lib, new_error
 from .errors import ArgumentError
 
@@ -155,16 +156,6 @@ class Sampling:
 def _is_a(value: object, kinds: tuple[type, ...]) -> bool:
     """Whether a value is of one of these types; True and False are no numbers."""
     return isinstance(value, kinds) and not isinstance(value, bool)
-
-
-def unknown_keyword(name: str, known: list[str]) -> str:
-    """The message for an unknown keyword, with the nearest known ones."""
-    from difflib import get_close_matches
-
-    # At 0.5, "temp" is near to "temperature".
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; sampling options are {', '.join(known)}"
-    return f"unexpected keyword argument {name!r}{hint}"
 
 
 def token_array(tokens: ArrayLike, n_vocab: int, name: str = "token") -> NDArray[np.int32]:

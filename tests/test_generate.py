@@ -367,6 +367,17 @@ def test_an_unknown_keyword_is_a_type_error_with_a_hint(model: Model) -> None:
     for name in ("temprature", "temp"):
         with pytest.raises(TypeError, match=f"'{name}'; did you mean 'temperature'"):
             model.generate(PROMPT, **{name: 1})  # type: ignore[call-overload]
+    for name, hint in (
+        ("stream", r"Model\.stream and Model\.stream_chat"),
+        ("max_new_tokens", "max_tokens="),
+        ("repetition_penalty", "repeat_penalty="),
+        ("zzz", "there are temperature, top_k"),
+    ):
+        for use in (model.generate, model.stream):
+            with pytest.raises(TypeError, match=f"keyword argument '{name}'.*{hint}"):
+                use(PROMPT, **{name: 1})  # type: ignore[operator]
+    with pytest.raises(qinfer.ArgumentError, match=r"max_tokens=-1 .*\(None: to the end\)"):
+        model.generate(PROMPT, max_tokens=-1)
 
 
 @pytest.mark.parametrize(

