@@ -231,7 +231,6 @@ model = qinfer.Model(sys.argv[1], threads=1)
 tokens = [1] * int(sys.argv[2])
 with model.context() as context:
     context.feed([2, 3])
-    waits = []
     for use in (
         lambda: context.feed(tokens),
         lambda: context.feed(tokens, progress=lambda done, total: None),
@@ -240,14 +239,17 @@ with model.context() as context:
         lambda: next(model.stream(tokens)),
         lambda: model.generate([tokens, tokens]),
     ):
-        press_ctrl_c(0.1)
-        try:
-            use()
-        except KeyboardInterrupt:
-            waits.append(time.monotonic() - pressed)
-    assert len(waits) == 6, waits
-    assert context.tokens() == [2, 3]
-    print(sorted(waits)[len(waits) // 2])  # a busy machine may delay some
+        waits = []
+        while len(waits) < 4 and min(waits, default=1) >= 0.1:
+            press_ctrl_c(0.1)
+            try:
+                use()
+            except KeyboardInterrupt:
+                waits.append(time.monotonic() - pressed)
+            else:
+                sys.exit("it ended before Ctrl-C")
+            assert context.tokens() == [2, 3]
+        print(min(waits))
     context.feed([4])
     found = context.logits
     with model.context() as other:
@@ -269,7 +271,10 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def test_ctrl_c_ends_a_prompt_within_100_ms_and_leaves_all_usable(slow_path: Path) -> None:
     done = run(INTERRUPTED, slow_path, N_SLOW)
     assert (done.returncode, done.stderr) == (0, "")
-    assert float(done.stdout) < 0.1
+    waits = [float(line) for line in done.stdout.splitlines()]
+    # Each way of computing a prompt, the best of up to four: other programs may take the machine
+    # for as long at any one time, while what we do ourselves takes its time each time.
+    assert len(waits) == 6 and max(waits) < 0.1, waits
 
 
 WHILE_GENERATING = """
