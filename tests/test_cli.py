@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,7 +153,7 @@ def test_ngl_is_answered_with_its_replacement(stories260k: Path) -> None:
 def test_errors_are_one_line_and_a_status(stories260k: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(stories260k.read_bytes()[:5000])
-    for arguments, status, words in (
+    cases: list[tuple[tuple[str | Path, ...], int, str]] = [
         (("run", tmp_path / "none.gguf", "-p", "a"), 1, "none.gguf"),
         (("run", broken, "-p", "a"), 1, "broken.gguf"),
         (("run", tmp_path, "-p", "a", "-c", "9"), 1, str(tmp_path)),
@@ -167,8 +168,11 @@ def test_errors_are_one_line_and_a_status(stories260k: Path, tmp_path: Path) -> 
         (("run", stories260k, "-p", "a", "--logit-bias", "5"), 2, "--logit-bias 5"),
         (("perplexity", stories260k, "-f", tmp_path / "none.txt"), 2, "none.txt"),
         (("frob",), 2, "frob"),
-    ):
-        assert words in error_of(*arguments, status=status)
+    ]
+    with ThreadPoolExecutor() as pool:
+        lines = pool.map(lambda case: error_of(*case[0], status=case[1]), cases)
+        for (_, _, words), line in zip(cases, lines, strict=True):
+            assert words in line
 
 
 def test_text_that_is_not_utf8_is_an_error(stories260k: Path, tmp_path: Path) -> None:
@@ -211,9 +215,11 @@ def test_help_and_version() -> None:
     commands = ("run", "chat", "bench", "perplexity", "tokenize", "inspect", "doctor")
     overview = output_of("--help")
     assert output_of() == overview
-    for command in commands:
-        assert f"\n  {command} " in overview
-        assert output_of(command, "--help").startswith(f"Usage: qinfer {command}")
+    with ThreadPoolExecutor() as pool:
+        texts = pool.map(lambda command: output_of(command, "--help"), commands)
+        for command, text in zip(commands, texts, strict=True):
+            assert f"\n  {command} " in overview
+            assert text.startswith(f"Usage: qinfer {command}")
 
 
 # ---- the other commands ----
