@@ -95,6 +95,10 @@ int32_t qi_type_decode(int32_t type, const void* blocks, uint64_t n_elements, fl
  * that can. */
 int32_t qi_type_encode(int32_t type, const float* values, uint64_t n_elements, uint64_t n_per_row,
                        const float* importance, void* blocks, qi_error* error);
+/* Blocks of type `from` as blocks of type `to`: decodes and encodes at once. `out` NULL only looks
+ * at the values. A value that is not finite or too large for `to` is QI_ARGUMENT. */
+int32_t qi_type_convert(int32_t from, const void* blocks, uint64_t n_elements, uint64_t n_per_row,
+                        const float* importance, int32_t to, void* out, qi_error* error);
 
 /* ---- GGUF files ---- */
 

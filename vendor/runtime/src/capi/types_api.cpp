@@ -22,6 +22,13 @@ void check_count(const TypeTraits& type, const char* what, uint64_t n) {
              static_cast<unsigned long long>(n), type.name, type.block_size);
 }
 
+void check_rows(uint64_t n_elements, uint64_t n_per_row) {
+    if (n_per_row == 0 || n_elements % n_per_row != 0)
+        fail(QI_ARGUMENT, "n_elements is %llu, which is not a multiple of n_per_row, %llu",
+             static_cast<unsigned long long>(n_elements),
+             static_cast<unsigned long long>(n_per_row));
+}
+
 }  // namespace
 
 int32_t qi_type_by_index(int32_t index, qi_type_info* out) {
@@ -58,11 +65,24 @@ int32_t qi_type_encode(int32_t type, const float* values, uint64_t n_elements, u
         require_pointer(blocks, "blocks");
         check_count(known, "n_per_row", n_per_row);
         check_count(known, "n_elements", n_elements);
-        if (n_per_row == 0 || n_elements % n_per_row != 0)
-            fail(QI_ARGUMENT, "n_elements is %llu, which is not a multiple of n_per_row, %llu",
-                 static_cast<unsigned long long>(n_elements),
-                 static_cast<unsigned long long>(n_per_row));
+        check_rows(n_elements, n_per_row);
         encode(known.type, values, int64_t(n_elements), int64_t(n_per_row), importance,
                static_cast<std::byte*>(blocks));
+    });
+}
+
+int32_t qi_type_convert(int32_t from, const void* blocks, uint64_t n_elements, uint64_t n_per_row,
+                        const float* importance, int32_t to, void* out, qi_error* error) {
+    return guard(error, [&] {
+        const TypeTraits& source = checked_type(from);
+        const TypeTraits& target = checked_type(to);
+        require_pointer(blocks, "blocks");
+        for (const TypeTraits* type : {&source, &target}) {
+            check_count(*type, "n_per_row", n_per_row);
+            check_count(*type, "n_elements", n_elements);
+        }
+        check_rows(n_elements, n_per_row);
+        convert(source.type, static_cast<const std::byte*>(blocks), int64_t(n_elements),
+                int64_t(n_per_row), importance, target.type, static_cast<std::byte*>(out));
     });
 }

@@ -1,71 +1,62 @@
-// Runs of blocks to floats and back, by type.
+// Codecs: what they refuse, and the choice of instruction set.
 #include "quant/codec.h"
 
+#include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
 #include "base/error.h"
-#include "quant/block_codecs.h"
-#include "quant/decode_blocks.h"
-#include "quant/half.h"
+#include "quant/codec_table.h"
 
 namespace qi {
 
+namespace codecs {
+
+const Codec* codec_for(Isa isa) {
+    switch (isa) {
+        case Isa::portable:
+            return &portable::codec;
+#if defined(__x86_64__)
+        case Isa::avx2:
+            return &avx2::codec;
+        case Isa::avx512:
+            return &avx512::codec;
+#elif defined(__aarch64__)
+        case Isa::neon:
+            return &neon::codec;
+#endif
+        default:
+            return nullptr;
+    }
+}
+
+}  // namespace codecs
+
 namespace {
 
-// Blocks are copied out first: callers' bytes need not be aligned.
-template <typename Block>
-void decode_blocks(const std::byte* blocks, int64_t n, int block_size, float* out) {
-    for (int64_t i = 0; i < n; i += block_size, blocks += sizeof(Block)) {
-        Block block;
-        std::memcpy(&block, blocks, sizeof block);
-        decode_block(block, out + i);
-    }
+// Elements looked at, decoded or encoded together: a multiple of every block size, and 4 KiB of
+// floats, so that the first-level cache holds them from one step to the next.
+constexpr int64_t n_together = 1024;
+
+const codecs::Codec& active() {
+    static const codecs::Codec& codec = *codecs::codec_for(active_isa());
+    return codec;
 }
 
-template <typename Block>
-void encode_blocks(const float* values, int64_t n, int block_size, std::byte* blocks) {
-    for (int64_t i = 0; i < n; i += block_size, blocks += sizeof(Block)) {
-        Block block;
-        encode_block(values + i, block);
-        std::memcpy(blocks, &block, sizeof block);
-    }
-}
-
-template <typename Block>
-void encode_k_blocks(const float* values, int64_t n, int64_t n_per_row, const float* importance,
-                     std::byte* blocks) {
-    for (int64_t i = 0; i < n; i += 256, blocks += sizeof(Block)) {
-        Block block;
-        encode_block(values + i, importance ? importance + i % n_per_row : nullptr, block);
-        std::memcpy(blocks, &block, sizeof block);
-    }
-}
-
-template <float (*to_float)(uint16_t)>
-void decode_halves(const std::byte* halves, int64_t n, float* out) {
-    for (int64_t i = 0; i < n; i++) {
-        uint16_t bits;
-        std::memcpy(&bits, halves + 2 * i, 2);
-        out[i] = to_float(bits);
-    }
-}
-
-template <uint16_t (*from_float)(float)>
-void encode_halves(const float* values, int64_t n, std::byte* halves) {
-    for (int64_t i = 0; i < n; i++) {
-        const uint16_t bits = from_float(values[i]);
-        std::memcpy(halves + 2 * i, &bits, 2);
-    }
-}
-
-void require_finite(Type type, const float* values, int64_t n) {
-    for (int64_t i = 0; i < n; i++) {
-        if (!std::isfinite(values[i]))
-            fail(QI_ARGUMENT, "cannot encode %s: value %lld is %s, and only finite values can be",
-                 traits(type).name, static_cast<long long>(i),
-                 std::isnan(values[i]) ? "NaN" : "infinite");
-    }
+// `first` is the index of the first value, for the message.
+void require_within(Type type, const float* values, int64_t n, float limit, int64_t first) {
+    if (active().all_within(values, n, limit)) return;
+    int64_t i = 0;
+    while (std::fabs(values[i]) <= limit)
+        i++;
+    if (std::isfinite(values[i]))
+        fail(QI_ARGUMENT, "cannot encode %s: value %lld is %g, and it holds numbers up to %g",
+             traits(type).name, static_cast<long long>(first + i), double(values[i]),
+             double(limit));
+    fail(QI_ARGUMENT, "cannot encode %s: value %lld is %s, and only finite values can be",
+         traits(type).name, static_cast<long long>(first + i),
+         std::isnan(values[i]) ? "NaN" : "infinite");
 }
 
 void require_weights(const float* importance, int64_t n_per_row) {
@@ -77,97 +68,54 @@ void require_weights(const float* importance, int64_t n_per_row) {
     }
 }
 
+// Calls piece(first, n, importance of these) for pieces of up to n_together elements. A row that
+// importance belongs to is not crossed.
+template <class Piece>
+void in_pieces(int64_t n, int64_t n_per_row, const float* importance, const Piece& piece) {
+    const int64_t run = importance ? n_per_row : n;
+    for (int64_t row = 0; row < n; row += run) {
+        for (int64_t i = 0; i < run; i += n_together)
+            piece(row + i, std::min(n_together, run - i), importance ? importance + i : nullptr);
+    }
+}
+
 }  // namespace
 
-void decode(Type type, const std::byte* blocks, int64_t n, float* out) {
+float greatest(Type type) {
     switch (type) {
         case Type::f32:
-            std::memcpy(out, blocks, size_t(n) * sizeof(float));
-            return;
-        case Type::f16:
-            decode_halves<f16_to_f32>(blocks, n, out);
-            return;
+            return FLT_MAX;
         case Type::bf16:
-            decode_halves<bf16_to_f32>(blocks, n, out);
-            return;
-        case Type::q4_0:
-            decode_blocks<BlockQ4_0>(blocks, n, 32, out);
-            return;
-        case Type::q4_1:
-            decode_blocks<BlockQ4_1>(blocks, n, 32, out);
-            return;
-        case Type::q5_0:
-            decode_blocks<BlockQ5_0>(blocks, n, 32, out);
-            return;
-        case Type::q5_1:
-            decode_blocks<BlockQ5_1>(blocks, n, 32, out);
-            return;
-        case Type::q8_0:
-            decode_blocks<BlockQ8_0>(blocks, n, 32, out);
-            return;
-        case Type::q2_k:
-            decode_blocks<BlockQ2_K>(blocks, n, 256, out);
-            return;
-        case Type::q3_k:
-            decode_blocks<BlockQ3_K>(blocks, n, 256, out);
-            return;
-        case Type::q4_k:
-            decode_blocks<BlockQ4_K>(blocks, n, 256, out);
-            return;
-        case Type::q5_k:
-            decode_blocks<BlockQ5_K>(blocks, n, 256, out);
-            return;
-        case Type::q6_k:
-            decode_blocks<BlockQ6_K>(blocks, n, 256, out);
-            return;
+            return 0x1.fep127f;
+        default:
+            return 65504.0f;
     }
+}
+
+void decode(Type type, const std::byte* blocks, int64_t n, float* out) {
+    active().decode(type, blocks, n, out);
 }
 
 void encode(Type type, const float* values, int64_t n, int64_t n_per_row, const float* importance,
             std::byte* blocks) {
-    require_finite(type, values, n);
     if (importance) require_weights(importance, n_per_row);
-    switch (type) {
-        case Type::f32:
-            std::memcpy(blocks, values, size_t(n) * sizeof(float));
-            return;
-        case Type::f16:
-            encode_halves<f32_to_f16>(values, n, blocks);
-            return;
-        case Type::bf16:
-            encode_halves<f32_to_bf16>(values, n, blocks);
-            return;
-        case Type::q4_0:
-            encode_blocks<BlockQ4_0>(values, n, 32, blocks);
-            return;
-        case Type::q4_1:
-            encode_blocks<BlockQ4_1>(values, n, 32, blocks);
-            return;
-        case Type::q5_0:
-            encode_blocks<BlockQ5_0>(values, n, 32, blocks);
-            return;
-        case Type::q5_1:
-            encode_blocks<BlockQ5_1>(values, n, 32, blocks);
-            return;
-        case Type::q8_0:
-            encode_blocks<BlockQ8_0>(values, n, 32, blocks);
-            return;
-        case Type::q2_k:
-            encode_k_blocks<BlockQ2_K>(values, n, n_per_row, importance, blocks);
-            return;
-        case Type::q3_k:
-            encode_k_blocks<BlockQ3_K>(values, n, n_per_row, importance, blocks);
-            return;
-        case Type::q4_k:
-            encode_k_blocks<BlockQ4_K>(values, n, n_per_row, importance, blocks);
-            return;
-        case Type::q5_k:
-            encode_k_blocks<BlockQ5_K>(values, n, n_per_row, importance, blocks);
-            return;
-        case Type::q6_k:
-            encode_k_blocks<BlockQ6_K>(values, n, n_per_row, importance, blocks);
-            return;
-    }
+    in_pieces(n, n_per_row, importance, [&](int64_t first, int64_t count, const float* weights) {
+        require_within(type, values + first, count, FLT_MAX, first);
+        active().encode(type, values + first, count, weights, blocks + row_bytes(type, first));
+    });
+}
+
+void convert(Type from, const std::byte* blocks, int64_t n, int64_t n_per_row,
+             const float* importance, Type to, std::byte* out) {
+    if (importance) require_weights(importance, n_per_row);
+    alignas(64) float values[n_together];
+    in_pieces(n, n_per_row, importance, [&](int64_t first, int64_t count, const float* weights) {
+        active().decode(from, blocks + row_bytes(from, first), count, values);
+        require_within(to, values, count, greatest(to), first);
+        if (out && from != to)
+            active().encode(to, values, count, weights, out + row_bytes(to, first));
+    });
+    if (out && from == to) std::memcpy(out, blocks, row_bytes(to, n));
 }
 
 }  // namespace qi

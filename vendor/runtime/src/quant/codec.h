@@ -1,5 +1,4 @@
-// Blocks to floats and floats to blocks, plain and exact: the reference every kernel is compared
-// with.
+// Blocks to floats, floats to blocks and blocks to other blocks: the same bytes on every processor.
 #pragma once
 
 #include <cstddef>
@@ -18,5 +17,14 @@ void decode(Type type, const std::byte* blocks, int64_t n, float* out);
 // values that are not finite and importance that is not a number from 0.
 void encode(Type type, const float* values, int64_t n, int64_t n_per_row, const float* importance,
             std::byte* blocks);
+
+// decode and encode in one go, a cache's worth at a time; n_per_row is a multiple of both block
+// sizes. Refuses also values beyond greatest(to). The same type's blocks are copied. out: nullptr
+// only looks at the values.
+void convert(Type from, const std::byte* blocks, int64_t n, int64_t n_per_row,
+             const float* importance, Type to, std::byte* out);
+
+// The largest magnitude that stays finite in a type; types of blocks keep their scales as F16.
+float greatest(Type type);
 
 }  // namespace qi

@@ -1,9 +1,10 @@
-// One block to floats, one overload per block format: plain and exact.
+// One block to floats, one overload per block format, plain and exact; for the level whose
+// level_*.h was included before.
 #pragma once
 
 #include "quant/blocks.h"
 
-namespace qi {
+namespace qi::codecs::QI_CODEC_LEVEL {
 
 namespace {
 
@@ -11,44 +12,41 @@ inline uint32_t load_bits(const uint8_t (&qh)[4]) {
     return uint32_t(qh[0]) | uint32_t(qh[1]) << 8 | uint32_t(qh[2]) << 16 | uint32_t(qh[3]) << 24;
 }
 
-// Codes of elements 0-31 out of nibbles and, for 5-bit formats, a word of fifth bits.
-inline void unpack(const uint8_t (&qs)[16], uint32_t high_bits, int (&codes)[32]) {
-    for (int i = 0; i < 16; i++) {
-        codes[i] = (qs[i] & 15) | int(high_bits >> i & 1) << 4;
-        codes[i + 16] = (qs[i] >> 4) | int(high_bits >> (i + 16) & 1) << 4;
-    }
+// The loops below run over one half or one group at a time, with one shift, so that compilers turn
+// them into vectors.
+
+// out[i] = d · (code + offset) + m, the codes out of nibbles.
+inline void decode_nibbles(const uint8_t (&qs)[16], float d, int offset, float m, float* out) {
+    for (int i = 0; i < 16; i++)
+        out[i] = d * float((qs[i] & 15) + offset) + m;
+    for (int i = 0; i < 16; i++)
+        out[16 + i] = d * float((qs[i] >> 4) + offset) + m;
+}
+
+// The same with fifth bits.
+inline void decode_five_bits(const uint8_t (&qs)[16], const uint8_t (&qh)[4], float d, int offset,
+                             float m, float* out) {
+    const uint32_t high = load_bits(qh);
+    for (int i = 0; i < 16; i++)
+        out[i] = d * float(((qs[i] & 15) | int(high >> i & 1) << 4) + offset) + m;
+    for (int i = 0; i < 16; i++)
+        out[16 + i] = d * float(((qs[i] >> 4) | int(high >> (16 + i) & 1) << 4) + offset) + m;
 }
 
 inline void decode_block(const BlockQ4_0& block, float* out) {
-    const float d = f16_to_f32(block.d);
-    int codes[32];
-    unpack(block.qs, 0, codes);
-    for (int i = 0; i < 32; i++)
-        out[i] = d * float(codes[i] - 8);
+    decode_nibbles(block.qs, f16_to_f32(block.d), -8, -0.0f, out);
 }
 
 inline void decode_block(const BlockQ4_1& block, float* out) {
-    const float d = f16_to_f32(block.d), m = f16_to_f32(block.m);
-    int codes[32];
-    unpack(block.qs, 0, codes);
-    for (int i = 0; i < 32; i++)
-        out[i] = d * float(codes[i]) + m;
+    decode_nibbles(block.qs, f16_to_f32(block.d), 0, f16_to_f32(block.m), out);
 }
 
 inline void decode_block(const BlockQ5_0& block, float* out) {
-    const float d = f16_to_f32(block.d);
-    int codes[32];
-    unpack(block.qs, load_bits(block.qh), codes);
-    for (int i = 0; i < 32; i++)
-        out[i] = d * float(codes[i] - 16);
+    decode_five_bits(block.qs, block.qh, f16_to_f32(block.d), -16, -0.0f, out);
 }
 
 inline void decode_block(const BlockQ5_1& block, float* out) {
-    const float d = f16_to_f32(block.d), m = f16_to_f32(block.m);
-    int codes[32];
-    unpack(block.qs, load_bits(block.qh), codes);
-    for (int i = 0; i < 32; i++)
-        out[i] = d * float(codes[i]) + m;
+    decode_five_bits(block.qs, block.qh, f16_to_f32(block.d), 0, f16_to_f32(block.m), out);
 }
 
 inline void decode_block(const BlockQ8_0& block, float* out) {
@@ -76,18 +74,15 @@ inline int unpack_q3_k_scale(const uint8_t (&scales)[12], int g) {
     return (low | high << 4) - 32;
 }
 
-// Two bits of element i in the order that Q2_K and Q3_K share.
-inline int two_bits(const uint8_t (&qs)[64], int i) {
-    return qs[i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
-}
-
 inline void decode_block(const BlockQ2_K& block, float* out) {
     const float d = f16_to_f32(block.d), dmin = f16_to_f32(block.dmin);
     for (int g = 0; g < 16; g++) {
         const float scale = d * float(block.scales[g] & 15);
         const float min = dmin * float(block.scales[g] >> 4);
-        for (int i = 16 * g; i < 16 * g + 16; i++)
-            out[i] = scale * float(two_bits(block.qs, i)) - min;
+        const uint8_t* qs = block.qs + g / 8 * 32 + g % 2 * 16;
+        const int shift = g / 2 % 4 * 2;
+        for (int i = 0; i < 16; i++)
+            out[16 * g + i] = scale * float(qs[i] >> shift & 3) - min;
     }
 }
 
@@ -95,9 +90,12 @@ inline void decode_block(const BlockQ3_K& block, float* out) {
     const float d = f16_to_f32(block.d);
     for (int g = 0; g < 16; g++) {
         const float scale = d * float(unpack_q3_k_scale(block.scales, g));
-        for (int i = 16 * g; i < 16 * g + 16; i++) {
-            const int high = block.hmask[i % 32] >> (i / 32) & 1;
-            out[i] = scale * float((two_bits(block.qs, i) | high << 2) - 4);
+        const uint8_t* qs = block.qs + g / 8 * 32 + g % 2 * 16;
+        const uint8_t* hmask = block.hmask + g % 2 * 16;
+        const int shift = g / 2 % 4 * 2, bit = g / 2;
+        for (int i = 0; i < 16; i++) {
+            const int code = (qs[i] >> shift & 3) | (hmask[i] >> bit & 1) << 2;
+            out[16 * g + i] = scale * float(code - 4);
         }
     }
 }
@@ -128,21 +126,19 @@ inline void decode_block(const BlockQ5_K& block, float* out) {
 
 inline void decode_block(const BlockQ6_K& block, float* out) {
     const float d = f16_to_f32(block.d);
-    for (int half = 0; half < 2; half++) {
-        const uint8_t* ql = block.ql + 64 * half;
-        const uint8_t* qh = block.qh + 32 * half;
-        const int8_t* scales = block.scales + 8 * half;
-        for (int quarter = 0; quarter < 4; quarter++) {
-            for (int l = 0; l < 32; l++) {
-                const int low = ql[l + quarter % 2 * 32] >> (quarter / 2 * 4) & 15;
-                const int code = low | (qh[l] >> (2 * quarter) & 3) << 4;
-                const float scale = d * float(scales[2 * quarter + l / 16]);
-                out[128 * half + 32 * quarter + l] = scale * float(code - 32);
-            }
+    for (int g = 0; g < 16; g++) {
+        const int quarter = g / 2 % 4;
+        const float scale = d * float(block.scales[g]);
+        const uint8_t* ql = block.ql + g / 8 * 64 + quarter % 2 * 32 + g % 2 * 16;
+        const uint8_t* qh = block.qh + g / 8 * 32 + g % 2 * 16;
+        const int low_shift = quarter / 2 * 4, high_shift = quarter * 2;
+        for (int i = 0; i < 16; i++) {
+            const int code = (ql[i] >> low_shift & 15) | (qh[i] >> high_shift & 3) << 4;
+            out[16 * g + i] = scale * float(code - 32);
         }
     }
 }
 
 }  // namespace
 
-}  // namespace qi
+}  // namespace qi::codecs::QI_CODEC_LEVEL
