@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -105,12 +106,6 @@ def encode(
             f"this array has shape {array.shape}"
         )
     n_per_row = array.shape[-1]
-    weights = ffi.NULL
-    if importance is not None:
-        weight_array = np.ascontiguousarray(importance, dtype=np.float32)
-        if weight_array.shape != (n_per_row,):
-            raise ArgumentError(f"importance has shape {weight_array.shape}, not {(n_per_row,)}")
-        weights = ffi.from_buffer("float[]", weight_array)
     row_bytes = n_per_row // kind.block_size * kind.block_bytes
     blocks = np.empty((*array.shape[:-1], row_bytes), np.uint8)
     if array.size:
@@ -121,13 +116,52 @@ def encode(
                 ffi.from_buffer("float[]", array),
                 array.size,
                 n_per_row,
-                weights,
+                _weights(importance, n_per_row),
                 ffi.from_buffer(blocks),
                 error,
             ),
             error,
         )
     return blocks
+
+
+def convert(
+    blocks: NDArray[np.uint8],
+    old: str,
+    new: str,
+    shape: tuple[int, ...],
+    *,
+    importance: ArrayLike | None = None,
+) -> NDArray[np.uint8]:
+    """Blocks of one type as blocks of another; those of the same type after a look at each value.
+
+    `shape` is that of the values, the last axis the row, and `importance` as in `encode`. Returns
+    uint8 of one axis. Raises ArgumentError at a value that is not finite or too large for the type.
+    """
+    source, target = tensor_type(old), tensor_type(new)
+    data = np.ascontiguousarray(blocks)
+    n_elements, n_per_row = prod(shape), shape[-1]
+    _check_size(data, source, shape)
+    out, out_pointer = data, ffi.NULL
+    if target != source:
+        out = np.empty(n_elements // target.block_size * target.block_bytes, np.uint8)
+        out_pointer = ffi.from_buffer(out)
+    if n_elements:
+        error = new_error()
+        check(
+            lib.qi_type_convert(
+                source.number,
+                ffi.from_buffer(data),
+                n_elements,
+                n_per_row,
+                _weights(importance, n_per_row),
+                target.number,
+                out_pointer,
+                error,
+            ),
+            error,
+        )
+    return out
 
 
 def decode(
@@ -147,14 +181,7 @@ def decode(
     if shape is None:
         shape = (*data.shape[:-1], data.shape[-1] // kind.block_bytes * kind.block_size)
     n_elements = prod(shape)
-    if (
-        n_elements % kind.block_size
-        or n_elements // kind.block_size * kind.block_bytes != data.nbytes
-    ):
-        raise ArgumentError(
-            f"{data.nbytes} bytes are not the blocks of {shape} elements of {kind.name} "
-            f"({kind.block_bytes} bytes per {kind.block_size} elements)"
-        )
+    _check_size(data, kind, shape)
     values = np.empty(shape, np.float32)
     if n_elements:
         error = new_error()
@@ -169,3 +196,25 @@ def decode(
             error,
         )
     return values
+
+
+def _weights(importance: ArrayLike | None, n_per_row: int) -> Any:
+    """Importance as the library takes it."""
+    if importance is None:
+        return ffi.NULL
+    weights = np.ascontiguousarray(importance, dtype=np.float32)
+    if weights.shape != (n_per_row,):
+        raise ArgumentError(f"importance has shape {weights.shape}, not {(n_per_row,)}")
+    return ffi.from_buffer("float[]", weights)
+
+
+def _check_size(data: NDArray[np.uint8], kind: TensorType, shape: tuple[int, ...]) -> None:
+    n_elements = prod(shape)
+    if (
+        n_elements % kind.block_size
+        or n_elements // kind.block_size * kind.block_bytes != data.nbytes
+    ):
+        raise ArgumentError(
+            f"{data.nbytes} bytes are not the blocks of {shape} elements of {kind.name} "
+            f"({kind.block_bytes} bytes per {kind.block_size} elements)"
+        )

@@ -313,6 +313,16 @@ def test_constants_in_k_types(name: str, value: float) -> None:
     np.testing.assert_allclose(round_trip(values, name), values, rtol=2e-3)
 
 
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K"])
+@pytest.mark.parametrize("value", [0.02, 0.031, 1.7])
+def test_groups_that_are_alike_come_to_the_same_scale(name: str, value: float) -> None:
+    signs = np.random.default_rng(12).choice([-1, 1], (8, 256))
+    values = (signs * value).astype(np.float32)
+    decoded = round_trip(values, name)
+    assert [len(np.unique(block)) for block in decoded] == [2] * len(decoded)
+    np.testing.assert_allclose(decoded, values, rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", K_TYPES)
 def test_zero_groups_stay_zero_beside_others(name: str) -> None:
     values = np.random.default_rng(6).standard_normal((8, 256)).astype(np.float32)
@@ -378,6 +388,9 @@ def test_importance_that_is_no_weight_is_refused_by_column(name: str, bad: float
         _types.encode(np.ones((2, 256), np.float32), name, importance=importance)
     with pytest.raises(ArgumentError, match=r"\(255,\)"):
         _types.encode(np.ones((2, 256), np.float32), name, importance=importance[1:])
+    ones = np.ones((2, 256), np.float32).view(np.uint8)
+    with pytest.raises(ArgumentError, match="column 41"):
+        _types.convert(ones.reshape(-1), "F32", name, (2, 256), importance=importance)
 
 
 def peers_blocks(values: NDArray[np.float32], name: str) -> NDArray[np.uint8]:
@@ -413,6 +426,60 @@ def test_k_types_err_less_than_llama_cpp(name: str, sample: str) -> None:
     }[sample].astype(np.float32)
     theirs = oracle_decode(peers_blocks(values, name), name)
     assert rms(round_trip(values, name) - values) < rms(theirs - values)
+
+
+# ---- blocks to other blocks ----
+
+
+@pytest.mark.parametrize("new", COMPUTED)
+@pytest.mark.parametrize("old", COMPUTED)
+def test_converting_is_decoding_and_encoding(old: str, new: str) -> None:
+    rng = np.random.default_rng(13)
+    values = rng.standard_normal((3, 1280)).astype(np.float32)  # more than what is done at a time
+    importance = rng.random(1280).astype(np.float32)
+    blocks = _types.encode(values, old)
+    for weights in (None, importance):
+        converted = _types.convert(blocks.reshape(-1), old, new, values.shape, importance=weights)
+        expected = blocks
+        if new != old:
+            expected = _types.encode(_types.decode(blocks, old), new, importance=weights)
+        np.testing.assert_array_equal(converted, expected.reshape(-1))
+
+
+@pytest.mark.parametrize("n", [1, 3, 31, 1025])
+def test_rows_of_any_length_convert_between_plain_types(n: int) -> None:
+    values = np.random.default_rng(14).standard_normal((5, n)).astype(np.float32)
+    half = _types.convert(values.view(np.uint8).reshape(-1), "F32", "F16", values.shape)
+    np.testing.assert_array_equal(half.view(np.float16), values.astype(np.float16).reshape(-1))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "bad", "rule"),
+    [
+        ("F32", "F16", np.nan, "NaN"),
+        ("F16", "Q4_0", np.nan, "NaN"),
+        ("F16", "F16", -np.inf, "infinite"),
+        ("BF16", "Q6_K", np.inf, "infinite"),
+        ("F32", "Q8_0", 65536.0, "65504"),
+        ("BF16", "F16", -65536.0, "65504"),
+        ("F32", "BF16", FLOAT_MAX, "3.38953e.38"),
+    ],
+)
+def test_converting_refuses_what_the_type_cannot_hold(
+    old: str, new: str, bad: float, rule: str
+) -> None:
+    values = np.ones((2, 2048), np.float32)
+    values[1, 1500] = bad
+    blocks = oracle_encode(values, old).reshape(-1)
+    with pytest.raises(ArgumentError, match=rf"{new}: value {2048 + 1500} is .*{rule}"):
+        _types.convert(blocks, old, new, values.shape)
+
+
+def test_the_greatest_value_of_a_type_converts() -> None:
+    for name, value in [("F16", 65504.0), ("Q8_0", 65504.0), ("F32", FLOAT_MAX)]:
+        values = np.full((1, 256), value, np.float32)
+        blocks = _types.convert(values.view(np.uint8).reshape(-1), "F32", name, values.shape)
+        assert np.isfinite(oracle_decode(blocks, name)).all()
 
 
 # ---- what is refused ----
@@ -466,4 +533,12 @@ def test_bad_arguments_are_refused() -> None:
         call("qi_type_encode", 8, values, 32, 0, null, blocks)
     with pytest.raises(ArgumentError, match=r"n_elements is 32.*n_per_row, 64"):
         call("qi_type_encode", 8, values, 32, 64, null, blocks)
+    with pytest.raises(ArgumentError, match="'blocks' is NULL"):
+        call("qi_type_convert", 8, null, 32, 32, null, 0, values)
+    with pytest.raises(ArgumentError, match=r"n_per_row is 32.*Q4_K.*256"):
+        call("qi_type_convert", 8, blocks, 32, 32, null, 12, values)
+    with pytest.raises(ArgumentError, match=r"n_elements is 32.*n_per_row, 64"):
+        call("qi_type_convert", 8, blocks, 32, 64, null, 0, values)
+    with pytest.raises(UnsupportedError, match="IQ4_NL"):
+        call("qi_type_convert", 8, blocks, 32, 32, null, 20, values)
     assert _native.lib.qi_type_decode(8, null, 32, values, null) == _native.lib.QI_ARGUMENT

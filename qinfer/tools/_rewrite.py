@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 from .._files import StrPath
 from .._gguf import GGUF, TensorInfo, Writer
-from .._types import decode, encode, tensor_type
+from .._types import convert, decode, tensor_type
 from ..errors import ArgumentError, FormatError
 
 # Makes the next bytes of a tensor; called on any thread.
 Piece = Callable[[], NDArray[np.uint8]]
 
-# Weights in a piece: 2 MiB as floats, near a core's L2 cache, and long enough that the
-# interpreter's share is small.
-PIECE_WEIGHTS = 1 << 19
+# Weights in a piece: so many that the interpreter's share is small, and few enough for every thread
+# to have some to the end.
+PIECE_WEIGHTS = 1 << 20
 
 _HALF_MAX = 65504.0
 _BF16_MAX = float(np.uint32(0x7F7F7FFF).view(np.float32))  # larger values round to infinity
@@ -81,11 +81,14 @@ def encoded(
         last = min(first + rows_per_piece, n_rows)
         row_bytes = n_cols // old.block_size * old.block_bytes
         blocks = tensor.data[first * row_bytes : last * row_bytes]
-        values = decode(blocks, old.name, (last - first, n_cols))
-        check_values(source.path, tensor.name, values, type, first_row=first)
-        if type == old.name:
-            return blocks
-        return encode(values, type, importance=importance).reshape(-1)
+        shape = (last - first, n_cols)
+        try:
+            return convert(blocks, old.name, type, shape, importance=importance)
+        except ArgumentError:
+            # Where in the tensor it is takes a second look.
+            values = decode(blocks, old.name, shape)
+            check_values(source.path, tensor.name, values, type, first_row=first)
+            raise
 
     def pieces() -> Iterator[Piece]:
         for first in range(0, n_rows, rows_per_piece):
