@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -15,8 +14,8 @@ from typing import Any, NoReturn, TextIO, TypeVar
 import click
 
 from . import __version__
+from ._program import run as run_program
 from ._progress import Bar
-from .errors import QInferError
 from .model import Model
 from .sparsity import Prefill, SparsityMode
 
@@ -26,39 +25,11 @@ _MODEL_HELP = (
     "MODEL is a path, owner/repository[:GLOB] on the Hugging Face hub, or an alias: stories, "
     "smollm2."
 )
-_INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
 
 def main() -> NoReturn:
-    """Runs the command line; errors are one line on standard error and a status."""
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character must not end the program.
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    try:
-        cli.main(sys.argv[1:] or ["--help"], prog_name="qinfer", standalone_mode=False)
-        sys.stdout.flush()
-    except click.UsageError as error:
-        _fail(f"{error.format_message()}{_hint(error)}", 2)
-    except click.ClickException as error:
-        _fail(error.format_message(), 1)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(_INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; what is still buffered must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (QInferError, OSError, UnicodeDecodeError) as error:
-        _fail(str(error), 1)
-    sys.exit(0)
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(status)
-
-
-def _hint(error: click.UsageError) -> str:
-    return f" (see {error.ctx.command_path} --help)" if error.ctx is not None else ""
+    """Runs the command line."""
+    run_program(cli, "qinfer")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -66,18 +37,8 @@ def _hint(error: click.UsageError) -> str:
 @click.option("-v", "--verbose", is_flag=True, help="Show what is logged below warnings, too.")
 def cli(verbose: bool) -> None:
     """Runs large language models from GGUF files on the machine you have."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Format())
-    logger = logging.getLogger("qinfer")
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
-
-
-class _Format(logging.Formatter):
-    """ "warning: text", as errors look."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {record.getMessage()}"
+    if verbose:
+        logging.getLogger("qinfer").setLevel(logging.DEBUG)
 
 
 # ---- options that several commands share ----

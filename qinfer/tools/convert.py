@@ -209,6 +209,6 @@ def command(
 
 
 if __name__ == "__main__":
-    from ._run import run
+    from .._program import run
 
     run(command, "python -m qinfer.tools.convert")

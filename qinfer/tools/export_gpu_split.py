@@ -437,6 +437,6 @@ def _report(target: str, split: Split, *, from_pickle: bool) -> None:
 
 
 if __name__ == "__main__":
-    from ._run import run
+    from .._program import run
 
     run(command, "python -m qinfer.tools.export_gpu_split")

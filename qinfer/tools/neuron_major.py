@@ -233,6 +233,6 @@ def command(source: str, out: str, down: str | None, threads: int | None) -> Non
 
 
 if __name__ == "__main__":
-    from ._run import run
+    from .._program import run
 
     run(command, "python -m qinfer.tools.neuron_major")

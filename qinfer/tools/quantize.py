@@ -501,6 +501,6 @@ def _print_tensors(result: Quantised) -> None:
 
 
 if __name__ == "__main__":
-    from ._run import run
+    from .._program import run
 
     run(command, "python -m qinfer.tools.quantize")

@@ -92,6 +92,15 @@ void matmul_listed(const Weight& w, const int32_t* list, int64_t n_rows, const s
     if (n_rows > 0) active().listed(w, list, n_rows, prepared, n_tokens, y, y_stride);
 }
 
+void fetch_listed(const Weight& w, const int32_t* list, int64_t n_rows) {
+    const auto most = int64_t(list_distance / w.row_bytes) + 1;
+    for (int64_t i = 0; i < std::min(n_rows, most); ++i) {
+        const std::byte* row = w.data + size_t(list[i]) * w.row_bytes;
+        for (size_t at = 0; at < w.row_bytes; at += 64)
+            __builtin_prefetch(row + at, 0, 2);
+    }
+}
+
 void decode_row(const Weight& w, int64_t row, float* out) {
     decode(w.type, w.data + size_t(row) * w.row_bytes, w.n_cols, out);
 }

@@ -52,6 +52,10 @@ void matmul_rows(const Weight& w, int64_t row_begin, int64_t row_end, const std:
 void matmul_listed(const Weight& w, const int32_t* list, int64_t n_rows, const std::byte* prepared,
                    int64_t n_tokens, float* y, int64_t y_stride);
 
+// Starts fetching the first rows of a list, which matmul_listed or add_row_sums will want soon;
+// they fetch only what comes after those themselves.
+void fetch_listed(const Weight& w, const int32_t* list, int64_t n_rows);
+
 // One row of a weight as floats: embedding look-up.
 void decode_row(const Weight& w, int64_t row, float* out);
 

@@ -84,8 +84,9 @@ struct BlockKernels {
     struct Rows {
         const uint8_t* at[tile_rows];
         const uint8_t* ahead[tile_rows];  // of a list: the rows that many places on
+        const uint8_t* end;               // of all weights
 
-        Rows(const Product& product, int64_t row) {
+        Rows(const Product& product, int64_t row) : end(product.weights_end()) {
             for (int i = 0; i < tile_rows; ++i) {
                 at[i] = product.row(row + i);
                 if (product.list) ahead[i] = product.row(row + i + product.places_ahead);
@@ -97,8 +98,21 @@ struct BlockKernels {
                 units[i] = at[i / n_units] + group * group_bytes + i % n_units * format.unit_bytes;
             unpack(units, tile);
         }
-        // A last group of n_blocks only: zeros stand for the rest, whose activations are zeros too.
-        [[gnu::noinline]] void unpack_part(int64_t group, int64_t n_blocks,
+        // A last group of n_blocks only. Whatever follows the row stands for the rest, with factors
+        // of zero; activations are zeros there, too.
+        void unpack_part(int64_t group, int64_t n_blocks, Tile<type>& tile) const {
+            if constexpr (sum_tiles == width) {  // a tile is a row, its factors are a Vec
+                if (at[0] + (group + 1) * group_bytes <= end) {
+                    unpack_whole(group, tile);
+                    for (auto& factor : tile.factors)
+                        factor = select(first_lanes(n_blocks), factor, Vec{});
+                    return;
+                }
+            }
+            unpack_copy(group, n_blocks, tile);
+        }
+        // The same where nothing may follow: zeros stand for the rest.
+        [[gnu::noinline]] void unpack_copy(int64_t group, int64_t n_blocks,
                                            Tile<type>& tile) const {
             static_assert(format.unit_bytes <= sizeof zero_unit);
             alignas(cache_line) uint8_t padded[tile_rows][format.unit_bytes];

@@ -55,9 +55,6 @@ void rows(const Weight& w, int64_t row_begin, int64_t row_end, const std::byte* 
     with_kernels(w.type, [&](auto kernels) { kernels.rows(product, row_begin, scratch); });
 }
 
-// Weight bytes between the row computed and the one fetched: DRAM's latency, as for whole matrices.
-inline constexpr int64_t list_distance = 10 * 1024;
-
 void listed(const Weight& w, const int32_t* list, int64_t n_rows, const std::byte* prepared,
             int64_t n_tokens, float* y, int64_t y_stride) {
     const Product product = {w, n_rows,   prepared, n_tokens,

@@ -38,6 +38,9 @@ static_assert(sizeof(Q8Group) == 384);
 inline constexpr int64_t chunk_cols = 1024;
 inline constexpr int64_t col_padding = 16;
 
+// Weight bytes between the row of a list that is computed and the one fetched: DRAM's latency.
+inline constexpr int64_t list_distance = 10 * 1024;
+
 // What kernels need to know of a block format: weight = scale · (code - offset) + minimum.
 struct Format {
     int unit_bytes;

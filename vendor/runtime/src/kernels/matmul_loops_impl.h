@@ -28,6 +28,9 @@ struct Product {
         return reinterpret_cast<const uint8_t*>(w.data) +
                size_t(list ? list[inside] : inside) * w.row_bytes;
     }
+    const uint8_t* weights_end() const {
+        return reinterpret_cast<const uint8_t*>(w.data) + size_t(w.n_rows) * w.row_bytes;
+    }
     // Results of n rows from r on.
     void put(int64_t r, int64_t token, const float* values, int64_t n) const {
         const int64_t inside = row_end - r < n ? row_end - r : n;

@@ -410,6 +410,14 @@ void CpuFeedForward::choose_and_add(const FeedForward& ffn, const FfnBatch& batc
     float* lifted = room.take<float>(n * width);
     std::byte* row_sums = room.take<std::byte>(0);
 
+    // Each of the products waits for its first rows otherwise.
+    const auto fetch = [&](const int32_t* neurons, int64_t n_neurons) {
+        if (group.rule == NeuronRule::predict)
+            kernels::fetch_listed(first.weight, neurons, n_neurons);
+        if (ffn.gated) kernels::fetch_listed(ffn.up.weight, neurons, n_neurons);
+        if (ffn.down_by_neuron) kernels::fetch_listed(ffn.down.weight, neurons, n_neurons);
+    };
+
     // The gates of neurons that a token of the group may need, and 0 where a token does not.
     int64_t n_named = 0;
     if (group.rule == NeuronRule::predict) {
@@ -422,6 +430,7 @@ void CpuFeedForward::choose_and_add(const FeedForward& ffn, const FfnBatch& batc
             n_named += n_of > 0;
             counts.n_predicted += uint64_t(n_of);
         }
+        fetch(named, n_named);
         kernels::matmul_listed(first.weight, named, n_named, prepared, n, lifted, width);
         for (int64_t t = 0; t < n; ++t) {
             add_bias(first, named, n_named, lifted + t * width);
@@ -448,6 +457,7 @@ void CpuFeedForward::choose_and_add(const FeedForward& ffn, const FfnBatch& batc
         list[n_listed++] = named[i];
     }
 
+    if (group.rule != NeuronRule::predict) fetch(list, n_listed);
     if (ffn.gated) {
         kernels::matmul_listed(ffn.up.weight, list, n_listed, prepared, n, lifted, width);
         counts.n_up_rows += uint64_t(n_listed);

@@ -1,0 +1,59 @@
+"""Runs a command line as a program: errors are one line on standard error and a status."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from .errors import QInferError
+
+_INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+
+
+def run(command: click.Command, name: str) -> NoReturn:
+    """Runs a command with the program's arguments; `name` is how it was called."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character must not end the program.
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    _show_warnings()
+    try:
+        command.main(sys.argv[1:] or ["--help"], prog_name=name, standalone_mode=False)
+        sys.stdout.flush()
+    except click.UsageError as error:
+        used = error.ctx.command_path if error.ctx is not None else name
+        _fail(f"{error.format_message()} (see {used} --help)", 2)
+    except click.ClickException as error:
+        _fail(error.format_message(), 1)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(_INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; what is still buffered must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (QInferError, OSError, UnicodeDecodeError) as error:
+        _fail(str(error), 1)
+    sys.exit(0)
+
+
+class _Format(logging.Formatter):
+    """ "warning: text", as errors look."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname.lower()}: {record.getMessage()}"
+
+
+def _show_warnings() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Format())
+    logger = logging.getLogger("qinfer")
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
