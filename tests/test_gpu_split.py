@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from qinfer.gpu_index import GpuIndex
 from qinfer.tools._counts_pickle import read_counts_pickle
 from qinfer.tools._neuron_bytes import neuron_bytes
 from qinfer.tools.export_gpu_split import export_gpu_split
+from tool_program import run_tool
 
 N_LAYERS, N_FF = 12, 8
 # Layer 10 is read third where files are ordered as text.
@@ -34,20 +33,6 @@ def folder(tmp_path: Path) -> Path:
     """Counts of twelve layers, later ones more active."""
     write_activations(tmp_path / "activation", COUNTS)
     return tmp_path / "activation"
-
-
-def tool(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """A run of the program that ends with a status."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "qinfer.tools.export_gpu_split", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env=os.environ | {"COLUMNS": "100"},
-    )
-    assert done.returncode == status, done.stderr
-    return done
 
 
 def chosen(path: Path) -> list[list[int]]:
@@ -64,7 +49,7 @@ def test_counts_of_a_pickle(folder: Path, tmp_path: Path) -> None:
     """The original's positionals; solvers left floats."""
     numbers = [float(layer % 4) for layer in range(N_LAYERS)]
     (tmp_path / "solved.pkl").write_bytes(pickle.dumps(numbers))
-    done = tool(folder, tmp_path / "out", tmp_path / "solved.pkl")
+    done = run_tool("export_gpu_split", folder, tmp_path / "out", tmp_path / "solved.pkl")
     assert "no longer read by any release" in done.stderr
     assert chosen(tmp_path / "out") == [[], [4], [1, 4], [1, 2, 4]] * 3
     assert "18 of 96 neurons" in done.stdout.splitlines()[-1]
@@ -90,7 +75,7 @@ def test_pairs_of_a_pickle(folder: Path, tmp_path: Path) -> None:
 def test_the_flags_of_powerinfers_solver(folder: Path, tmp_path: Path) -> None:
     """As its runtime starts it; layers go by their numbers, not by their names as text."""
     out = tmp_path / "model.gguf.generated.gpuidx"
-    done = tool(
+    done = run_tool("export_gpu_split",
         "--activation", folder, "--neuron", N_FF, "--capacity", 20, "--layer", N_LAYERS,
         "--vram-capacity", 12345, "--batch", 4, "--threshold", 0, "--output", out,
     )  # fmt: skip
@@ -103,7 +88,7 @@ def test_the_flags_of_powerinfers_solver(folder: Path, tmp_path: Path) -> None:
 
 def test_the_flags_of_qinfers_solver(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.gpuidx"
-    tool(
+    run_tool("export_gpu_split",
         "--activation", folder, "--neuron", N_FF, "--capacity", 3 * 96, "--layer", N_LAYERS,
         "--vram-capacity", 99, "--batch", 1, "--threshold", 0, "--output", out,
         "--computility-ratio-up", 1.0, "--computility-ratio-down", 0.01, "--has-gate", 1,
@@ -133,7 +118,7 @@ def test_has_gate_is_a_third_of_the_rows(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_number_of_neurons(folder: Path, tmp_path: Path) -> None:
-    done = tool(folder, tmp_path / "x", "--neurons", 3, "--batch", 1)
+    done = run_tool("export_gpu_split", folder, tmp_path / "x", "--neurons", 3, "--batch", 1)
     assert chosen(tmp_path / "x") == [[]] * 11 + [[1, 2, 4]]
     assert "records no need of GPU memory" in done.stderr
     lines = done.stdout.splitlines()
@@ -149,7 +134,9 @@ def test_a_number_of_neurons(folder: Path, tmp_path: Path) -> None:
 def test_all_neurons_and_none(folder: Path, tmp_path: Path) -> None:
     export_gpu_split(folder, tmp_path / "x", neurons=10**6)
     assert chosen(tmp_path / "x") == [list(range(N_FF))] * N_LAYERS
-    done = tool(folder, tmp_path / "x", "--neurons", 7)  # less than a block, which is a layer here
+    done = run_tool(
+        "export_gpu_split", folder, tmp_path / "x", "--neurons", 7
+    )  # less than a block, which is a layer here
     assert chosen(tmp_path / "x") == [[]] * N_LAYERS
     assert "no neurons are on the GPU" in done.stderr
 
@@ -176,7 +163,14 @@ def test_bytes_are_those_of_the_rows(sparse: Path, tmp_path: Path) -> None:
     counts = [rng.integers(0, 1000, 101) for _ in range(3)]
     write_activations(tmp_path / "activation", counts)
     neuron = 3 * 2 * 60
-    done = tool(tmp_path / "activation", "--model", sparse, "--vram-capacity", 50 * neuron + 359)
+    done = run_tool(
+        "export_gpu_split",
+        tmp_path / "activation",
+        "--model",
+        sparse,
+        "--vram-capacity",
+        50 * neuron + 359,
+    )
     path = sparse.with_name(sparse.name + ".generated.gpuidx")
     index = GpuIndex.read(path)
     assert sum(map(len, index.gate_up)) == 50
@@ -319,7 +313,7 @@ def test_other_models_files_are_refused(folder: Path, sparse: Path, tmp_path: Pa
 )
 def test_faulty_counts(change: Any, says: str, folder: Path, tmp_path: Path) -> None:
     change(folder / "activation_7.pt")
-    done = tool(folder, tmp_path / "x", "--neurons", 8, status=1)
+    done = run_tool("export_gpu_split", folder, tmp_path / "x", "--neurons", 8, status=1)
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     with pytest.raises(QInferError, match=says):
@@ -356,7 +350,7 @@ def test_a_pickle_that_imports_something(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "solved.pkl").write_bytes(
         b"cos\nmkdir\n(S'" + bytes(tmp_path / "owned") + b"'\ntR."
     )
-    done = tool(folder, tmp_path / "x", tmp_path / "solved.pkl", status=1)
+    done = run_tool("export_gpu_split", folder, tmp_path / "x", tmp_path / "solved.pkl", status=1)
     assert "needs no GLOBAL ('os mkdir') in its pickle" in done.stderr
     assert not (tmp_path / "owned").exists()
     assert not (tmp_path / "x").exists()
@@ -408,9 +402,9 @@ def test_pickled_counts_of_another_model(folder: Path, tmp_path: Path) -> None:
 
 
 def test_help_has_an_example() -> None:
-    done = tool("--help")
+    done = run_tool("export_gpu_split", "--help")
     assert "Example: python -m qinfer.tools.export_gpu_split" in done.stdout
-    assert tool().stdout == done.stdout
+    assert run_tool("export_gpu_split").stdout == done.stdout
 
 
 @pytest.mark.parametrize(
@@ -428,7 +422,7 @@ def test_help_has_an_example() -> None:
 def test_mistakes_on_the_command_line(
     arguments: tuple[object, ...], says: str, status: int, folder: Path
 ) -> None:
-    done = tool(folder, *arguments, status=status)
+    done = run_tool("export_gpu_split", folder, *arguments, status=status)
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

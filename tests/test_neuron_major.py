@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from qinfer.errors import ArgumentError, FileError, FormatError, UnsupportedErro
 from qinfer.tools import _rewrite
 from qinfer.tools.neuron_major import neuron_major
 from qinfer.tools.quantize import quantize
+from tool_program import run_tool
 
 FLOATS = ["f32", "f16", "bf16"]
 RELU = {"qinfer.hidden_act": "relu"}
@@ -32,20 +32,6 @@ TOKENS = [5, 60, 7, 200, 31, 8, 8, 100]
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a tiny tensor, too, is made of several pieces."""
     monkeypatch.setattr(_rewrite, "PIECE_WEIGHTS", 5000)
-
-
-def tool(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """A run of the program that ends with a status."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "qinfer.tools.neuron_major", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env=os.environ | {"COLUMNS": "100"},
-    )
-    assert done.returncode == status, done.stderr
-    return done
 
 
 def decoded(path: Path, name: str) -> np.ndarray[Any, Any]:
@@ -225,26 +211,26 @@ def test_quantising_the_twin_of_floats_loses_once(tmp_path: Path) -> None:
 
 def test_the_command_line(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "in.gguf", tiny_shape("llama", "q4_0"), "q4_0", extra=RELU)
-    done = tool(path, tmp_path / "a.gguf", "-t", 2)
+    done = run_tool("neuron_major", path, tmp_path / "a.gguf", "-t", 2)
     assert done.stderr == ""
     assert done.stdout.startswith(f"{tmp_path / 'a.gguf'}: 3 layers, down Q4_0 of 0.0 MiB to Q8_0")
     neuron_major(path, tmp_path / "b.gguf")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
-    tool(path, tmp_path / "c.gguf", "--down", "Same")
+    run_tool("neuron_major", path, tmp_path / "c.gguf", "--down", "Same")
     neuron_major(path, tmp_path / "d.gguf", down="same")
     assert (tmp_path / "c.gguf").read_bytes() == (tmp_path / "d.gguf").read_bytes()
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "in.gguf", tiny_shape("llama"), extra=RELU)
-    tool(path, tmp_path / "out.gguf")
-    done = tool(tmp_path / "out.gguf", tmp_path / "again.gguf", status=1)
+    run_tool("neuron_major", path, tmp_path / "out.gguf")
+    done = run_tool("neuron_major", tmp_path / "out.gguf", tmp_path / "again.gguf", status=1)
     assert done.stderr.endswith("out.gguf is neuron-major already: it has ffn_down_t tensors\n")
-    done = tool(path, tmp_path / "again.gguf", "--down", "IQ4_NL", status=1)
+    done = run_tool("neuron_major", path, tmp_path / "again.gguf", "--down", "IQ4_NL", status=1)
     assert "down: 'IQ4_NL' is not one of F32" in done.stderr
-    assert "OUT" in tool(path, status=2).stderr
+    assert "OUT" in run_tool("neuron_major", path, status=2).stderr
     assert not (tmp_path / "again.gguf").exists()
-    assert "Example: python -m" in tool("--help").stdout
+    assert "Example: python -m" in run_tool("neuron_major", "--help").stdout
 
 
 # ---- what is refused ----

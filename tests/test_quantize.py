@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from qinfer.errors import ArgumentError, FileError, FormatError, UnsupportedErro
 from qinfer.tools import _rewrite
 from qinfer.tools._quantize_rules import TARGETS, Facts, find_target, fitting_type, wanted_type
 from qinfer.tools.quantize import quantize
+from tool_program import run_tool
 
 IN_BLOCKS = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 HALVES = ["F16", "BF16"]
@@ -50,20 +50,6 @@ def sparse(tmp_path: Path) -> Path:
     """A PowerInfer llama with rows in blocks of 32 and predictors of rank 64."""
     shape = tiny_shape("llama", "q4_0")
     return as_powerinfer(write_tiny(tmp_path / "in.gguf", shape, "f16", by_neuron=True, rank=64))
-
-
-def tool(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """A run of the program that ends with a status."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "qinfer.tools.quantize", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env=os.environ | {"COLUMNS": "100"},
-    )
-    assert done.returncode == status, done.stderr
-    return done
 
 
 def raw(path: Path) -> dict[str, tuple[str, np.ndarray[Any, Any]]]:
@@ -527,7 +513,7 @@ def test_a_dry_run_foretells_sizes_and_writes_nothing(
 
 
 def test_a_dry_run_on_the_command_line(wide: Path, tmp_path: Path) -> None:
-    done = tool("--dry-run", wide, tmp_path / "out.gguf", "q4_0")
+    done = run_tool("quantize", "--dry-run", wide, tmp_path / "out.gguf", "q4_0")
     assert files_of(tmp_path) == []
     foretold = quantize(wide, None, "Q4_0", dry_run=True)
     lines = done.stdout.splitlines()
@@ -548,12 +534,12 @@ def test_arguments_by_place(wide: Path, tmp_path: Path) -> None:
     """IN [OUT] TYPE [THREADS], as llama.cpp's tool takes them."""
     source = tmp_path / "in.gguf"
     source.write_bytes(wide.read_bytes())
-    done = tool(source, tmp_path / "a.gguf", "Q4_K_M", 2)
+    done = run_tool("quantize", source, tmp_path / "a.gguf", "Q4_K_M", 2)
     assert done.stdout.startswith(f"{tmp_path / 'a.gguf'}: ")
     assert " bits per weight, in " in done.stdout
-    tool(source, "q4_k", "-t", "1")
-    tool("--pure", source, tmp_path / "b.gguf", "15")
-    tool(source, tmp_path / "c.gguf", "q4_k_m", "--pure")
+    run_tool("quantize", source, "q4_k", "-t", "1")
+    run_tool("quantize", "--pure", source, tmp_path / "b.gguf", "15")
+    run_tool("quantize", source, tmp_path / "c.gguf", "q4_k_m", "--pure")
     expected = (tmp_path / "a.gguf").read_bytes()
     assert (tmp_path / "ggml-model-Q4_K_M.gguf").read_bytes() == expected
     pure = (tmp_path / "b.gguf").read_bytes()
@@ -576,23 +562,25 @@ def test_arguments_by_place(wide: Path, tmp_path: Path) -> None:
     ],
 )
 def test_arguments_that_are_refused(arguments: list[str], says: str, tmp_path: Path) -> None:
-    done = tool(*arguments, status=2)
+    done = run_tool("quantize", *arguments, status=2)
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert files_of(tmp_path) == []
 
 
 def test_an_error_is_one_line(stories260k: Path, tmp_path: Path) -> None:
-    done = tool(tmp_path / "absent.gguf", tmp_path / "out.gguf", "Q4_0", status=1)
+    done = run_tool("quantize", tmp_path / "absent.gguf", tmp_path / "out.gguf", "Q4_0", status=1)
     assert len(done.stderr.splitlines()) == 1
     assert "absent.gguf" in done.stderr
-    done = tool(stories260k, tmp_path / "o.gguf", "Q4_0", "--output-tensor-type", "Q9", status=1)
+    done = run_tool(
+        "quantize", stories260k, tmp_path / "o.gguf", "Q4_0", "--output-tensor-type", "Q9", status=1
+    )
     assert "output_tensor_type: 'Q9' is not one of F32" in done.stderr
     assert files_of(tmp_path) == []
 
 
 def test_help_lists_every_type() -> None:
-    text = tool("--help").stdout
+    text = run_tool("quantize", "--help").stdout
     for target in TARGETS.values():
         assert target.name in text.split()
     assert "Example: python -m qinfer.tools.quantize" in text
