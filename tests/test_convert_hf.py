@@ -20,80 +20,28 @@ MISSING = "torch and transformers are not installed: pip install '.[test-hf]'"
 torch = pytest.importorskip("torch", reason=MISSING)
 transformers = pytest.importorskip("transformers", reason=MISSING)
 
-N_VOCAB = 301
-LLAMA = {
-    "vocab_size": N_VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-YARN_ROPE = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-FALCON = {
-    "vocab_size": N_VOCAB,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "parallel_attn": True,
-    "bias": False,
-    "alibi": False,
-}
-SEVEN = {"multi_query": True, "new_decoder_architecture": False}
-FORTY = {"num_kv_heads": 2, "new_decoder_architecture": True}
-OPT = {
-    "vocab_size": N_VOCAB,
-    "hidden_size": 64,
-    "word_embed_proj_dim": 64,
-    "ffn_dim": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "do_layer_norm_before": True,
-    "activation_function": "relu",
-}
-DENSE = {
-    "llama": ("Llama", LLAMA),
-    "llama-tied": ("Llama", LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 4}),
-    "llama-relu": ("Llama", LLAMA | {"hidden_act": "relu"}),
-    "llama-gelu-tanh": ("Llama", LLAMA | {"hidden_act": "gelu_pytorch_tanh"}),
-    "llama-wide-heads": ("Llama", LLAMA | {"head_dim": 32}),
+from hf_models import (  # noqa: E402
+    FALCON,
+    FORTY,
+    LLAMA,
+    N_VOCAB,
+    OPT,
+    SEVEN,
+    VARIANTS,
+    YARN_ROPE,
+    random_model,
+    text_and_logits,
+)
+
+DENSE = VARIANTS | {
     "llama-biases": ("Llama", LLAMA | {"attention_bias": True, "mlp_bias": True}),
-    "llama-linear": (
-        "Llama",
-        LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
-    ),
-    "llama-yarn": ("Llama", LLAMA | {"rope_parameters": YARN_ROPE}),
     "llama-yarn-attention": (
         "Llama",
         LLAMA | {"rope_parameters": YARN_ROPE | {
             "attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0}},
     ),
-    "llama3": ("Llama", LLAMA | {"rope_parameters": LLAMA3_ROPE}),
-    "mistral": ("Mistral", LLAMA | {"sliding_window": 7}),
-    "qwen2": ("Qwen2", LLAMA),
     "qwen2-tied": ("Qwen2", LLAMA | {"tie_word_embeddings": True}),
-    "falcon-7b": ("Falcon", FALCON | SEVEN),
-    "falcon-40b": ("Falcon", FALCON | FORTY),
     "falcon-11b": ("Falcon", FALCON | FORTY | {"num_ln_in_parallel_attn": 1}),
-    "opt": ("OPT", OPT),
     "opt-gelu": ("OPT", OPT | {"activation_function": "gelu"}),
 }  # fmt: skip
 SPARSE = {
@@ -110,22 +58,11 @@ def saved(
     folder: Path, family: str, options: dict[str, Any]
 ) -> tuple[dict[str, Any], list[int], np.ndarray[Any, np.dtype[np.float64]]]:
     """Saves a random model; returns its configuration, a text, and its logits for it."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**options)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # Fresh models have norms of ones, biases of zeros and attention that hardly looks:
-            # none of which could show a mistake.
-            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            spread = 0.3 if parameter.ndim == 1 else 1.5 / parameter.shape[1] ** 0.5
-            parameter.normal_(centre, spread)
+    model = random_model(family, options)
     model.save_pretrained(folder)
     write_tokenizer(folder, N_VOCAB)
-    tokens = torch.randint(0, N_VOCAB, (1, 60))
-    with torch.no_grad():
-        logits = model.double()(tokens).logits[0].numpy()
-    return json.loads((folder / "config.json").read_text()), tokens[0].tolist(), logits
+    tokens, logits = text_and_logits(model.double())
+    return json.loads((folder / "config.json").read_text()), tokens, logits
 
 
 def assert_repeats(path: Path, tokens: list[int], expected: Any, **options: Any) -> None:
