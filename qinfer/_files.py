@@ -17,12 +17,15 @@ StrPath = str | os.PathLike[str]
 def whole_file(path: StrPath) -> Iterator[BinaryIO]:
     """A binary file that takes its name when the block ends; an exception leaves nothing behind.
 
-    Raises FileError, naming the path, when the operating system refuses.
+    Raises FileError, naming the path, when the operating system refuses, and where there is a
+    device or pipe, which would be replaced instead of written to.
     """
     import tempfile  # slow to import, and only needed here
 
     target = Path(path)
     try:
+        if target.exists() and not target.is_file():
+            raise FileError(f"{target}: cannot write: it exists and is not a regular file")
         descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:

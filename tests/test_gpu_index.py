@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -373,3 +374,13 @@ def test_a_model_is_no_split(tmp_path: Path) -> None:
         GpuIndex.read(tmp_path / "large.gguf")
     with pytest.raises(FileError, match=r"absent\.gpuidx: cannot read: No such file"):
         GpuIndex.read(tmp_path / "absent.gpuidx")
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(FileError, match=f"{name}: cannot write: it exists and is not"):
+            GpuIndex(4, (np.array([1]),)).write(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
