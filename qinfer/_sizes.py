@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from .errors import ArgumentError
 
@@ -11,7 +12,8 @@ _UNITS = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
-_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*")
+# More digits than sizes have are no size.
+_SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})\s*([A-Za-z]*)\s*")
 
 
 def parse_size(text: str, *, bare: str = "B") -> int:
@@ -23,6 +25,4 @@ def parse_size(text: str, *, bare: str = "B") -> int:
     unit = _UNITS.get((match[2] or bare).upper()) if match else None
     if match is None or unit is None:
         raise ArgumentError(f"{text!r} is not a size: write bytes, or a number with KiB, MiB, GiB")
-    if match[1].isdigit():
-        return int(match[1]) * unit
-    return int(float(match[1]) * unit)
+    return int(Fraction(match[1]) * unit)

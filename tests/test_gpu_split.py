@@ -398,6 +398,17 @@ def test_pickled_counts_of_another_model(folder: Path, tmp_path: Path) -> None:
         export_gpu_split(folder, tmp_path / "x", counts_pickle=tmp_path / "absent.pkl")
 
 
+def test_files_to_read_from_are_not_written_to(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "solved.pkl"
+    path.write_bytes(pickle.dumps([1] * N_LAYERS))
+    before = path.read_bytes()
+    with pytest.raises(ArgumentError, match=r"solved\.pkl is a file to read from"):
+        export_gpu_split(folder, path, counts_pickle=path)
+    with pytest.raises(ArgumentError, match=r"solved\.pkl is a file to read from"):
+        export_gpu_split(folder, path, model=path, vram_capacity=1)
+    assert path.read_bytes() == before
+
+
 # ---- the command line ----
 
 
@@ -434,7 +445,7 @@ def test_sizes() -> None:
     assert parse_size("1.5 GB") == 1_500_000_000
     assert parse_size("6GiB") == parse_size("6", bare="GiB") == 6 * 2**30
     assert parse_size("9007199254740993") == 9007199254740993
-    for text in ("", "GiB", "-1", "1 XB", "1e9", "0x10", "nan", "1.2.3"):
+    for text in ("", "GiB", "-1", "1 XB", "1e9", "0x10", "nan", "1.2.3", "9" * 400 + ".5"):
         with pytest.raises(ArgumentError, match="is not a size"):
             parse_size(text)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
+from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -104,7 +105,8 @@ def export_gpu_split(
         n_ff, n_layers: what the counts are expected to have; None accepts any.
 
     Raises:
-        ArgumentError: arguments do not fit together, or a number is out of range.
+        ArgumentError: arguments do not fit together, a number is out of range, or `out` is a file
+            to read from.
         FormatError: a file is not what it should be, or of another model.
         FileError: a file cannot be read or written.
     """
@@ -112,6 +114,7 @@ def export_gpu_split(
         raise ArgumentError(f"method={method!r} is neither 'exact' nor 'balance'")
     if form not in (None, "powerinfer", "qinfer"):
         raise ArgumentError(f"form={form!r} is neither 'powerinfer' nor 'qinfer'")
+    _refuse_as_output(out, model, counts_pickle)
     cost = None if model is None else neuron_bytes(model)
     if cost is not None:
         _agree("neurons per layer", n_ff, model, cost.n_ff)
@@ -142,6 +145,14 @@ def export_gpu_split(
     split = _split(counts, up, down, form, vram_capacity, cost)
     split.index.write(out)
     return split
+
+
+def _refuse_as_output(out: StrPath, *sources: StrPath | None) -> None:
+    """Raises ArgumentError when the output is one of the files to read from."""
+    target = Path(out)
+    for source in filter(None, sources):
+        if target.exists() and Path(source).exists() and target.samefile(source):
+            raise ArgumentError(f"{out} is a file to read from; write to another one")
 
 
 def _agree(what: str, given: int | None, model: StrPath | None, found: int) -> None:
