@@ -556,11 +556,15 @@ def _file(path: StrPath) -> StrPath:
     if not os.fsdecode(path):  # for pathlib, the working directory
         raise ArgumentError("the path of the model is empty")
     local = Path(os.fsdecode(path))
-    if local.is_dir():
+    try:
+        is_folder, is_there = local.is_dir(), local.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise FileError(f"{local}: cannot read: {error.strerror}") from error
+    if is_folder:
         from .hub import resolve
 
         return resolve(local)
-    if isinstance(path, str) and not local.exists():
+    if isinstance(path, str) and not is_there:
         from .hub import call_that_gets
 
         if call := call_that_gets(path):

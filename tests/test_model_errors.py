@@ -256,3 +256,8 @@ def test_a_type_that_is_not_computed_with_is_refused_by_name(
     message = refusal(path, qinfer.UnsupportedError)
     assert tensor.decode() in message
     assert name in message
+
+
+def test_names_that_are_too_long_are_file_errors() -> None:
+    with pytest.raises(qinfer.FileError, match="cannot read: File name too long"):
+        Model("a" * 5000)
