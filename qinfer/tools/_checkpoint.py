@@ -226,7 +226,9 @@ def _read_tensors(files: Iterable[Path]) -> dict[str, FileTensor]:
 
 def _unindexed_shards(folder: Path, stem: str, suffix: str) -> list[Path]:
     pattern = re.compile(rf"{stem}-(\d{{5}})-of-(\d{{5}}){re.escape(suffix)}")
-    found = {path.name: match for path in folder.iterdir() if (match := pattern.match(path.name))}
+    found = {
+        path.name: match for path in folder.iterdir() if (match := pattern.fullmatch(path.name))
+    }
     if not found:
         return []
     counts = {match[2] for match in found.values()}

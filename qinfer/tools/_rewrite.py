@@ -108,8 +108,8 @@ def check_values(
 ) -> None:
     """Raises FormatError at a value that is not finite, or beyond what a type can hold.
 
-    Types of blocks keep their scales as F16, so that they hold no more than F16 does. `values` has
-    two axes; its position in the tensor is for the message.
+    Types of blocks keep their scales as F16: what F16 holds is taken as their limit, which leaves
+    each scale finite. `values` has two axes; its position in the tensor is for the message.
     """
     limit = {"F32": _F32_MAX, "BF16": _BF16_MAX}.get(type, _HALF_MAX)
     # Comparisons with NaN, which min and max pass on, are false.

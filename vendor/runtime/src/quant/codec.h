@@ -24,7 +24,8 @@ void encode(Type type, const float* values, int64_t n, int64_t n_per_row, const 
 void convert(Type from, const std::byte* blocks, int64_t n, int64_t n_per_row,
              const float* importance, Type to, std::byte* out);
 
-// The largest magnitude that stays finite in a type; types of blocks keep their scales as F16.
+// The largest magnitude that convert() puts into a type. Blocks keep their scales as F16: values
+// that F16 holds leave them finite.
 float greatest(Type type);
 
 }  // namespace qi
