@@ -150,8 +150,8 @@ def export_gpu_split(
 def _refuse_as_output(out: StrPath, *sources: StrPath | None) -> None:
     """Raises ArgumentError when the output is one of the files to read from."""
     target = Path(out)
-    for source in filter(None, sources):
-        if target.exists() and Path(source).exists() and target.samefile(source):
+    for source in [Path(path) for path in sources if path is not None]:
+        if target.exists() and source.exists() and target.samefile(source):
             raise ArgumentError(f"{out} is a file to read from; write to another one")
 
 
