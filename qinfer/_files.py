@@ -30,6 +30,9 @@ def whole_file(path: StrPath) -> Iterator[BinaryIO]:
         try:
             with os.fdopen(descriptor, "wb") as file:
                 yield file
+                # On the disk before it has its name, or a power cut could leave the name alone.
+                file.flush()
+                os.fsync(file.fileno())
             # mkstemp keeps a file private; this one gets the mode that open() would have given it.
             Path(temporary).chmod(0o666 & ~_umask())
             Path(temporary).replace(target)

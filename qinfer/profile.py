@@ -18,7 +18,7 @@ from .errors import ArgumentError, UnsupportedError
 from .model import Model
 
 Counts = NDArray[np.uint64]
-Shares = NDArray[np.float64]
+ShareArray = NDArray[np.float64]
 
 # The share of activations for which the table and the plots tell how many neurons it takes.
 COVERED = 0.8
@@ -40,17 +40,17 @@ class Profile:
     n_tokens: int
 
     @property
-    def active(self) -> Shares:
+    def active(self) -> ShareArray:
         """Per layer, the share of its neurons that a token activates on average: (n_layer,)."""
         return np.asarray(self.counts.mean(axis=1) / self.n_tokens)
 
     @property
-    def frequencies(self) -> Shares:
+    def frequencies(self) -> ShareArray:
         """Per layer, shares of tokens that neurons were active for, descending: (n_layer, n_ff)."""
         return np.asarray(-np.sort(-self.counts.astype(np.float64)) / self.n_tokens)
 
     @property
-    def curves(self) -> Shares:
+    def curves(self) -> ShareArray:
         """Per layer, the share of its activations that its 0, 1, … n_ff most active neurons had.
 
         Shape (n_layer, n_ff + 1), ascending from 0 to 1; a layer that was never active stays at 0.
@@ -59,7 +59,7 @@ class Profile:
         shares = sums / np.maximum(sums[:, -1:], np.finfo(np.float64).tiny)
         return np.pad(shares, ((0, 0), (1, 0)))
 
-    def covering(self, share: float = COVERED) -> Shares:
+    def covering(self, share: float = COVERED) -> ShareArray:
         """Per layer, the smallest share of its neurons that had this share of its activations.
 
         0 for a layer that was never active.

@@ -52,7 +52,7 @@ def neuron_bytes(path: StrPath) -> NeuronBytes:
             name: _row_bytes(path, tensors, f"blk.{layer}.{name}.weight", n_ff)
             for name in ("ffn_gate", "ffn_up", "ffn_down_t")
         }
-        if not rows["ffn_down_t"]:
+        if f"blk.{layer}.ffn_down_t.weight" not in tensors:
             raise FormatError(
                 f"{path}: holds no blk.{layer}.ffn_down_t.weight: only files that store down by "
                 "neuron can be split"
@@ -73,4 +73,6 @@ def _row_bytes(path: StrPath, tensors: dict[str, TensorInfo], name: str, n_ff: i
             f"{path}: tensor {name!r} has shape {tensor.shape}, a row for each of {n_ff} neurons "
             "is expected"
         )
+    if tensor.n_bytes == 0:
+        raise FormatError(f"{path}: tensor {name!r} is of a type that is not known: {tensor.type}")
     return tensor.n_bytes // n_ff

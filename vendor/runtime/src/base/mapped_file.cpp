@@ -85,8 +85,8 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
     if (address == MAP_FAILED)
         fail(QI_IO, "cannot map %s: %s; reading it without mmap may work",
              quoted(path, path.size()).c_str(), std::strerror(errno));
-    // What is not in memory yet comes in huge pages then. A file that does not stay there whole
-    // would be read again and again in too large pieces.
+    // A hint: what is not in memory yet may then come in huge pages. A file that does not stay
+    // there whole would be read again and again in too large pieces.
     const size_t memory = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
     if (n_bytes <= memory / 2) madvise(address, n_bytes, MADV_HUGEPAGE);
     bytes_ = {static_cast<const std::byte*>(address), n_bytes};

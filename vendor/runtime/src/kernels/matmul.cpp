@@ -96,7 +96,7 @@ void fetch_listed(const Weight& w, const int32_t* list, int64_t n_rows) {
     const auto most = int64_t(list_distance / w.row_bytes) + 1;
     for (int64_t i = 0; i < std::min(n_rows, most); ++i) {
         const std::byte* row = w.data + size_t(list[i]) * w.row_bytes;
-        for (size_t at = 0; at < w.row_bytes; at += 64)
+        for (size_t at = 0; at < w.row_bytes; at += 64)  // into L2, as prefetch_impl.h says why
             __builtin_prefetch(row + at, 0, 2);
     }
 }

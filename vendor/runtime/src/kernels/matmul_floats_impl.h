@@ -191,8 +191,8 @@ struct FloatKernels {
                     const uint8_t* at =
                         product.row(row_begin + i * float_rows + r) + first * element_bytes<type>;
                     // The same columns of the next tile.
-                    prefetch_lines(at + float_rows * product.w.row_bytes,
-                                   size * element_bytes<type>);
+                    prefetch_from(at, float_rows * int64_t(product.w.row_bytes),
+                                  size * element_bytes<type>);
                     for (int64_t k = 0; k < size; k += width, at += width * element_bytes<type>)
                         store(out + k * float_rows + r * width,
                               size - k >= width ? load_weights<type>(at)

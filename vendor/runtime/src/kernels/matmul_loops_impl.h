@@ -55,8 +55,7 @@ inline constexpr int64_t prefetch_distance = 8192;
 // Starts fetching what lies ahead of n bytes at p, at the end of a row the rows after it. A hint
 // only: it may point beyond the weights.
 inline void prefetch_ahead(const uint8_t* p, int64_t n) {
-    const uintptr_t ahead = reinterpret_cast<uintptr_t>(p) + prefetch_distance;
-    prefetch_lines(reinterpret_cast<const uint8_t*>(ahead), n);
+    prefetch_from(p, prefetch_distance, n);
 }
 
 inline int64_t ceil_div(int64_t n, int64_t by) {

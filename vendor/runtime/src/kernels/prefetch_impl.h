@@ -15,6 +15,12 @@ inline void prefetch_lines(const uint8_t* p, int64_t n) {
         __builtin_prefetch(p + i, 0, 2);
 }
 
+// Starts fetching n bytes that lie `ahead` bytes after p; a hint, which may point anywhere.
+inline void prefetch_from(const uint8_t* p, int64_t ahead, int64_t n) {
+    prefetch_lines(
+        reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(p) + uintptr_t(ahead)), n);
+}
+
 }  // namespace
 
 }  // namespace qi::kernels::QI_SIMD_LEVEL

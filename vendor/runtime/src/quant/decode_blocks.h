@@ -1,5 +1,6 @@
 // One block to floats, one overload per block format, plain and exact; for the level whose
-// level_*.h was included before.
+// level_*.h was included before. kernels/widen_impl.h has the formats again, in registers, and
+// changes with this.
 #pragma once
 
 #include "quant/blocks.h"
