@@ -102,10 +102,11 @@ def test_the_wheel_from_the_sdist_runs_and_knows_its_commit(tmp_path: Path) -> N
 
 
 def test_import_costs_at_most_40_ms_beyond_numpy(tmp_path: Path) -> None:
-    # Processor time, because a busy machine must not fail a light import.
+    # Processor time, because a busy machine must not fail a light import; of the thread that
+    # imports, because NumPy's own threads spin for a while after they were started.
     code = (
-        "import numpy, time; begin = time.process_time(); import qinfer; "
-        "print(time.process_time() - begin)"
+        "import numpy, time; begin = time.thread_time(); import qinfer; "
+        "print(time.thread_time() - begin)"
     )
     # Installing compiles all files; an editable install leaves that to the first import, and to
     # every one where the environment forbids keeping the result.
