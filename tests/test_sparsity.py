@@ -241,6 +241,35 @@ def test_statistics(tmp_path: Path) -> None:
         assert all(layer.n_tokens == 0 for layer in context.stats().layers)
 
 
+@pytest.mark.parametrize("type_name", ["f16", "q8_0", "q4_k"])
+def test_blocks_of_an_ordinary_down_without_active_neurons_are_not_read(
+    type_name: str, tmp_path: Path
+) -> None:
+    """Of 4 x 512 neurons only the third quarter can be active: gates of zeros are."""
+    n_ff, n_embd = 2048, 256
+    sizes = {"n_ff": n_ff, "n_embd": n_embd, "n_head": 8}
+    case = Case("llama", type_name, by_neuron=False, sizes=sizes)
+    path = case.write(tmp_path)
+    down_bytes = 0
+    for tensor in gguf.GGUFReader(path, mode="r+").tensors:
+        if "ffn_gate" in tensor.name:
+            tensor.data[: n_ff // 2] = 0
+            tensor.data[n_ff * 3 // 4 :] = 0
+            tensor.data.flush()
+        if "ffn_down" in tensor.name:
+            down_bytes = tensor.n_bytes
+    with Model(path, sparsity="exact") as model:
+        dense = logits_of(model, TOKENS, N_TOKENS, sparsity="off")
+        for step in (1, 5, 8):
+            np.testing.assert_array_equal(logits_of(model, TOKENS, step), dense)
+        with model.context() as context:
+            context.feed(TOKENS[:1], generated=True)
+            for layer in context.stats().layers:
+                row = down_bytes // n_ff  # gate, up and down have one size
+                assert 0 < layer.n_active < n_ff // 4
+                assert layer.n_bytes == down_bytes + layer.n_active * row + down_bytes // 4
+
+
 @pytest.mark.parametrize("step", [1, 50])
 def test_activation_counts(step: int, tmp_path: Path) -> None:
     path = CASES["llama"].write(tmp_path)

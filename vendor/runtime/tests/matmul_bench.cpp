@@ -2,9 +2,9 @@
 // QINFER_ISA chooses the level.
 //
 // Per type: one token with weights in L2 and with weights in memory, in GB of weights per second;
-// how many times longer four tokens take from memory; and 128 tokens in thousand million
-// multiply-adds per second. Best of several passes by the threads' own processor time, summed over
-// threads.
+// of weights in memory every other group of columns, in GB of those weights per second; how many
+// times longer four tokens take from memory; and 128 tokens in thousand million multiply-adds per
+// second. Best of several passes by the threads' own processor time, summed over threads.
 #include <time.h>
 
 #include <algorithm>
@@ -32,6 +32,7 @@ constexpr int64_t n_cols = 2048;
 constexpr size_t l2_bytes = 384 * 1024;
 constexpr size_t memory_bytes = 160 * 1024 * 1024;  // several times L3
 constexpr int64_t chunk_rows = 64;
+constexpr int64_t n_neurons = 8192;  // columns of which groups are picked
 
 double thread_seconds() {
     timespec t;
@@ -68,6 +69,7 @@ struct Bench {
     int64_t n_tokens;
     AlignedBuffer<std::byte> prepared, scratch;
     AlignedBuffer<float> y;
+    std::vector<int32_t> groups;  // of columns; empty: all
 
     Bench(const Weight& weight, int64_t tokens) : w(weight), n_tokens(tokens) {
         std::mt19937 random(1);
@@ -82,17 +84,23 @@ struct Bench {
         y.reserve(size_t(tokens * w.n_rows));
     }
     void run() {
-        for (int64_t row = 0; row < w.n_rows; row += chunk_rows)
-            matmul_rows(w, row, std::min(w.n_rows, row + chunk_rows), prepared.data(), n_tokens,
-                        y.data(), w.n_rows, scratch.data());
+        for (int64_t row = 0; row < w.n_rows; row += chunk_rows) {
+            const int64_t end = std::min(w.n_rows, row + chunk_rows);
+            if (groups.empty())
+                matmul_rows(w, row, end, prepared.data(), n_tokens, y.data(), w.n_rows,
+                            scratch.data());
+            else
+                matmul_groups(w, row, end, groups.data(), int64_t(groups.size()), prepared.data(),
+                              n_tokens, y.data(), w.n_rows);
+        }
     }
 };
 
 double rate_of(int n_threads, int n_passes, int repeats, const std::vector<Weight>& weights,
-               int64_t n_tokens, double work) {
+               int64_t n_tokens, double work, const std::vector<int32_t>& groups = {}) {
     std::vector<Bench> benches;
     for (const Weight& w : weights)
-        benches.emplace_back(w, n_tokens);
+        benches.emplace_back(w, n_tokens).groups = groups;
     return rate(n_threads, n_passes, work * repeats, [&](int thread) {
         for (int i = 0; i < repeats; ++i)
             benches[size_t(thread)].run();
@@ -130,13 +138,15 @@ int main(int n_arguments, char** arguments) {
     std::printf("%s, %d threads; reading: %.1f GB/s from L2, %.1f from memory\n",
                 isa_name(active_isa()), n_threads, read(l2_bytes, 400) * 1e-9,
                 read(memory_bytes, 1) * 1e-9);
-    std::printf("%6s %10s %10s %10s %10s\n", "", "L2 GB/s", "DRAM GB/s", "4 tokens x", "GMAC/s");
+    std::printf("%6s %10s %10s %10s %10s %10s\n", "", "L2 GB/s", "DRAM GB/s", "half GB/s",
+                "4 tokens x", "GMAC/s");
     for (const TypeTraits& type : all_types()) {
         if (!wanted.empty() && std::find(wanted.begin(), wanted.end(), type.name) == wanted.end())
             continue;
         const size_t bytes = row_bytes(type.type, n_cols);
-        const auto weights = [&](size_t n_bytes) {
+        const auto weights = [&](size_t n_bytes, int64_t n_cols = ::n_cols) {
             std::vector<Weight> result;
+            const size_t bytes = row_bytes(type.type, n_cols);
             const auto n_rows = int64_t(n_bytes / bytes) / row_granularity * row_granularity;
             for (int thread = 0; thread < n_threads; ++thread)
                 result.push_back({type.type, reinterpret_cast<std::byte*>(memory[thread].data()),
@@ -149,10 +159,15 @@ int main(int n_arguments, char** arguments) {
         const auto panel = weights(512 * bytes);
         const double from_l2 = rate_of(n_threads, 7, 200, in_l2, 1, l2);
         const double from_memory = rate_of(n_threads, 7, 1, in_memory, 1, all);
+        std::vector<int32_t> groups;
+        for (int64_t group = 0; group < n_neurons / column_group(type.type); group += 2)
+            groups.push_back(int32_t(group));
+        const double half =
+            rate_of(n_threads, 7, 1, weights(memory_bytes, n_neurons), 1, all / 2, groups);
         const double four = rate_of(n_threads, 5, 1, in_memory, 4, all);
         const double macs = rate_of(n_threads, 7, 2, panel, 128, 512.0 * n_cols * 128 * 1e-9);
-        std::printf("%6s %10.1f %10.1f %10.2f %10.1f\n", type.name, from_l2, from_memory,
-                    from_memory / four, macs);
+        std::printf("%6s %10.1f %10.1f %10.1f %10.2f %10.1f\n", type.name, from_l2, from_memory,
+                    half, from_memory / four, macs);
     }
     return 0;
 }

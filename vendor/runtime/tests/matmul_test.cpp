@@ -1,5 +1,6 @@
 // Matrix kernels of every instruction set against decoded weights in float64, and bit by bit
 // against themselves under every way of cutting the work.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -182,6 +183,54 @@ void check_lists(const Case& c, const std::vector<float>& y) {
     }
 }
 
+// Leaving out groups of columns whose activations are zeros changes nothing, and their weights are
+// not looked at: NaN stands there.
+void check_groups(const Case& c) {
+    const ActivationForm form = activation_form(c.w.type);
+    const int64_t n_cols = c.w.n_cols, group = c.ops.column_group(c.w.type);
+    const int64_t block = traits(c.w.type).block_size;
+    const size_t block_bytes = row_bytes(c.w.type, block);
+    std::vector<float> x(c.x, c.x + c.n_tokens * n_cols);
+    GuardedBytes marked(c.w.row_bytes * size_t(c.w.n_rows));
+    std::memcpy(marked.data(), c.w.data, c.w.row_bytes * size_t(c.w.n_rows));
+    std::vector<int32_t> listed;
+    for (int64_t begin = 0; begin < n_cols; begin += group) {
+        if (begin / group % 3 != 1) {
+            listed.push_back(int32_t(begin / group));
+            continue;
+        }
+        const int64_t end = std::min(n_cols, begin + group);
+        for (int64_t t = 0; t < c.n_tokens; ++t)
+            std::fill(x.begin() + t * n_cols + begin, x.begin() + t * n_cols + end, 0.0f);
+        for (int64_t r = 0; r < c.w.n_rows; ++r)
+            std::memset(
+                marked.data() + size_t(r) * c.w.row_bytes + size_t(begin / block) * block_bytes,
+                0xff, size_t((end - begin) / block) * block_bytes);
+    }
+    std::vector<int32_t> found(size_t((n_cols + group - 1) / group));
+    found.resize(size_t(nonzero_groups(x.data(), n_cols, c.n_tokens, group, found.data())));
+    c.expect(std::includes(listed.begin(), listed.end(), found.begin(), found.end()),
+             "finds groups of zeros not to be zero");
+
+    Case zeroed = c;
+    zeroed.x = x.data();
+    const std::vector<float> all = multiply(zeroed, 0, c.n_tokens, c.w.n_rows);
+    GuardedBytes prepared(form == ActivationForm::f32 ? activation_bytes(form, n_cols, c.n_tokens)
+                                                      : c.ops.quantized_bytes(n_cols, c.n_tokens));
+    if (form == ActivationForm::f32)
+        prepare_activations(form, x.data(), n_cols, n_cols, c.n_tokens, 0, c.n_tokens,
+                            prepared.data());
+    else
+        c.ops.quantize(x.data(), n_cols, n_cols, c.n_tokens, 0, c.n_tokens, prepared.data());
+    zeroed.w.data = marked.data();
+    std::vector<float> picked(all.size());
+    for (int64_t r = 0; r < c.w.n_rows; r += row_granularity)
+        c.ops.groups(zeroed.w, r, std::min(c.w.n_rows, r + row_granularity), listed.data(),
+                     int64_t(listed.size()), prepared.data(), c.n_tokens, picked.data(),
+                     c.w.n_rows);
+    c.expect(same_bits(all, picked), "by groups of columns gives other values");
+}
+
 void check_not_finite(Case c, std::vector<float> x) {
     const std::vector<float> before = multiply(c, 0, c.n_tokens, c.w.n_rows);
     c.x = x.data();
@@ -230,6 +279,7 @@ void check_shape(Isa isa, Type type, Content content, int64_t n_rows, int64_t n_
     check_values(c, y);
     check_cuts(c, y);
     check_lists(c, y);
+    if (content == Content::random) check_groups(c);
     if (n_tokens > 1 && content == Content::random) check_not_finite(c, x);
 }
 

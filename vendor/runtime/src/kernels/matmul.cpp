@@ -92,6 +92,30 @@ void matmul_listed(const Weight& w, const int32_t* list, int64_t n_rows, const s
     if (n_rows > 0) active().listed(w, list, n_rows, prepared, n_tokens, y, y_stride);
 }
 
+int64_t column_group(Type weight_type) {
+    return active().column_group(weight_type);
+}
+
+int64_t nonzero_groups(const float* x, int64_t n_cols, int64_t n_tokens, int64_t group,
+                       int32_t* list) {
+    int64_t n_listed = 0;
+    for (int64_t begin = 0; begin < n_cols; begin += group) {
+        const int64_t end = std::min(n_cols, begin + group);
+        bool nonzero = false;
+        for (int64_t t = 0; t < n_tokens && !nonzero; ++t)
+            nonzero = std::any_of(x + t * n_cols + begin, x + t * n_cols + end,
+                                  [](float value) { return value != 0.0f; });
+        if (nonzero) list[n_listed++] = int32_t(begin / group);
+    }
+    return n_listed;
+}
+
+void matmul_groups(const Weight& w, int64_t row_begin, int64_t row_end, const int32_t* groups,
+                   int64_t n_groups, const std::byte* prepared, int64_t n_tokens, float* y,
+                   int64_t y_stride) {
+    active().groups(w, row_begin, row_end, groups, n_groups, prepared, n_tokens, y, y_stride);
+}
+
 void fetch_listed(const Weight& w, const int32_t* list, int64_t n_rows) {
     const auto most = int64_t(list_distance / w.row_bytes) + 1;
     for (int64_t i = 0; i < std::min(n_rows, most); ++i) {

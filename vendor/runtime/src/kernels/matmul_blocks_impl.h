@@ -79,17 +79,18 @@ struct BlockKernels {
     static constexpr Format format = format_of<type>;
     static constexpr int64_t group_bytes = n_units * format.unit_bytes;
     static constexpr int64_t block_bytes = format.unit_bytes / unit_chains;  // of 32 weights
+    static constexpr int64_t column_group = group_size;
 
     // Rows of one tile, at their first group.
     struct Rows {
         const uint8_t* at[tile_rows];
-        const uint8_t* ahead[tile_rows];  // of a list: the rows that many places on
+        const uint8_t* ahead[tile_rows];  // the rows that many places on, where some are picked
         const uint8_t* end;               // of all weights
 
         Rows(const Product& product, int64_t row) : end(product.weights_end()) {
             for (int i = 0; i < tile_rows; ++i) {
                 at[i] = product.row(row + i);
-                if (product.list) ahead[i] = product.row(row + i + product.places_ahead);
+                if (product.picks()) ahead[i] = product.row(row + i + product.places_ahead);
             }
         }
         void unpack_whole(int64_t group, Tile<type>& tile) const {
@@ -134,8 +135,8 @@ struct BlockKernels {
         // In the order of addresses over all rows of the tile, though they are used side by side:
         // DRAM gives one stream faster than several. The last row is used that much ahead of its
         // place.
-        void prefetch(int64_t group, bool listed) const {
-            if (listed) {
+        void prefetch(int64_t group, bool picked) const {
+            if (picked) {
                 for (const uint8_t* row : ahead)
                     prefetch_lines(row + group * group_bytes, group_bytes);
                 return;
@@ -146,7 +147,7 @@ struct BlockKernels {
     };
 
     static void rows(const Product& product, int64_t row_begin, std::byte* scratch) {
-        if (product.n_tokens > direct_tokens && !product.list) {
+        if (product.n_tokens > direct_tokens && !product.picks()) {
             const int64_t step = panel_rows(product.w.n_cols);
             for (int64_t row = row_begin; row < product.row_end; row += step) {
                 const int64_t end = row + step < product.row_end ? row + step : product.row_end;
@@ -206,19 +207,25 @@ struct BlockKernels {
                                                Lanes (&out)[n]) {
         const Rows rows(product, row);
         const int64_t n_blocks = product.w.n_cols / chain_size;
-        const bool listed = product.list != nullptr;
+        const bool picked = product.picks();
+        const int64_t n_whole = n_blocks / n_chains;
         Lanes chains[n] = {};
-        int64_t group = 0;
-        for (; (group + 1) * n_chains <= n_blocks; ++group) {
+        const int32_t* const groups = product.groups;
+        int64_t n_groups = groups ? product.n_groups : ceil_div(n_blocks, n_chains);
+        // The last one may be a part only.
+        const bool part = n_groups > 0 && (groups ? groups[n_groups - 1] : n_groups - 1) == n_whole;
+        n_groups -= part;
+        for (int64_t i = 0; i < n_groups; ++i) {
+            const int64_t group = groups ? groups[i] : i;
             Tile<type> tile;
-            rows.prefetch(group, listed);
+            rows.prefetch(group, picked);
             rows.unpack_whole(group, tile);
             add_products(tile, activations(product, group, token), chains);
         }
-        if (group * n_chains < n_blocks) {
+        if (part) {
             Tile<type> tile;
-            rows.unpack_part(group, n_blocks - group * n_chains, tile);
-            add_products(tile, activations(product, group, token), chains);
+            rows.unpack_part(n_whole, n_blocks - n_whole * n_chains, tile);
+            add_products(tile, activations(product, n_whole, token), chains);
         }
         for (int t = 0; t < n; ++t)
             out[t] = chains[t];

@@ -44,8 +44,10 @@ inline Vec load_weights_partial(const uint8_t* p, int64_t n) {
 
 template <Type type>
 struct FloatKernels {
+    static constexpr int64_t column_group = 256;  // of a chunk
+
     static void rows(const Product& product, int64_t row_begin, std::byte* scratch) {
-        if (product.n_tokens > float_tokens && !product.list) {
+        if (product.n_tokens > float_tokens && !product.picks()) {
             const int64_t step = panel_rows(product.w.n_cols);
             for (int64_t row = row_begin; row < product.row_end; row += step) {
                 const int64_t end = row + step < product.row_end ? row + step : product.row_end;
@@ -144,24 +146,35 @@ struct FloatKernels {
     [[gnu::flatten]] static void multiply_rows(const Product& product, int64_t row, int64_t token,
                                                Vec (*chains)[n]) {
         constexpr int n_rows = rows_together(n);
-        const uint8_t *at[n_rows], *ahead[n_rows] = {};
+        const uint8_t *rows[n_rows], *ahead[n_rows] = {};
         for (int r = 0; r < n_rows; ++r) {
-            at[r] = product.row(row + r);
-            if (product.list) ahead[r] = product.row(row + r + product.places_ahead);
+            rows[r] = product.row(row + r);
+            if (product.picks()) ahead[r] = product.row(row + r + product.places_ahead);
         }
         Vec weights[n_rows], sums[n_rows][n] = {};
-        for (int64_t first = 0; first < product.w.n_cols; first += chunk_cols) {
-            const int64_t size = chunk_size(product, first), stride = padded(size);
-            const float* x = activations(product, first, size, token);
+        // All chunks, or the picked groups of them.
+        const int64_t run = product.groups ? column_group : chunk_cols;
+        const int64_t n_runs =
+            product.groups ? product.n_groups : ceil_div(product.w.n_cols, chunk_cols);
+        for (int64_t i = 0; i < n_runs; ++i) {
+            const int64_t begin = (product.groups ? product.groups[i] : i) * run;
+            const int64_t first = begin / chunk_cols * chunk_cols;
+            const int64_t chunk = chunk_size(product, first), stride = padded(chunk);
+            const int64_t rest_of_chunk = first + chunk - begin;
+            const int64_t size = rest_of_chunk < run ? rest_of_chunk : run;
+            const float* x = activations(product, first, chunk, token) + (begin - first);
+            const uint8_t* at[n_rows];
+            for (int r = 0; r < n_rows; ++r)
+                at[r] = rows[r] + begin * element_bytes<type>;
             int64_t k = 0;
             for (; k + line_cols <= size; k += line_cols) {
-                if (product.list)
+                if (product.picks())
                     for (int r = 0; r < n_rows; ++r)
-                        prefetch_lines(ahead[r] + (first + k) * element_bytes<type>, cache_line);
-                for (int64_t i = 0; i < line_cols; i += width) {
+                        prefetch_lines(ahead[r] + (begin + k) * element_bytes<type>, cache_line);
+                for (int64_t c = 0; c < line_cols; c += width) {
                     for (int r = 0; r < n_rows; ++r)
-                        weights[r] = load_weights<type>(at[r] + i * element_bytes<type>);
-                    add_column(weights, x + k + i, stride, sums);
+                        weights[r] = load_weights<type>(at[r] + c * element_bytes<type>);
+                    add_column(weights, x + k + c, stride, sums);
                 }
                 for (int r = 0; r < n_rows; ++r)
                     at[r] += cache_line;

@@ -62,8 +62,26 @@ void listed(const Weight& w, const int32_t* list, int64_t n_rows, const std::byt
     with_kernels(w.type, [&](auto kernels) { kernels.rows(product, 0, nullptr); });
 }
 
+int64_t column_group(Type type) {
+    int64_t n_cols = 0;
+    with_kernels(type, [&](auto kernels) { n_cols = kernels.column_group; });
+    return n_cols;
+}
+
+void groups(const Weight& w, int64_t row_begin, int64_t row_end, const int32_t* groups,
+            int64_t n_groups, const std::byte* prepared, int64_t n_tokens, float* y,
+            int64_t y_stride) {
+    Product product = {w, row_end, prepared, n_tokens, y, y_stride};
+    product.groups = groups;
+    product.n_groups = n_groups;
+    const size_t picked = w.row_bytes * size_t(n_groups * column_group(w.type)) / size_t(w.n_cols);
+    product.places_ahead = ceil_div(list_distance, int64_t(picked) + 1);
+    with_kernels(w.type, [&](auto kernels) { kernels.rows(product, row_begin, nullptr); });
+}
+
 }  // namespace
 
-const MatmulOps matmul_ops = {quantized_bytes, quantize, scratch_bytes, rows, listed};
+const MatmulOps matmul_ops = {quantized_bytes, quantize,     scratch_bytes, rows,
+                              listed,          column_group, groups};
 
 }  // namespace qi::kernels::QI_SIMD_LEVEL

@@ -11,7 +11,7 @@ namespace qi::kernels::QI_SIMD_LEVEL {
 
 namespace {
 
-// One call of matmul_rows or matmul_listed.
+// One call of matmul_rows, matmul_listed or matmul_groups.
 struct Product {
     const Weight& w;
     int64_t row_end;
@@ -19,8 +19,13 @@ struct Product {
     int64_t n_tokens;
     float* y;
     int64_t y_stride;
-    const int32_t* list = nullptr;  // [row_end]: row r is the weight's row list[r]
-    int64_t places_ahead = 0;       // how many places of the list to fetch ahead
+    const int32_t* list = nullptr;    // [row_end]: row r is the weight's row list[r]
+    int64_t places_ahead = 0;         // how many rows to fetch ahead where some are picked
+    const int32_t* groups = nullptr;  // [n_groups]: the column groups to take, or all
+    int64_t n_groups = 0;
+
+    // Rows or columns are picked: no panel of whole rows is worth its unpacking.
+    bool picks() const { return list || groups; }
 
     // Rows of a tile that reaches past row_end read the last row again; put() drops their results.
     const uint8_t* row(int64_t r) const {

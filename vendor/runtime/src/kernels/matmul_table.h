@@ -20,6 +20,10 @@ struct MatmulOps {
                  int64_t n_tokens, float* y, int64_t y_stride, std::byte* scratch);
     void (*listed)(const Weight& w, const int32_t* list, int64_t n_rows, const std::byte* prepared,
                    int64_t n_tokens, float* y, int64_t y_stride);
+    int64_t (*column_group)(Type weight_type);
+    void (*groups)(const Weight& w, int64_t row_begin, int64_t row_end, const int32_t* groups,
+                   int64_t n_groups, const std::byte* prepared, int64_t n_tokens, float* y,
+                   int64_t y_stride);
 };
 
 // nullptr when this build has no kernels of that level.

@@ -232,6 +232,28 @@ void CpuFeedForward::project_down(const FeedForward& ffn, int64_t n_tokens, floa
     products_.project(hidden_.data(), n_tokens, {&down, 1});
 }
 
+// The same bits; groups of columns in which no token has an active neuron are left out where that
+// is faster. Returns the bytes of down that were wanted.
+uint64_t CpuFeedForward::project_down_of_chosen(const FeedForward& ffn, int64_t n_tokens,
+                                                float* y) {
+    const Weight& down = ffn.down.weight;
+    const int64_t size = kernels::column_group(down.type), n_ff = down.n_cols;
+    const int64_t n_groups = (n_ff + size - 1) / size;
+    groups_.resize(size_t(n_groups));
+    groups_.resize(
+        size_t(kernels::nonzero_groups(hidden_.data(), n_ff, n_tokens, size, groups_.data())));
+    const bool all = int64_t(groups_.size()) * 2 > n_groups;
+    const std::byte* prepared =
+        products_.prepare(kernels::activation_form(down.type), hidden_.data(), n_ff, n_tokens);
+    const Projection projection{&ffn.down, y, true};
+    products_.multiply(prepared, n_tokens, {&projection, 1}, all ? nullptr : &groups_);
+    if (all) return weight_bytes(ffn.down);
+    int64_t n_cols = 0;
+    for (const int32_t group : groups_)
+        n_cols += std::min(size, n_ff - group * size);
+    return weight_bytes(ffn.down) * uint64_t(n_cols) / uint64_t(n_ff);
+}
+
 // y += down of hidden_, all rows of down, partition by partition.
 void CpuFeedForward::add_down_of_few(const FeedForward& ffn, int64_t n_tokens, float* y) {
     const Weight& down = ffn.down.weight;
@@ -389,8 +411,7 @@ void CpuFeedForward::compute_chosen(const FeedForward& ffn, const FfnBatch& batc
     if (ffn.down_by_neuron) {
         add_partial_sums(ffn, n, group.y);
     } else {
-        counters.n_bytes += weight_bytes(ffn.down);
-        project_down(ffn, n, group.y);
+        counters.n_bytes += project_down_of_chosen(ffn, n, group.y);
     }
 }
 

@@ -42,6 +42,7 @@ class CpuFeedForward {
     void check_predictions(const FeedForward& ffn, const FfnBatch& batch, const Group& group,
                            const std::byte* prepared, const float* predictions);
     void project_down(const FeedForward& ffn, int64_t n_tokens, float* y);
+    uint64_t project_down_of_chosen(const FeedForward& ffn, int64_t n_tokens, float* y);
     void add_down_of_few(const FeedForward& ffn, int64_t n_tokens, float* y);
     void add_down_of_many(const FeedForward& ffn, int64_t n_tokens, float* y);
     void add_partial_sums(const FeedForward& ffn, int64_t n_tokens, float* y);
@@ -54,6 +55,7 @@ class CpuFeedForward {
     AlignedBuffer<float> partial_;      // [n_partitions][n_tokens][n_embd]
     AlignedBuffer<float> gathered_;     // x, z and y of a group that is not the whole batch
     AlignedBuffer<int32_t> neurons_;    // 0, 1, …, n_ff - 1
+    std::vector<int32_t> groups_;       // of down's columns
 };
 
 }  // namespace qi

@@ -79,8 +79,13 @@ size_t CpuProducts::scratch_for(const Weight& w, int64_t n_tokens, const Weight*
 }
 
 void CpuProducts::rows(const Linear& linear, int64_t begin, int64_t end, const std::byte* prepared,
-                       int64_t n_tokens, float* y, int64_t stride, std::byte* scratch) {
-    kernels::matmul_rows(linear.weight, begin, end, prepared, n_tokens, y, stride, scratch);
+                       int64_t n_tokens, float* y, int64_t stride, std::byte* scratch,
+                       const std::vector<int32_t>* groups) {
+    if (groups)
+        kernels::matmul_groups(linear.weight, begin, end, groups->data(), int64_t(groups->size()),
+                               prepared, n_tokens, y, stride);
+    else
+        kernels::matmul_rows(linear.weight, begin, end, prepared, n_tokens, y, stride, scratch);
     if (linear.bias.empty()) return;
     for (int64_t t = 0; t < n_tokens; ++t)
         kernels::add(y + t * stride + begin, linear.bias.data() + begin, end - begin,
@@ -88,7 +93,8 @@ void CpuProducts::rows(const Linear& linear, int64_t begin, int64_t end, const s
 }
 
 void CpuProducts::multiply(const std::byte* prepared, int64_t n_tokens,
-                           std::span<const Projection> outputs) {
+                           std::span<const Projection> outputs,
+                           const std::vector<int32_t>* groups) {
     std::array<int64_t, outputs_max> step{}, first{};
     int64_t n_chunks = 0;
     size_t scratch = 0, added = 0;
@@ -112,11 +118,11 @@ void CpuProducts::multiply(const std::byte* prepared, int64_t n_tokens,
         std::byte* own = room(worker);
         float* y = outputs[i].y;
         if (!outputs[i].accumulate) {
-            rows(linear, begin, end, prepared, n_tokens, y, n_rows, own);
+            rows(linear, begin, end, prepared, n_tokens, y, n_rows, own, groups);
             return;
         }
         float* product = reinterpret_cast<float*>(own + scratch);  // [n_tokens][step]
-        rows(linear, begin, end, prepared, n_tokens, product - begin, step[i], own);
+        rows(linear, begin, end, prepared, n_tokens, product - begin, step[i], own, groups);
         for (int64_t t = 0; t < n_tokens; ++t)
             kernels::add(y + t * n_rows + begin, product + t * step[i], end - begin,
                          y + t * n_rows + begin);

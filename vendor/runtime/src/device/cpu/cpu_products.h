@@ -77,9 +77,12 @@ class CpuProducts {
     static size_t scratch_for(const Weight& w, int64_t n_tokens, const Weight* other);
     // Rows [begin, end) of y = W·x + b.
     static void rows(const Linear& linear, int64_t begin, int64_t end, const std::byte* prepared,
-                     int64_t n_tokens, float* y, int64_t stride, std::byte* scratch);
-    // One parallel loop over the rows of all outputs, which share the prepared input.
-    void multiply(const std::byte* prepared, int64_t n_tokens, std::span<const Projection> outputs);
+                     int64_t n_tokens, float* y, int64_t stride, std::byte* scratch,
+                     const std::vector<int32_t>* groups = nullptr);
+    // One parallel loop over the rows of all outputs, which share the prepared input. `groups`: of
+    // columns, outside of which the input is zero; or null, and all are read.
+    void multiply(const std::byte* prepared, int64_t n_tokens, std::span<const Projection> outputs,
+                  const std::vector<int32_t>* groups = nullptr);
     // All outputs of one input, whatever forms their weights want.
     void project(const float* x, int64_t n_tokens, std::span<const Projection> outputs);
 
