@@ -1,6 +1,9 @@
-// What the engine asks of a device: memory for keys and values, and the steps of a forward pass.
+// What the engine asks of a device: memory for activations, keys and values, and the steps of a
+// forward pass.
 //
-// Activations are float rows, [n_tokens][width], contiguous. A device knows no architecture: it is
+// Activations are float rows, [n_tokens][width], contiguous, in memory of the device, which nobody
+// else looks into. What differs from one pass over the layers to the next is told by begin(), so
+// that the steps between can be recorded once and replayed. A device knows no architecture: it is
 // told which weights, which activation, which rotation. One Device serves one context and one
 // thread at a time.
 #pragma once
@@ -13,6 +16,7 @@
 #include <span>
 #include <vector>
 
+#include "base/aligned_buffer.h"
 #include "kernels/matmul.h"
 #include "quant/types.h"
 #include "sparse/counters.h"
@@ -71,14 +75,18 @@ struct FeedForward {
 
 // What the tokens of a batch bring to a feed-forward network.
 struct FfnBatch {
-    const float* x;  // [n_tokens][n_embd], normalised
-    const float* z;  // [n_tokens][n_embd], what the predictor looks at; may be null without one
-    int64_t n_tokens;
-    std::span<const NeuronRule> rules;  // [n_tokens]
-    float threshold;                    // of predictions
-    bool check;                         // hold predictions against all gates, and count
+    const float* x;   // [n_tokens][n_embd], normalised
+    const float* z;   // [n_tokens][n_embd], what the predictor looks at; may be null without one
+    float threshold;  // of predictions
+    bool check;       // hold predictions against all gates, and count
     FfnCounters* counters;
     uint64_t* activations;  // [n_ff], counts tokens that a neuron was active for; or null
+};
+
+// Rows of a table, one for each token.
+struct Lookup {
+    const Weight* table;
+    std::span<const int32_t> rows;  // [n_tokens]
 };
 
 // One output of a projection: rows of y = W·x + b, or y += W·x + b.
@@ -103,6 +111,23 @@ struct Segment {
     const int32_t* pages;  // the sequence's page table
 };
 
+// What every pass over the layers brings anew; valid until the next begin().
+struct BatchInputs {
+    int64_t n_tokens;
+    std::span<const Segment> segments;
+    std::span<const NeuronRule> rules;  // [n_tokens]
+    const float* cos_sin;  // [n_tokens][n_rot/2][2], in the host's memory; null without rotation
+};
+
+// Queries, keys and values of all tokens, which are `stride` floats apart.
+struct Heads {
+    float *q, *k, *v;  // [n_tokens][n_head or n_head_kv][head_dim]
+    int64_t q_stride, kv_stride;
+    int64_t n_head;
+    int64_t n_rot;  // dimensions of a head that are rotated; 0: none
+    bool neox;      // pairs are (i, i + n_rot/2), else (2i, 2i + 1)
+};
+
 struct AttentionShape {
     int64_t n_head;
     int64_t sliding_window;  // 0: none
@@ -114,6 +139,11 @@ class Device {
     virtual ~Device() = default;
 
     // ---- memory ----
+    // Zeroed room for n floats.
+    virtual float* allocate(size_t n) = 0;
+    virtual void release(float* array) = 0;
+    // The same values where the host can read them: x itself, or a copy in `room`.
+    virtual const float* host_view(const float* x, size_t n, AlignedBuffer<float>& room) = 0;
     // Reserves address space for n_pages pages; memory is taken as pages are written.
     virtual void reserve_kv(const KvLayout& layout, int64_t n_pages) = 0;
     virtual size_t kv_page_bytes() const = 0;
@@ -128,29 +158,61 @@ class Device {
     virtual void set_cancel(const std::atomic<bool>* cancel) = 0;
     virtual void set_threads(int n_threads) = 0;
 
-    // out[i] = table[tokens[i]], or out[i] += table[tokens[i]].
-    virtual void embed(const Weight& table, std::span<const int32_t> rows, float* out,
-                       bool accumulate) = 0;
-    virtual void norm(const Norm& norm, const float* x, int64_t n_tokens, float* out) = 0;
-    // All projections share the input x [n_tokens][n_cols].
-    virtual void project(const float* x, int64_t n_tokens, std::span<const Projection> outputs) = 0;
-    // Rotates n_heads heads of every token, each head_dim wide with its first n_rot values turned,
-    // the tokens being `stride` floats apart. cos_sin: [n_tokens][n_rot/2][2].
-    virtual void rope(float* heads, int64_t n_tokens, int64_t stride, int64_t n_heads,
-                      int64_t head_dim, const float* cos_sin, int64_t n_rot, bool neox) = 0;
-    // Appends keys and values [n_tokens][stride] of one layer; rows belong to the segments.
-    virtual void append_kv(int64_t layer, std::span<const Segment> segments, const float* k,
-                           const float* v, int64_t stride) = 0;
+    // The tokens that all steps until the next begin() are about.
+    virtual void begin(const BatchInputs& inputs) = 0;
+    // out[i] = the sum of the lookups' rows i.
+    virtual void embed(std::span<const Lookup> lookups, float* out) = 0;
+    virtual void copy(const float* from, size_t n, float* to) = 0;
+    virtual void norm(const Norm& norm, const float* x, int64_t n_rows, float* out) = 0;
+    // out[i] = x[rows[i]], rows of `width` floats.
+    virtual void gather(const float* x, std::span<const int64_t> rows, int64_t width,
+                        float* out) = 0;
+    // All projections share the input x [n_rows][n_cols].
+    virtual void project(const float* x, int64_t n_rows, std::span<const Projection> outputs) = 0;
+    // Rotates queries and keys in place and appends keys and values to those of one layer.
+    virtual void append_kv(int64_t layer, const Heads& heads) = 0;
     // q [n_tokens][stride] → out [n_tokens][n_head · head_dim]
-    virtual void attend(int64_t layer, const AttentionShape& shape,
-                        std::span<const Segment> segments, const float* q, int64_t stride,
+    virtual void attend(int64_t layer, const AttentionShape& shape, const float* q, int64_t stride,
                         float* out) = 0;
     // y += FFN(x), each token by the neurons its rule chooses. Its result depends on nothing else
     // in the batch; with down by neuron, `exact` gives the bits that `all` gives.
     virtual void feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) = 0;
-    // Natural-log probability of targets[i] under logits [n][n_vocab].
+    // Natural-log probability of targets[i] under logits [n][n_vocab]; targets and out are the
+    // host's.
     virtual void log_probabilities(const float* logits, int64_t n, int64_t n_vocab,
                                    const int32_t* targets, float* out) = 0;
+};
+
+// A growing array in a device's memory; contents are lost when it grows.
+class DeviceArray {
+  public:
+    explicit DeviceArray(Device& device) : device_(device) {}
+    ~DeviceArray() { drop(); }
+    DeviceArray(const DeviceArray&) = delete;
+    DeviceArray& operator=(const DeviceArray&) = delete;
+
+    // Makes room for at least n floats and returns them.
+    float* reserve(size_t n) {
+        if (n > capacity_) {
+            drop();
+            data_ = device_.allocate(n);
+            capacity_ = n;
+        }
+        return data_;
+    }
+    float* data() const { return data_; }
+    size_t capacity_bytes() const { return capacity_ * sizeof(float); }
+
+  private:
+    void drop() {
+        if (data_) device_.release(data_);
+        data_ = nullptr;
+        capacity_ = 0;
+    }
+
+    Device& device_;
+    float* data_ = nullptr;
+    size_t capacity_ = 0;
 };
 
 std::unique_ptr<Device> make_cpu_device(int n_threads);

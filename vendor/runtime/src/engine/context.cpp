@@ -16,8 +16,6 @@ namespace {
 constexpr int64_t default_batch = 512;
 // Rows of logits held at a time while scoring: 32 rows of a 128k vocabulary are 16 MB.
 constexpr int64_t score_rows = 32;
-// The flags of a token that ask for an output.
-constexpr uint8_t wants = QI_WANT_LOGITS | QI_WANT_HIDDEN;
 
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) {
@@ -71,7 +69,8 @@ Context::Context(std::shared_ptr<const Model> model, const ContextOptions& optio
       options_(completed(*model_, options)),
       device_(make_cpu_device(options_.n_threads)),
       forward_(*model_, *device_, options_.kv_type),
-      kv_(*device_, forward_.kv_layout(), options_.n_seq, options_.n_ctx) {
+      kv_(*device_, forward_.kv_layout(), options_.n_seq, options_.n_ctx),
+      logits_(*device_) {
     device_->set_cancel(&cancel_);
     monitor_.threshold = options_.policy.threshold;
     monitor_.counters.resize(size_t(model_->hyper_params().n_layer));
@@ -195,34 +194,32 @@ void Context::feed(std::span<const FeedToken> tokens) {
     }
     n_logits_ = n_hidden_ = 0;
     if (tokens.empty()) return;
-    logits_.reserve(n_logits * size_t(hp.n_vocab));
-    hidden_.reserve(n_hidden * size_t(hp.n_embd));
+    const auto n_embd = size_t(hp.n_embd), n_vocab = size_t(hp.n_vocab);
+    float* logits = logits_.reserve(n_logits * n_vocab);
+    hidden_.reserve(n_hidden * n_embd);
 
     std::vector<int64_t> rows;
-    uint64_t logits_done = 0, hidden_done = 0;
-    run(tokens, [&](int64_t first, int64_t n) {
+    const auto rows_that_want = [&](uint8_t what, int64_t first, int64_t n) {
         rows.clear();
         for (int64_t i = 0; i < n; ++i)
-            if (tokens[size_t(first + i)].flags & wants) rows.push_back(row_of_[size_t(i)]);
-        if (rows.empty()) return;
-        float* normed = normed_rows_.reserve(rows.size() * size_t(hp.n_embd));
-        forward_.final_norm(rows, normed);
-        // Rows whose logits are wanted move to the front of what the head is given.
-        size_t n_head = 0, row = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            const uint8_t want = tokens[size_t(first + i)].flags & wants;
-            if (!want) continue;
-            const float* source = normed + row++ * size_t(hp.n_embd);
-            if (want & QI_WANT_HIDDEN)
-                std::copy_n(source, hp.n_embd, hidden_.data() + hidden_done++ * size_t(hp.n_embd));
-            if (want & QI_WANT_LOGITS)
-                std::copy_n(source, hp.n_embd, normed + n_head++ * size_t(hp.n_embd));
+            if (tokens[size_t(first + i)].flags & what) rows.push_back(row_of_[size_t(i)]);
+        return rows.size();
+    };
+    uint64_t logits_done = 0, hidden_done = 0;
+    run(tokens, [&](int64_t first, int64_t n) {
+        if (const size_t n_rows = rows_that_want(QI_WANT_HIDDEN, first, n)) {
+            const float* normed = device_->host_view(forward_.final_norm(rows), n_rows * n_embd,
+                                                     host_room_);
+            std::copy_n(normed, n_rows * n_embd, hidden_.data() + hidden_done * n_embd);
+            hidden_done += n_rows;
         }
-        if (n_head > 0)
-            forward_.head(normed, int64_t(n_head),
-                          logits_.data() + logits_done * size_t(hp.n_vocab));
-        logits_done += n_head;
+        if (const size_t n_rows = rows_that_want(QI_WANT_LOGITS, first, n)) {
+            forward_.head(forward_.final_norm(rows), int64_t(n_rows),
+                          logits + logits_done * n_vocab);
+            logits_done += n_rows;
+        }
     });
+    if (n_logits > 0) host_logits_ = device_->host_view(logits, n_logits * n_vocab, host_room_);
     n_logits_ = n_logits;
     n_hidden_ = n_hidden;
 }
@@ -232,7 +229,7 @@ std::span<const float> Context::logits(uint64_t index) const {
         fail(QI_ARGUMENT, "logits %llu were not asked for: the last feed gave %llu rows",
              (unsigned long long)index, (unsigned long long)n_logits_);
     const auto n = size_t(model_->hyper_params().n_vocab);
-    return {logits_.data() + index * n, n};
+    return {host_logits_ + index * n, n};
 }
 
 std::span<const float> Context::hidden(uint64_t index) const {
@@ -285,10 +282,8 @@ void Context::score(int32_t seq, std::span<const int32_t> tokens, std::span<cons
             }
             if (rows.empty()) break;
             const auto n_rows = int64_t(rows.size());
-            float* normed = normed_rows_.reserve(rows.size() * size_t(hp.n_embd));
             float* logits = logits_.reserve(rows.size() * size_t(hp.n_vocab));
-            forward_.final_norm(rows, normed);
-            forward_.head(normed, n_rows, logits);
+            forward_.head(forward_.final_norm(rows), n_rows, logits);
             found.resize(rows.size());
             device_->log_probabilities(logits, n_rows, hp.n_vocab, wanted.data(), found.data());
             size_t row = 0;
@@ -380,8 +375,8 @@ int Context::page_size() const {
 }
 
 uint64_t Context::scratch_bytes() const {
-    return forward_.scratch_bytes() + device_->scratch_bytes() + normed_rows_.capacity_bytes() +
-           logits_.capacity_bytes() + hidden_.capacity_bytes();
+    return forward_.scratch_bytes() + device_->scratch_bytes() + logits_.capacity_bytes() +
+           host_room_.capacity_bytes() + hidden_.capacity_bytes();
 }
 
 }  // namespace qi

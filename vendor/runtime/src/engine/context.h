@@ -107,8 +107,10 @@ class Context {
     FfnMonitor monitor_;
     int64_t check_every_ = 0, n_until_check_ = 0;
 
-    AlignedBuffer<float> normed_rows_;
-    AlignedBuffer<float> logits_, hidden_;
+    DeviceArray logits_;
+    const float* host_logits_ = nullptr;  // the same where the host can read them
+    AlignedBuffer<float> host_room_;      // for them, where the device's memory is not the host's
+    AlignedBuffer<float> hidden_;
     uint64_t n_logits_ = 0, n_hidden_ = 0;
 
     std::atomic<bool> cancel_{false};

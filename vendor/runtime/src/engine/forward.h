@@ -32,33 +32,32 @@ class ForwardPass {
   public:
     ForwardPass(const Model& model, Device& device, Type kv_type);
 
-    // Runs all layers; returns the residual stream [n][n_embd] before the final norm, valid until
-    // the next run. *layers_done counts up to n_layer while it works.
-    const float* run(const Batch& batch, FfnMonitor& monitor, std::atomic<int64_t>* layers_done);
+    // Runs all layers. *layers_done counts up to n_layer while it works.
+    void run(const Batch& batch, FfnMonitor& monitor, std::atomic<int64_t>* layers_done);
 
-    // The final norm of some rows of that residual: out [rows.size()][n_embd].
-    void final_norm(std::span<const int64_t> rows, float* out);
-    // Logits of n normalised rows: out [n][n_vocab].
+    // The final norm of some rows of the last run: [rows.size()][n_embd] in the device's memory,
+    // valid until the next call of anything here.
+    const float* final_norm(std::span<const int64_t> rows);
+    // Logits of n rows that final_norm gave: out [n][n_vocab], in the device's memory.
     void head(const float* normed, int64_t n, float* out);
 
     KvLayout kv_layout() const;
     size_t scratch_bytes() const;
 
   private:
-    void attention(const Layer& layer, int64_t index, const Batch& batch, const float* x, float* y);
+    void attention(const Layer& layer, int64_t index, int64_t n, const float* x, float* y);
 
     const Model& model_;
     const HyperParams& hp_;
     Device& device_;
     Type kv_type_;
-    AlignedBuffer<float> residual_;  // [n][n_embd]
-    AlignedBuffer<float> normed_;    // [n][n_embd]
-    AlignedBuffer<float>
-        qkv_;  // [n][(n_head + 2 n_head_kv) · head_dim], or q, k and v one after the other
-    AlignedBuffer<float> attended_;   // [n][n_head · head_dim]
+    DeviceArray residual_;  // [n][n_embd]
+    DeviceArray normed_;    // [n][n_embd]
+    DeviceArray qkv_;       // [n][(n_head + 2 n_head_kv) · head_dim], or q, k and v one by one
+    DeviceArray attended_;  // [n][n_head · head_dim]
+    DeviceArray input_;     // [n][n_embd] a layer's input, for predictors that look at it
     AlignedBuffer<float> cos_sin_;    // [n][n_rot/2][2]
     AlignedBuffer<int32_t> shifted_;  // [n] rows of the position table
-    AlignedBuffer<float> input_;      // [n][n_embd] a layer's input, for predictors that look at it
 };
 
 }  // namespace qi

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <list>
 
 #include "base/aligned_buffer.h"
 #include "device/cpu/cpu_feed_forward.h"
@@ -24,6 +25,20 @@ constexpr int64_t attention_tokens = 16;
 class CpuDevice final : public Device {
   public:
     explicit CpuDevice(int n_threads) : products_(n_threads) {}
+
+    float* allocate(size_t n) override {
+        const auto owner = arrays_.emplace(arrays_.end());
+        try {
+            return owner->reserve(n);
+        } catch (...) {
+            arrays_.erase(owner);
+            throw;
+        }
+    }
+    void release(float* array) override {
+        std::erase_if(arrays_, [&](AlignedBuffer<float>& owner) { return owner.data() == array; });
+    }
+    const float* host_view(const float* x, size_t, AlignedBuffer<float>&) override { return x; }
 
     void reserve_kv(const KvLayout& layout, int64_t n_pages) override {
         kv_.reserve(layout, n_pages);
@@ -46,15 +61,31 @@ class CpuDevice final : public Device {
     void set_cancel(const std::atomic<bool>* cancel) override { products_.set_cancel(cancel); }
     void set_threads(int n_threads) override { products_.set_threads(n_threads); }
 
-    void embed(const Weight& table, std::span<const int32_t> rows, float* out,
-               bool accumulate) override {
-        const int64_t width = table.n_cols;
-        if (accumulate) added_.reserve(rows.size() * size_t(width));
-        products_.for_each(int64_t(rows.size()), width, [&](int64_t i) {
-            float* row = accumulate ? added_.data() + i * width : out + i * width;
-            kernels::decode_row(table, rows[size_t(i)], row);
-            if (accumulate) kernels::add(out + i * width, row, width, out + i * width);
+    void begin(const BatchInputs& inputs) override { inputs_ = inputs; }
+
+    void embed(std::span<const Lookup> lookups, float* out) override {
+        const int64_t n = inputs_.n_tokens, width = lookups[0].table->n_cols;
+        if (lookups.size() > 1) added_.reserve(size_t(n * width));
+        products_.for_each(n, width, [&](int64_t i) {
+            float* row = out + i * width;
+            kernels::decode_row(*lookups[0].table, lookups[0].rows[size_t(i)], row);
+            for (const Lookup& other : lookups.subspan(1)) {
+                float* added = added_.data() + i * width;
+                kernels::decode_row(*other.table, other.rows[size_t(i)], added);
+                kernels::add(row, added, width, row);
+            }
         });
+    }
+
+    void copy(const float* from, size_t n, float* to) override {
+        std::memcpy(to, from, n * sizeof(float));
+    }
+
+    void gather(const float* x, std::span<const int64_t> rows, int64_t width,
+                float* out) override {
+        for (size_t i = 0; i < rows.size(); ++i)
+            std::memcpy(out + int64_t(i) * width, x + rows[i] * width,
+                        size_t(width) * sizeof(float));
     }
 
     void norm(const Norm& norm, const float* x, int64_t n_tokens, float* out) override {
@@ -69,44 +100,36 @@ class CpuDevice final : public Device {
         });
     }
 
-    void project(const float* x, int64_t n_tokens, std::span<const Projection> outputs) override {
-        products_.project(x, n_tokens, outputs);
+    void project(const float* x, int64_t n_rows, std::span<const Projection> outputs) override {
+        products_.project(x, n_rows, outputs);
     }
 
-    void rope(float* heads, int64_t n_tokens, int64_t stride, int64_t n_heads, int64_t head_dim,
-              const float* cos_sin, int64_t n_rot, bool neox) override {
-        products_.for_each(n_tokens, n_heads * head_dim, [&](int64_t t) {
-            for (int64_t h = 0; h < n_heads; ++h)
-                kernels::rope(heads + t * stride + h * head_dim, cos_sin + t * n_rot, n_rot, neox);
-        });
-    }
-
-    void append_kv(int64_t layer, std::span<const Segment> segments, const float* k, const float* v,
-                   int64_t stride) override {
+    void append_kv(int64_t layer, const Heads& heads) override {
         const KvLayout& layout = kv_.layout();
-        int64_t n_tokens = 0;
-        for (const Segment& segment : segments)
-            n_tokens += segment.n;
+        if (heads.n_rot > 0) {
+            rotate(heads.q, heads.q_stride, heads.n_head, heads);
+            rotate(heads.k, heads.kv_stride, layout.n_head_kv, heads);
+        }
         // By head, not by token: keys lie transposed, so neighbouring tokens share cache lines.
-        products_.for_each(layout.n_head_kv, n_tokens * layout.head_dim, [&](int64_t h) {
-            for (const Segment& segment : segments) {
+        products_.for_each(layout.n_head_kv, inputs_.n_tokens * layout.head_dim, [&](int64_t h) {
+            for (const Segment& segment : inputs_.segments) {
                 for (int64_t i = 0; i < segment.n; ++i) {
                     const int64_t position = segment.position + i;
                     const int32_t page = segment.pages[position / kernels::page_size];
-                    const int64_t at = (segment.row + i) * stride + h * layout.head_dim;
+                    const int64_t at = (segment.row + i) * heads.kv_stride + h * layout.head_dim;
                     kernels::kv_store(layout.type, layout.head_dim,
-                                      int(position % kernels::page_size), k + at, v + at,
-                                      kv_.head(page, layer, h));
+                                      int(position % kernels::page_size), heads.k + at,
+                                      heads.v + at, kv_.head(page, layer, h));
                 }
             }
         });
     }
 
-    void attend(int64_t layer, const AttentionShape& shape, std::span<const Segment> segments,
-                const float* q, int64_t stride, float* out) override;
+    void attend(int64_t layer, const AttentionShape& shape, const float* q, int64_t stride,
+                float* out) override;
 
     void feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) override {
-        ffn_.compute(ffn, batch, y);
+        ffn_.compute(ffn, inputs_.rules, batch, y);
     }
 
     void log_probabilities(const float* logits, int64_t n, int64_t n_vocab, const int32_t* targets,
@@ -121,15 +144,26 @@ class CpuDevice final : public Device {
     }
 
   private:
+    void rotate(float* x, int64_t stride, int64_t n_heads, const Heads& heads) {
+        const int64_t head_dim = kv_.layout().head_dim, n_rot = heads.n_rot;
+        products_.for_each(inputs_.n_tokens, n_heads * head_dim, [&](int64_t t) {
+            for (int64_t h = 0; h < n_heads; ++h)
+                kernels::rope(x + t * stride + h * head_dim, inputs_.cos_sin + t * n_rot, n_rot,
+                              heads.neox);
+        });
+    }
+
+    BatchInputs inputs_{};
+    std::list<AlignedBuffer<float>> arrays_;
     CpuProducts products_;
     CpuFeedForward ffn_{products_};
     HostKvStore kv_;
-    AlignedBuffer<float> added_;  // rows on their way into an accumulating embed
+    AlignedBuffer<float> added_;  // [n_tokens][width] rows that embed() adds
 };
 
-void CpuDevice::attend(int64_t layer, const AttentionShape& shape,
-                       std::span<const Segment> segments, const float* q, int64_t stride,
+void CpuDevice::attend(int64_t layer, const AttentionShape& shape, const float* q, int64_t stride,
                        float* out) {
+    const std::span<const Segment> segments = inputs_.segments;
     const KvLayout& layout = kv_.layout();
     const int64_t head_dim = layout.head_dim;
     const int64_t group = shape.n_head / layout.n_head_kv;  // query heads that share a KV head

@@ -87,21 +87,23 @@ size_t CpuFeedForward::scratch_bytes() const {
            neurons_.capacity_bytes();
 }
 
-void CpuFeedForward::compute(const FeedForward& ffn, const FfnBatch& batch, float* y) {
+void CpuFeedForward::compute(const FeedForward& ffn, std::span<const NeuronRule> rules,
+                             const FfnBatch& batch, float* y) {
     const auto start = Clock::now();
-    const bool one_rule = std::all_of(batch.rules.begin(), batch.rules.end(),
-                                      [&](NeuronRule rule) { return rule == batch.rules[0]; });
+    const auto n_tokens = int64_t(rules.size());
+    const bool one_rule = std::all_of(rules.begin(), rules.end(),
+                                      [&](NeuronRule rule) { return rule == rules[0]; });
     if (one_rule) {
-        compute_group(ffn, batch, {batch.rules[0], batch.x, batch.z, batch.n_tokens, y});
+        compute_group(ffn, batch, {rules[0], batch.x, batch.z, n_tokens, y});
     } else {
         const int64_t n_embd = ffn.up.weight.n_cols;
-        const auto size = size_t(batch.n_tokens * n_embd);
+        const auto size = size_t(n_tokens * n_embd);
         float* x = gathered_.reserve(3 * size);
         float *z = x + size, *out = z + size;
         for (NeuronRule rule : {NeuronRule::all, NeuronRule::exact, NeuronRule::predict}) {
             std::vector<int64_t> rows;
-            for (int64_t t = 0; t < batch.n_tokens; ++t)
-                if (batch.rules[size_t(t)] == rule) rows.push_back(t);
+            for (int64_t t = 0; t < n_tokens; ++t)
+                if (rules[size_t(t)] == rule) rows.push_back(t);
             if (rows.empty()) continue;
             const auto copy_row = [&](float* to, int64_t i, const float* from, int64_t j) {
                 std::copy_n(from + j * n_embd, n_embd, to + i * n_embd);

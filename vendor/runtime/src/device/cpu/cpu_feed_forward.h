@@ -15,7 +15,8 @@ class CpuFeedForward {
   public:
     explicit CpuFeedForward(CpuProducts& products) : products_(products) {}
 
-    void compute(const FeedForward& ffn, const FfnBatch& batch, float* y);
+    void compute(const FeedForward& ffn, std::span<const NeuronRule> rules, const FfnBatch& batch,
+                 float* y);
     size_t scratch_bytes() const;
 
   private:
