@@ -21,6 +21,7 @@
 #include "quant/types.h"
 #include "sparse/counters.h"
 #include "sparse/policy.h"
+#include "sparse/shard.h"
 
 namespace qi {
 
@@ -81,6 +82,11 @@ struct FfnBatch {
     bool check;       // hold predictions against all gates, and count
     FfnCounters* counters;
     uint64_t* activations;  // [n_ff], counts tokens that a neuron was active for; or null
+    // The part of a network that another device shares; null: all of it. A part leaves down's bias
+    // out, and takes from `names`, [n_tokens][name_words(n_ff)] in the host's memory, which neurons
+    // a predictor names.
+    const NeuronShard* shard = nullptr;
+    const uint32_t* names = nullptr;
 };
 
 // Rows of a table, one for each token.

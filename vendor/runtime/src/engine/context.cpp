@@ -208,8 +208,8 @@ void Context::feed(std::span<const FeedToken> tokens) {
     uint64_t logits_done = 0, hidden_done = 0;
     run(tokens, [&](int64_t first, int64_t n) {
         if (const size_t n_rows = rows_that_want(QI_WANT_HIDDEN, first, n)) {
-            const float* normed = device_->host_view(forward_.final_norm(rows), n_rows * n_embd,
-                                                     host_room_);
+            const float* normed =
+                device_->host_view(forward_.final_norm(rows), n_rows * n_embd, host_room_);
             std::copy_n(normed, n_rows * n_embd, hidden_.data() + hidden_done * n_embd);
             hidden_done += n_rows;
         }

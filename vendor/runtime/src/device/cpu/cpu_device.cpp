@@ -81,8 +81,7 @@ class CpuDevice final : public Device {
         std::memcpy(to, from, n * sizeof(float));
     }
 
-    void gather(const float* x, std::span<const int64_t> rows, int64_t width,
-                float* out) override {
+    void gather(const float* x, std::span<const int64_t> rows, int64_t width, float* out) override {
         for (size_t i = 0; i < rows.size(); ++i)
             std::memcpy(out + int64_t(i) * width, x + rows[i] * width,
                         size_t(width) * sizeof(float));

@@ -91,8 +91,13 @@ void CpuFeedForward::compute(const FeedForward& ffn, std::span<const NeuronRule>
                              const FfnBatch& batch, float* y) {
     const auto start = Clock::now();
     const auto n_tokens = int64_t(rules.size());
-    const bool one_rule = std::all_of(rules.begin(), rules.end(),
-                                      [&](NeuronRule rule) { return rule == rules[0]; });
+    if (batch.shard) {
+        compute_shard(ffn, rules, batch, y);
+        batch.counters->seconds += seconds_since(start);
+        return;
+    }
+    const bool one_rule =
+        std::all_of(rules.begin(), rules.end(), [&](NeuronRule rule) { return rule == rules[0]; });
     if (one_rule) {
         compute_group(ffn, batch, {rules[0], batch.x, batch.z, n_tokens, y});
     } else {
@@ -119,6 +124,22 @@ void CpuFeedForward::compute(const FeedForward& ffn, std::span<const NeuronRule>
         }
     }
     batch.counters->seconds += seconds_since(start);
+}
+
+// Runs of tokens of one rule, a few at a time: what another device leaves to this one is meant to
+// be little.
+void CpuFeedForward::compute_shard(const FeedForward& ffn, std::span<const NeuronRule> rules,
+                                   const FfnBatch& batch, float* y) {
+    const auto n_tokens = int64_t(rules.size());
+    const int64_t n_embd = ffn.up.weight.n_cols, n_words = name_words(ffn.up.weight.n_rows);
+    for (int64_t begin = 0, end; begin < n_tokens; begin = end) {
+        const NeuronRule rule = rules[size_t(begin)];
+        for (end = begin + 1; end < std::min(n_tokens, begin + few_tokens); ++end)
+            if (rules[size_t(end)] != rule) break;
+        compute_chosen(ffn, batch,
+                       {rule, batch.x + begin * n_embd, nullptr, end - begin, y + begin * n_embd,
+                        batch.names ? batch.names + begin * n_words : nullptr});
+    }
 }
 
 void CpuFeedForward::compute_group(const FeedForward& ffn, const FfnBatch& batch,
@@ -236,7 +257,7 @@ void CpuFeedForward::project_down(const FeedForward& ffn, int64_t n_tokens, floa
 
 // The same bits; groups of columns in which no token has an active neuron are left out where that
 // is faster. Returns the bytes of down that were wanted.
-uint64_t CpuFeedForward::project_down_of_chosen(const FeedForward& ffn, int64_t n_tokens,
+uint64_t CpuFeedForward::project_down_of_chosen(const FeedForward& ffn, int64_t n_tokens, bool bias,
                                                 float* y) {
     const Weight& down = ffn.down.weight;
     const int64_t size = kernels::column_group(down.type), n_ff = down.n_cols;
@@ -247,7 +268,8 @@ uint64_t CpuFeedForward::project_down_of_chosen(const FeedForward& ffn, int64_t 
     const bool all = int64_t(groups_.size()) * 2 > n_groups;
     const std::byte* prepared =
         products_.prepare(kernels::activation_form(down.type), hidden_.data(), n_ff, n_tokens);
-    const Projection projection{&ffn.down, y, true};
+    const Linear bare{down, {}};
+    const Projection projection{bias ? &ffn.down : &bare, y, true};
     products_.multiply(prepared, n_tokens, {&projection, 1}, all ? nullptr : &groups_);
     if (all) return weight_bytes(ffn.down);
     int64_t n_cols = 0;
@@ -256,25 +278,31 @@ uint64_t CpuFeedForward::project_down_of_chosen(const FeedForward& ffn, int64_t 
     return weight_bytes(ffn.down) * uint64_t(n_cols) / uint64_t(n_ff);
 }
 
-// y += down of hidden_, all rows of down, partition by partition.
-void CpuFeedForward::add_down_of_few(const FeedForward& ffn, int64_t n_tokens, float* y) {
-    const Weight& down = ffn.down.weight;
-    const int64_t n_ff = down.n_rows, n_embd = down.n_cols;
+// 0, 1, …, n_ff - 1
+const int32_t* CpuFeedForward::all_neurons(int64_t n_ff) {
     if (neurons_.capacity_bytes() < size_t(n_ff) * sizeof(int32_t)) {
         int32_t* numbers = neurons_.reserve(size_t(n_ff));
         std::iota(numbers, numbers + n_ff, 0);
     }
+    return neurons_.data();
+}
+
+// y += down of hidden_, all rows of down, partition by partition.
+void CpuFeedForward::add_down_of_few(const FeedForward& ffn, int64_t n_tokens, float* y) {
+    const Weight& down = ffn.down.weight;
+    const int64_t n_ff = down.n_rows, n_embd = down.n_cols;
+    const int32_t* neurons = all_neurons(n_ff);
     float* partial = partial_.reserve(size_t(n_partitions * n_tokens * n_embd));
     products_.reserve_workers(kernels::row_sums_scratch_bytes());
     products_.loop(n_partitions, [&](int64_t p, int worker) {
         const int64_t begin = partition_begin(n_ff, p), end = partition_begin(n_ff, p + 1);
         float* sums = partial + p * n_tokens * n_embd;
         std::fill_n(sums, n_tokens * n_embd, 0.0f);
-        kernels::add_row_sums({down, neurons_.data() + begin, end - begin, hidden_.data(), n_ff,
-                               true, n_tokens, 0, n_embd, sums, n_embd},
+        kernels::add_row_sums({down, neurons + begin, end - begin, hidden_.data(), n_ff, true,
+                               n_tokens, 0, n_embd, sums, n_embd},
                               products_.room(worker));
     });
-    add_partial_sums(ffn, n_tokens, y);
+    add_partial_sums(ffn, n_tokens, true, y);
 }
 
 // The same for many tokens, shared out by columns: nobody reads another's sums.
@@ -324,14 +352,16 @@ void CpuFeedForward::add_down_of_many(const FeedForward& ffn, int64_t n_tokens, 
     });
 }
 
-// y += the partitions' sums, added in order, and the bias.
-void CpuFeedForward::add_partial_sums(const FeedForward& ffn, int64_t n_tokens, float* y) {
+// y += the partitions' sums, added in order, and down's bias where it is wanted.
+void CpuFeedForward::add_partial_sums(const FeedForward& ffn, int64_t n_tokens, bool bias,
+                                      float* y) {
     const int64_t n_embd = ffn.down.weight.n_cols, stride = n_tokens * n_embd;
     products_.for_each(n_tokens, n_partitions * n_embd, [&](int64_t t) {
         float* total = partial_.data() + t * n_embd;
         for (int64_t p = 1; p < n_partitions; ++p)
             kernels::add(total, total + p * stride, n_embd, total);
-        if (!ffn.down.bias.empty()) kernels::add(total, ffn.down.bias.data(), n_embd, total);
+        if (bias && !ffn.down.bias.empty())
+            kernels::add(total, ffn.down.bias.data(), n_embd, total);
         kernels::add(y + t * n_embd, total, n_embd, y + t * n_embd);
     });
 }
@@ -379,15 +409,17 @@ void CpuFeedForward::compute_chosen(const FeedForward& ffn, const FfnBatch& batc
     const int64_t n = group.n_tokens, n_ff = first.weight.n_rows, n_embd = first.weight.n_cols;
     const bool predicting = group.rule == NeuronRule::predict;
     FfnCounters& counters = *batch.counters;
-    if (predicting) predict(ffn, batch, group);
+    if (predicting && !group.names) predict(ffn, batch, group);
+    if (!batch.shard) all_neurons(n_ff);
 
     const ActivationForm form = kernels::activation_form(first.weight.type);
     const std::byte* prepared = products_.prepare(form, group.x, n_embd, n);
-    if (!predicting) {
+    // A shard's gates come with the partitions.
+    if (!predicting && !batch.shard) {
         const Projection gate{&first, gates_.reserve(size_t(n * n_ff))};
         products_.multiply(prepared, n, {&gate, 1});
         counters.n_bytes += weight_bytes(first);
-    } else if (batch.check) {
+    } else if (batch.check && !batch.shard) {
         check_predictions(ffn, batch, group, prepared, predictions_.data());
     }
     const int64_t width = n_ff / n_partitions + 1;
@@ -402,18 +434,19 @@ void CpuFeedForward::compute_chosen(const FeedForward& ffn, const FfnBatch& batc
     products_.loop(n_partitions, [&](int64_t p, int worker) {
         choose_and_add(ffn, batch, group, prepared, p, products_.room(worker), counts[p]);
     });
-    counters.n_tokens += uint64_t(n);
+    const bool choosing = group.rule != NeuronRule::all;
+    if (choosing) counters.n_tokens += uint64_t(n);
     for (const PartitionCounts& c : counts) {
-        counters.n_active += c.n_active;
+        if (choosing) counters.n_active += c.n_active;
         counters.n_predicted += c.n_predicted;
         counters.n_bytes += c.n_first_rows * first.weight.row_bytes +
                             c.n_up_rows * ffn.up.weight.row_bytes +
                             c.n_down_rows * ffn.down.weight.row_bytes;
     }
     if (ffn.down_by_neuron) {
-        add_partial_sums(ffn, n, group.y);
+        add_partial_sums(ffn, n, !batch.shard, group.y);
     } else {
-        counters.n_bytes += project_down_of_chosen(ffn, n, group.y);
+        counters.n_bytes += project_down_of_chosen(ffn, n, !batch.shard, group.y);
     }
 }
 
@@ -435,35 +468,40 @@ void CpuFeedForward::choose_and_add(const FeedForward& ffn, const FfnBatch& batc
 
     // Each of the products waits for its first rows otherwise.
     const auto fetch = [&](const int32_t* neurons, int64_t n_neurons) {
-        if (group.rule == NeuronRule::predict)
+        if (group.rule == NeuronRule::predict || batch.shard)
             kernels::fetch_listed(first.weight, neurons, n_neurons);
         if (ffn.gated) kernels::fetch_listed(ffn.up.weight, neurons, n_neurons);
         if (ffn.down_by_neuron) kernels::fetch_listed(ffn.down.weight, neurons, n_neurons);
     };
 
     // The gates of neurons that a token of the group may need, and 0 where a token does not.
+    const std::span<const int32_t> ours =
+        batch.shard ? batch.shard->partition(partition)
+                    : std::span(neurons_.data() + begin, size_t(end - begin));
+    const bool predicting = group.rule == NeuronRule::predict;
+    const auto is_due = [&](int64_t t, int32_t j) {
+        return group.names ? is_named(group.names + t * name_words(n_ff), j)
+                           : !(predictions_.data()[t * n_ff + j] < batch.threshold);
+    };
     int64_t n_named = 0;
-    if (group.rule == NeuronRule::predict) {
-        const float* predictions = predictions_.data();
-        for (int64_t j = begin; j < end; ++j) {
-            int64_t n_of = 0;
-            for (int64_t t = 0; t < n; ++t)
-                n_of += !(predictions[t * n_ff + j] < batch.threshold);
-            named[n_named] = int32_t(j);
-            n_named += n_of > 0;
-            counts.n_predicted += uint64_t(n_of);
-        }
+    for (const int32_t j : ours) {
+        int64_t n_of = !predicting;
+        for (int64_t t = 0; t < n && predicting; ++t)
+            n_of += is_due(t, j);
+        named[n_named] = j;
+        n_named += n_of > 0;
+        if (predicting) counts.n_predicted += uint64_t(n_of);
+    }
+    if (predicting || batch.shard) {
         fetch(named, n_named);
         kernels::matmul_listed(first.weight, named, n_named, prepared, n, lifted, width);
         for (int64_t t = 0; t < n; ++t) {
             add_bias(first, named, n_named, lifted + t * width);
-            for (int64_t i = 0; i < n_named; ++i)
-                if (predictions[t * n_ff + named[i]] < batch.threshold) lifted[t * width + i] = 0;
+            for (int64_t i = 0; i < n_named && predicting; ++i)
+                if (!is_due(t, named[i])) lifted[t * width + i] = 0;
         }
         counts.n_first_rows += uint64_t(n_named);
     } else {
-        for (int64_t j = begin; j < end; ++j)
-            named[n_named++] = int32_t(j);
         for (int64_t t = 0; t < n; ++t)
             std::copy_n(gates_.data() + t * n_ff + begin, end - begin, lifted + t * width);
     }
@@ -480,7 +518,7 @@ void CpuFeedForward::choose_and_add(const FeedForward& ffn, const FfnBatch& batc
         list[n_listed++] = named[i];
     }
 
-    if (group.rule != NeuronRule::predict) fetch(list, n_listed);
+    if (!predicting && !batch.shard) fetch(list, n_listed);
     if (ffn.gated) {
         kernels::matmul_listed(ffn.up.weight, list, n_listed, prepared, n, lifted, width);
         counts.n_up_rows += uint64_t(n_listed);

@@ -26,12 +26,15 @@ class CpuFeedForward {
         const float *x, *z;  // [n_tokens][n_embd]
         int64_t n_tokens;
         float* y;  // [n_tokens][n_embd]
+        const uint32_t* names = nullptr;
     };
     // What one partition did, added up afterwards.
     struct PartitionCounts {
         uint64_t n_active, n_predicted, n_first_rows, n_up_rows, n_down_rows;
     };
 
+    void compute_shard(const FeedForward& ffn, std::span<const NeuronRule> rules,
+                       const FfnBatch& batch, float* y);
     void compute_group(const FeedForward& ffn, const FfnBatch& batch, const Group& group);
     void compute_all_neurons(const FeedForward& ffn, const FfnBatch& batch, const Group& group);
     void compute_chosen(const FeedForward& ffn, const FfnBatch& batch, const Group& group);
@@ -43,10 +46,11 @@ class CpuFeedForward {
     void check_predictions(const FeedForward& ffn, const FfnBatch& batch, const Group& group,
                            const std::byte* prepared, const float* predictions);
     void project_down(const FeedForward& ffn, int64_t n_tokens, float* y);
-    uint64_t project_down_of_chosen(const FeedForward& ffn, int64_t n_tokens, float* y);
+    uint64_t project_down_of_chosen(const FeedForward& ffn, int64_t n_tokens, bool bias, float* y);
+    const int32_t* all_neurons(int64_t n_ff);
     void add_down_of_few(const FeedForward& ffn, int64_t n_tokens, float* y);
     void add_down_of_many(const FeedForward& ffn, int64_t n_tokens, float* y);
-    void add_partial_sums(const FeedForward& ffn, int64_t n_tokens, float* y);
+    void add_partial_sums(const FeedForward& ffn, int64_t n_tokens, bool bias, float* y);
 
     CpuProducts& products_;
     AlignedBuffer<float> hidden_;       // [n_tokens][n_ff]
