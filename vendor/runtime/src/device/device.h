@@ -150,6 +150,7 @@ class Device {
     virtual void release(float* array) = 0;
     // The same values where the host can read them: x itself, or a copy in `room`.
     virtual const float* host_view(const float* x, size_t n, AlignedBuffer<float>& room) = 0;
+    virtual void write(const float* host, size_t n, float* out) = 0;
     // Reserves address space for n_pages pages; memory is taken as pages are written.
     virtual void reserve_kv(const KvLayout& layout, int64_t n_pages) = 0;
     virtual size_t kv_page_bytes() const = 0;

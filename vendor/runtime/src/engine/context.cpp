@@ -62,15 +62,21 @@ ContextOptions completed(const Model& model, ContextOptions options) {
     return options;
 }
 
+KvLayout kv_layout(const Model& model, Type type) {
+    const HyperParams& hp = model.hyper_params();
+    return {type, hp.n_layer, hp.n_head_kv, hp.head_dim};
+}
+
 }  // namespace
 
 Context::Context(std::shared_ptr<const Model> model, const ContextOptions& options)
     : model_(std::move(model)),
       options_(completed(*model_, options)),
       device_(make_cpu_device(options_.n_threads)),
-      forward_(*model_, *device_, options_.kv_type),
-      kv_(*device_, forward_.kv_layout(), options_.n_seq, options_.n_ctx),
-      logits_(*device_) {
+      stages_{{device_.get(), 0, model_->hyper_params().n_layer}},
+      forward_(*model_, stages_),
+      kv_(stages_, kv_layout(*model_, options_.kv_type), options_.n_seq, options_.n_ctx),
+      logits_(last_device()) {
     device_->set_cancel(&cancel_);
     monitor_.threshold = options_.policy.threshold;
     monitor_.counters.resize(size_t(model_->hyper_params().n_layer));
@@ -209,7 +215,7 @@ void Context::feed(std::span<const FeedToken> tokens) {
     run(tokens, [&](int64_t first, int64_t n) {
         if (const size_t n_rows = rows_that_want(QI_WANT_HIDDEN, first, n)) {
             const float* normed =
-                device_->host_view(forward_.final_norm(rows), n_rows * n_embd, host_room_);
+                last_device().host_view(forward_.final_norm(rows), n_rows * n_embd, host_room_);
             std::copy_n(normed, n_rows * n_embd, hidden_.data() + hidden_done * n_embd);
             hidden_done += n_rows;
         }
@@ -219,7 +225,8 @@ void Context::feed(std::span<const FeedToken> tokens) {
             logits_done += n_rows;
         }
     });
-    if (n_logits > 0) host_logits_ = device_->host_view(logits, n_logits * n_vocab, host_room_);
+    if (n_logits > 0)
+        host_logits_ = last_device().host_view(logits, n_logits * n_vocab, host_room_);
     n_logits_ = n_logits;
     n_hidden_ = n_hidden;
 }
@@ -285,7 +292,8 @@ void Context::score(int32_t seq, std::span<const int32_t> tokens, std::span<cons
             float* logits = logits_.reserve(rows.size() * size_t(hp.n_vocab));
             forward_.head(forward_.final_norm(rows), n_rows, logits);
             found.resize(rows.size());
-            device_->log_probabilities(logits, n_rows, hp.n_vocab, wanted.data(), found.data());
+            last_device().log_probabilities(logits, n_rows, hp.n_vocab, wanted.data(),
+                                            found.data());
             size_t row = 0;
             for (int64_t j = begin; j < i; ++j)
                 if (targets[size_t(first + j)] != -1) logprobs[first + j] = found[row++];

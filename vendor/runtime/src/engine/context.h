@@ -84,6 +84,7 @@ class Context {
     // Called for each chunk computed: index of its first token, and how many.
     using ChunkDone = std::function<void(int64_t first, int64_t n)>;
 
+    Device& last_device() { return *stages_.back().device; }
     void check_seq(int32_t seq) const;
     void check_token(int32_t token) const;
     void check_layer(int64_t layer) const;
@@ -95,6 +96,7 @@ class Context {
     std::shared_ptr<const Model> model_;
     ContextOptions options_;
     std::unique_ptr<Device> device_;
+    std::vector<Stage> stages_;
     ForwardPass forward_;
     KvCache kv_;
 

@@ -3,11 +3,12 @@
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <span>
 #include <vector>
 
 #include "base/aligned_buffer.h"
-#include "device/device.h"
+#include "engine/stage.h"
 #include "model/model.h"
 
 namespace qi {
@@ -30,7 +31,7 @@ struct FfnMonitor {
 
 class ForwardPass {
   public:
-    ForwardPass(const Model& model, Device& device, Type kv_type);
+    ForwardPass(const Model& model, std::span<const Stage> stages);
 
     // Runs all layers. *layers_done counts up to n_layer while it works.
     void run(const Batch& batch, FfnMonitor& monitor, std::atomic<int64_t>* layers_done);
@@ -41,23 +42,37 @@ class ForwardPass {
     // Logits of n rows that final_norm gave: out [n][n_vocab], in the device's memory.
     void head(const float* normed, int64_t n, float* out);
 
-    KvLayout kv_layout() const;
     size_t scratch_bytes() const;
 
   private:
-    void attention(const Layer& layer, int64_t index, int64_t n, const float* x, float* y);
+    // A stage and its working space.
+    struct Part {
+        Stage stage;
+        DeviceArray residual;  // [n][n_embd]
+        DeviceArray normed;    // [n][n_embd]
+        DeviceArray qkv;       // [n][(n_head + 2 n_head_kv) · head_dim], or q, k and v one by one
+        DeviceArray attended;  // [n][n_head · head_dim]
+        DeviceArray input;     // [n][n_embd] a layer's input, for predictors that look at it
+
+        explicit Part(const Stage& given)
+            : stage(given),
+              residual(*given.device),
+              normed(*given.device),
+              qkv(*given.device),
+              attended(*given.device),
+              input(*given.device) {}
+    };
+
+    void embed(Part& part, const Batch& batch, float* x);
+    void run_layer(Part& part, int64_t index, int64_t n, FfnMonitor& monitor, float* x);
+    void attention(Part& part, int64_t index, int64_t n, const float* x, float* y);
 
     const Model& model_;
     const HyperParams& hp_;
-    Device& device_;
-    Type kv_type_;
-    DeviceArray residual_;  // [n][n_embd]
-    DeviceArray normed_;    // [n][n_embd]
-    DeviceArray qkv_;       // [n][(n_head + 2 n_head_kv) · head_dim], or q, k and v one by one
-    DeviceArray attended_;  // [n][n_head · head_dim]
-    DeviceArray input_;     // [n][n_embd] a layer's input, for predictors that look at it
+    std::deque<Part> parts_;
     AlignedBuffer<float> cos_sin_;    // [n][n_rot/2][2]
     AlignedBuffer<int32_t> shifted_;  // [n] rows of the position table
+    AlignedBuffer<float> crossing_;   // [n][n_embd] on its way from one device to the next
 };
 
 }  // namespace qi

@@ -1,19 +1,23 @@
-// Which page of the device's key/value memory holds which positions of which sequence.
+// Which page of the devices' key/value memory holds which positions of which sequence. Every device
+// keeps its own layers' part of a page.
 //
 // Pages are shared by reference count: a fork copies no data, and a page about to be written while
 // shared is copied first.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
-#include "device/device.h"
+#include "engine/stage.h"
 
 namespace qi {
 
 class KvCache {
   public:
-    KvCache(Device& device, const KvLayout& layout, int64_t n_seq, int64_t n_ctx);
+    // layout: of all layers together.
+    KvCache(std::span<const Stage> stages, const KvLayout& layout, int64_t n_seq, int64_t n_ctx);
 
     int64_t n_seq() const { return int64_t(sequences_.size()); }
     int64_t n_ctx() const { return n_ctx_; }
@@ -28,8 +32,12 @@ class KvCache {
     // Makes `target` the first n_keep positions of `source`.
     void fork(int64_t source, int64_t target, int64_t n_keep);
 
-    uint64_t bytes_used() const { return uint64_t(n_used_) * device_.kv_page_bytes(); }
-    uint64_t bytes_reserved() const { return uint64_t(owners_.size()) * device_.kv_page_bytes(); }
+    size_t page_bytes() const;  // on all devices together
+    uint64_t bytes_used() const { return uint64_t(n_used_) * page_bytes(); }
+    uint64_t bytes_reserved() const { return uint64_t(owners_.size()) * page_bytes(); }
+    // The p-th page of a sequence, layer by layer.
+    void read_page(int64_t seq, int64_t p, std::byte* out) const;
+    void write_page(int64_t seq, int64_t p, const std::byte* data);
 
   private:
     struct Sequence {
@@ -39,7 +47,7 @@ class KvCache {
     int32_t take_page();
     void drop_page(int32_t page);
 
-    Device& device_;
+    std::vector<Device*> devices_;
     int64_t n_ctx_;
     std::vector<Sequence> sequences_;
     std::vector<int32_t> owners_;  // by page: how many sequences hold it

@@ -39,6 +39,7 @@ class CpuDevice final : public Device {
         std::erase_if(arrays_, [&](AlignedBuffer<float>& owner) { return owner.data() == array; });
     }
     const float* host_view(const float* x, size_t, AlignedBuffer<float>&) override { return x; }
+    void write(const float* host, size_t n, float* out) override { copy(host, n, out); }
 
     void reserve_kv(const KvLayout& layout, int64_t n_pages) override {
         kv_.reserve(layout, n_pages);
