@@ -14,8 +14,8 @@ namespace qi {
 namespace {
 
 constexpr int64_t default_batch = 512;
-// Rows of logits held at a time while scoring: 32 rows of a 128k vocabulary are 16 MB.
-constexpr int64_t score_rows = 32;
+// Rows of logits that a device holds at a time: 32 rows of a 128k vocabulary are 16 MB.
+constexpr int64_t logits_rows = 32;
 
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) {
@@ -201,7 +201,10 @@ void Context::feed(std::span<const FeedToken> tokens) {
     n_logits_ = n_hidden_ = 0;
     if (tokens.empty()) return;
     const auto n_embd = size_t(hp.n_embd), n_vocab = size_t(hp.n_vocab);
-    float* logits = logits_.reserve(n_logits * n_vocab);
+    // Few rows stay where they are computed, more are brought to the host block by block.
+    const bool few = n_logits <= uint64_t(logits_rows);
+    float* logits = logits_.reserve(std::min(n_logits, uint64_t(logits_rows)) * n_vocab);
+    float* all_logits = few ? nullptr : all_logits_.reserve(n_logits * n_vocab);
     hidden_.reserve(n_hidden * n_embd);
 
     std::vector<int64_t> rows;
@@ -219,13 +222,21 @@ void Context::feed(std::span<const FeedToken> tokens) {
             std::copy_n(normed, n_rows * n_embd, hidden_.data() + hidden_done * n_embd);
             hidden_done += n_rows;
         }
-        if (const size_t n_rows = rows_that_want(QI_WANT_LOGITS, first, n)) {
-            forward_.head(forward_.final_norm(rows), int64_t(n_rows),
-                          logits + logits_done * n_vocab);
-            logits_done += n_rows;
+        const size_t n_rows = rows_that_want(QI_WANT_LOGITS, first, n);
+        for (size_t begin = 0; begin < n_rows; begin += size_t(logits_rows)) {
+            const size_t n_block = std::min(n_rows - begin, size_t(logits_rows));
+            const std::span block(rows.data() + begin, n_block);
+            float* out = few ? logits + logits_done * n_vocab : logits;
+            forward_.head(forward_.final_norm(block), int64_t(n_block), out);
+            if (!few)
+                std::copy_n(last_device().host_view(out, n_block * n_vocab, host_room_),
+                            n_block * n_vocab, all_logits + logits_done * n_vocab);
+            logits_done += n_block;
         }
     });
-    if (n_logits > 0)
+    if (!few)
+        host_logits_ = all_logits;
+    else if (n_logits > 0)
         host_logits_ = last_device().host_view(logits, n_logits * n_vocab, host_room_);
     n_logits_ = n_logits;
     n_hidden_ = n_hidden;
@@ -282,7 +293,7 @@ void Context::score(int32_t seq, std::span<const int32_t> tokens, std::span<cons
             rows.clear();
             wanted.clear();
             const int64_t begin = i;
-            for (; i < n && int64_t(rows.size()) < score_rows; ++i) {
+            for (; i < n && int64_t(rows.size()) < logits_rows; ++i) {
                 if (targets[size_t(first + i)] == -1) continue;
                 rows.push_back(row_of_[size_t(i)]);
                 wanted.push_back(targets[size_t(first + i)]);
@@ -384,7 +395,7 @@ int Context::page_size() const {
 
 uint64_t Context::scratch_bytes() const {
     return forward_.scratch_bytes() + device_->scratch_bytes() + logits_.capacity_bytes() +
-           host_room_.capacity_bytes() + hidden_.capacity_bytes();
+           host_room_.capacity_bytes() + all_logits_.capacity_bytes() + hidden_.capacity_bytes();
 }
 
 }  // namespace qi

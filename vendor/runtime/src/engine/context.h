@@ -109,9 +109,10 @@ class Context {
     FfnMonitor monitor_;
     int64_t check_every_ = 0, n_until_check_ = 0;
 
-    DeviceArray logits_;
-    const float* host_logits_ = nullptr;  // the same where the host can read them
-    AlignedBuffer<float> host_room_;      // for them, where the device's memory is not the host's
+    DeviceArray logits_;                  // of the last device
+    const float* host_logits_ = nullptr;  // [n_logits][n_vocab] where the host can read them
+    AlignedBuffer<float> all_logits_;     // the same when they are many
+    AlignedBuffer<float> host_room_;      // copies from devices whose memory is not the host's
     AlignedBuffer<float> hidden_;
     uint64_t n_logits_ = 0, n_hidden_ = 0;
 

@@ -1,0 +1,211 @@
+#include "engine/placement.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "base/error.h"
+
+namespace qi {
+
+namespace {
+
+constexpr double gib = 1024.0 * 1024.0 * 1024.0;
+
+// Neurons that move together: where down is stored by neuron one by one, else as many as the host
+// can leave out of its part of down.
+int64_t unit_of(const FeedForward& ffn) {
+    return ffn.down_by_neuron ? 1 : kernels::column_group(ffn.down.weight.type);
+}
+
+size_t attention_bytes(const Layer& layer, const Accelerator& accelerator) {
+    size_t bytes = accelerator.bytes_of(layer.attn_norm) + accelerator.bytes_of(layer.attn_output);
+    if (layer.qkv.weight.data) {
+        bytes += accelerator.bytes_of(layer.qkv);
+    } else {
+        for (const Linear* linear : {&layer.q, &layer.k, &layer.v})
+            bytes += accelerator.bytes_of(*linear);
+    }
+    if (layer.attn_norm_2) bytes += accelerator.bytes_of(*layer.attn_norm_2);
+    if (!layer.ffn_norm.weight.empty()) bytes += accelerator.bytes_of(layer.ffn_norm);
+    return bytes;
+}
+
+// A run of neurons of one layer and what it is worth.
+struct Unit {
+    double worth;  // activity per byte
+    int32_t layer, first;
+};
+
+std::vector<int32_t> all_neurons(int64_t n_ff) {
+    std::vector<int32_t> neurons(static_cast<size_t>(n_ff));
+    std::iota(neurons.begin(), neurons.end(), 0);
+    return neurons;
+}
+
+std::vector<int32_t> complement(const std::vector<int32_t>& neurons, int64_t n_ff) {
+    std::vector<int32_t> rest;
+    auto next = neurons.begin();
+    for (int32_t j = 0; j < n_ff; ++j) {
+        if (next != neurons.end() && *next == j)
+            ++next;
+        else
+            rest.push_back(j);
+    }
+    return rest;
+}
+
+// The best units that fit. Values and costs add up, so that taking them by worth is the optimum but
+// for the last unit.
+std::vector<std::vector<int32_t>> choose(const Model& model, const Accelerator& accelerator,
+                                         const std::vector<std::vector<float>>& counts,
+                                         size_t room) {
+    const int64_t n_layer = int64_t(model.layers().size()), n_ff = model.hyper_params().n_ff;
+    std::vector<Unit> units;
+    for (int64_t l = 0; l < n_layer; ++l) {
+        const FeedForward& ffn = model.layers()[size_t(l)].ffn;
+        const int64_t size = unit_of(ffn);
+        for (int64_t first = 0; first < n_ff; first += size) {
+            const int64_t end = std::min(n_ff, first + size);
+            double worth = 0;
+            if (!counts.empty())
+                worth = std::accumulate(counts[size_t(l)].begin() + first,
+                                        counts[size_t(l)].begin() + end, 0.0) /
+                        double(accelerator.bytes_of(ffn, end - first));
+            units.push_back({worth, int32_t(l), int32_t(first)});
+        }
+    }
+    std::stable_sort(units.begin(), units.end(),
+                     [](const Unit& a, const Unit& b) { return a.worth > b.worth; });
+    std::vector<std::vector<int32_t>> chosen(static_cast<size_t>(n_layer));
+    size_t used = 0;
+    for (const Unit& unit : units) {
+        const FeedForward& ffn = model.layers()[size_t(unit.layer)].ffn;
+        auto& neurons = chosen[size_t(unit.layer)];
+        const int64_t n = std::min(n_ff - unit.first, unit_of(ffn));
+        const auto held = int64_t(neurons.size());
+        const size_t more =
+            accelerator.bytes_of(ffn, held + n) - (held ? accelerator.bytes_of(ffn, held) : 0);
+        if (more > room - used) continue;
+        used += more;
+        for (int64_t j = unit.first; j < unit.first + n; ++j)
+            neurons.push_back(int32_t(j));
+    }
+    for (auto& neurons : chosen)
+        std::sort(neurons.begin(), neurons.end());
+    return chosen;
+}
+
+}  // namespace
+
+Placement place(const Model& model, const Accelerator& accelerator, const DeviceNeeds& needs,
+                const SplitChoice& split) {
+    const HyperParams& hp = model.hyper_params();
+    const size_t room = accelerator.budget() - std::min(accelerator.budget(), accelerator.used());
+    Placement result;
+    size_t used = 0;
+    const auto fits = [&](size_t bytes) { return bytes <= room - used; };
+
+    // Keys, values and working space come with the layers they belong to.
+    DeviceNeeds with = needs;
+    for (const Layer& layer : model.layers()) {
+        const size_t attention = result.attention_bytes + attention_bytes(layer, accelerator);
+        with.kv.n_layer = result.n_layers + 1;
+        const size_t device = accelerator.bytes_of(with);
+        if (attention + device > room) {
+            if (result.n_layers == 0)
+                fail(QI_MEMORY,
+                     "one layer's attention, its keys and values and the working space take %.2f "
+                     "GiB, %.2f GiB of device memory are left for them",
+                     double(attention + device) / gib, double(room) / gib);
+            break;
+        }
+        result.attention_bytes = attention;
+        result.device_bytes = device;
+        used = attention + device;
+        ++result.n_layers;
+    }
+    const auto n_layer = int64_t(model.layers().size());
+    const auto host_keeps_all = [&] {
+        for (int64_t l = 0; l < result.n_layers; ++l) {
+            result.resident.emplace_back();
+            result.rest.emplace_back(all_neurons(hp.n_ff), hp.n_ff);
+        }
+        return result;
+    };
+    if (result.n_layers < n_layer) return host_keeps_all();
+
+    size_t predictors = 0;
+    for (const Layer& layer : model.layers())
+        if (layer.ffn.predictor)
+            predictors += accelerator.bytes_of(layer.ffn.predictor->fc1) +
+                          accelerator.bytes_of(layer.ffn.predictor->fc2);
+    if (!fits(predictors)) return host_keeps_all();
+    result.predictors = true;
+    result.predictor_bytes = predictors;
+    used += predictors;
+
+    const size_t head =
+        accelerator.bytes_of(model.output_norm()) + accelerator.bytes_of(model.head());
+    if (!fits(head)) return host_keeps_all();
+    result.head = true;
+    result.head_bytes = head;
+    used += head;
+
+    const auto chosen = split.neurons.empty()
+                            ? choose(model, accelerator, split.counts, room - used)
+                            : split.neurons;
+    for (int64_t l = 0; l < n_layer; ++l) {
+        const auto& neurons = chosen[size_t(l)];
+        if (!neurons.empty())
+            result.neuron_bytes +=
+                accelerator.bytes_of(model.layers()[size_t(l)].ffn, int64_t(neurons.size()));
+        result.resident.emplace_back(neurons, hp.n_ff);
+        result.rest.emplace_back(complement(neurons, hp.n_ff), hp.n_ff);
+    }
+    if (!fits(result.neuron_bytes))
+        fail(QI_MEMORY,
+             "the given split puts %.2f GiB of neurons on the device, %.2f GiB are left for them",
+             double(result.neuron_bytes) / gib, double(room - used) / gib);
+    return result;
+}
+
+void keep(const Model& model, const Placement& placement, Accelerator& accelerator) {
+    for (int64_t l = 0; l < placement.n_layers; ++l) {
+        const Layer& layer = model.layers()[size_t(l)];
+        accelerator.keep(layer.attn_norm);
+        if (layer.attn_norm_2) accelerator.keep(*layer.attn_norm_2);
+        if (!layer.ffn_norm.weight.empty()) accelerator.keep(layer.ffn_norm);
+        if (layer.qkv.weight.data) {
+            accelerator.keep(layer.qkv);
+        } else {
+            for (const Linear* linear : {&layer.q, &layer.k, &layer.v})
+                accelerator.keep(*linear);
+        }
+        accelerator.keep(layer.attn_output);
+        if (placement.predictors && layer.ffn.predictor) {
+            accelerator.keep(layer.ffn.predictor->fc1);
+            accelerator.keep(layer.ffn.predictor->fc2);
+        }
+        accelerator.keep(layer.ffn, placement.resident[size_t(l)], placement.rest[size_t(l)]);
+    }
+    if (placement.head) {
+        accelerator.keep(model.output_norm());
+        accelerator.keep(model.head());
+    }
+}
+
+std::string describe(const Placement& placement, const Model& model,
+                     const Accelerator& accelerator) {
+    size_t n_resident = 0;
+    for (const NeuronShard& shard : placement.resident)
+        n_resident += shard.neurons().size();
+    const auto n_layer = double(model.layers().size());
+    return format("%lld of %zu layers' attention%s%s, %.0f %% of the neurons; %.2f of %.2f GiB",
+                  (long long)placement.n_layers, model.layers().size(),
+                  placement.predictors && model.predictor_rank() ? ", predictors" : "",
+                  placement.head ? ", head" : "",
+                  100.0 * double(n_resident) / (n_layer * double(model.hyper_params().n_ff)),
+                  double(accelerator.used()) / gib, double(accelerator.budget()) / gib);
+}
+
+}  // namespace qi

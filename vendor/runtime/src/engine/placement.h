@@ -1,0 +1,48 @@
+// What of a model an accelerator keeps, under a budget of its memory.
+//
+// In PowerInfer's order: the attention of each layer with its norms, keys and values; predictors;
+// the head; then neurons, those first that are active most often for their bytes. The first thing
+// that does not fit ends the list, but for neurons, which are taken while any fits.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "device/accelerator.h"
+#include "model/model.h"
+#include "sparse/shard.h"
+
+namespace qi {
+
+// How neurons are chosen: by given lists, by how often they are active, or, with neither, layer by
+// layer.
+struct SplitChoice {
+    std::vector<std::vector<int32_t>> neurons;  // [n_layer], ascending
+    std::vector<std::vector<float>> counts;     // [n_layer][n_ff]
+};
+
+struct Placement {
+    int64_t n_layers = 0;  // the first so many have attention, norms, keys and values there
+    bool predictors = false;
+    bool head = false;
+    std::vector<NeuronShard> resident, rest;  // [n_layers] there, and with the host
+
+    // Bytes of the accelerator's memory.
+    size_t attention_bytes = 0, predictor_bytes = 0, head_bytes = 0, neuron_bytes = 0;
+    size_t device_bytes = 0;  // keys, values and working space of the first context
+};
+
+// QI_MEMORY when not even the first layer fits, and when given lists do not.
+Placement place(const Model& model, const Accelerator& accelerator, const DeviceNeeds& needs,
+                const SplitChoice& split);
+
+// Makes the copies.
+void keep(const Model& model, const Placement& placement, Accelerator& accelerator);
+
+// "32 of 32 layers, predictors, head, 41 % of the neurons; 3.9 of 4.0 GiB"
+std::string describe(const Placement& placement, const Model& model,
+                     const Accelerator& accelerator);
+
+}  // namespace qi
