@@ -29,7 +29,7 @@ extern "C" {
 
 /* --- declarations begin --- */
 
-#define QI_ABI_VERSION 3
+#define QI_ABI_VERSION 4
 
 typedef enum qi_status {
     QI_OK = 0,
@@ -232,6 +232,45 @@ int32_t qi_model_load(const qi_gguf* file, const qi_model_params* params, qi_mod
 void qi_model_close(qi_model* model); /* contexts keep it alive */
 int32_t qi_model_get_info(const qi_model* model, qi_model_info* out);
 
+/* ---- a model's share on an accelerator ---- */
+
+typedef struct qi_offload qi_offload;
+
+#define QI_ALL_FREE_MEMORY UINT64_MAX
+
+typedef struct qi_offload_info {
+    char device[160];
+    char placement[256]; /* what is kept there, in words; empty before the first context */
+    uint64_t budget_bytes;
+    uint64_t used_bytes;
+    uint64_t attention_bytes;
+    uint64_t predictor_bytes;
+    uint64_t head_bytes;
+    uint64_t neuron_bytes;
+    uint64_t n_neurons; /* in all layers together */
+    int32_t is_placed;
+    int32_t n_layers; /* the first so many have their attention there */
+    int32_t has_head;
+    int32_t reserved;
+} qi_offload_info;
+
+/* device: "cuda" or "cuda:N". budget_bytes: of its memory, everything counted, or
+ * QI_ALL_FREE_MEMORY less a reserve. What is kept there is decided when the first context with it
+ * is made. */
+int32_t qi_offload_create(qi_model* model, const char* device, uint64_t budget_bytes,
+                          qi_offload** out, qi_error* error);
+void qi_offload_close(qi_offload* offload); /* contexts keep it alive */
+/* Before the first context: the neurons of a layer to be kept there, ascending; or how often each
+ * of a layer's n_ff neurons is active. */
+int32_t qi_offload_choose_neurons(qi_offload* offload, int32_t layer, const int32_t* neurons,
+                                  uint64_t n_neurons, qi_error* error);
+int32_t qi_offload_count_neurons(qi_offload* offload, int32_t layer, const float* counts,
+                                 uint64_t n_ff, qi_error* error);
+int32_t qi_offload_get_info(const qi_offload* offload, qi_offload_info* out);
+/* The neurons of a layer that are kept there: their number, and with out not NULL their ids. */
+int32_t qi_offload_get_neurons(const qi_offload* offload, int32_t layer, int32_t* out,
+                               uint64_t* n_neurons, qi_error* error);
+
 /* ---- sampling ---- */
 
 typedef struct qi_sampler qi_sampler;
@@ -287,6 +326,7 @@ typedef struct qi_context_params {
     int32_t prompt_rule;    /* QI_RULE_* of tokens fed without QI_GENERATED, */
     int32_t generated_rule; /* and of those with it */
     float sparse_threshold; /* a neuron is left out when its prediction is below; NaN: the file's */
+    qi_offload* offload;    /* of the same model; NULL: the processor alone */
 } qi_context_params;
 
 typedef struct qi_context_info {

@@ -51,7 +51,13 @@ int32_t qi_context_create(qi_model* model, const qi_context_params* params, qi_c
         options.kv_type = Type(params->kv_type);
         options.policy = {rule(params->prompt_rule, "prompt_rule"),
                           rule(params->generated_rule, "generated_rule"), params->sparse_threshold};
-        *out = new qi_context(model->model, options);
+        std::shared_ptr<Offload> offload;
+        if (params->offload) {
+            offload = params->offload->offload;
+            if (offload->model() != model->model)
+                fail(QI_ARGUMENT, "the offload belongs to another model");
+        }
+        *out = new qi_context(model->model, options, std::move(offload));
     });
 }
 

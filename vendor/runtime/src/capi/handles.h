@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "engine/context.h"
+#include "engine/offload.h"
 #include "gguf/file.h"
 #include "model/model.h"
 #include "qinfer.h"
@@ -20,6 +21,10 @@ struct qi_model {
     std::shared_ptr<const qi::Model> model;
 };
 
+struct qi_offload {
+    std::shared_ptr<qi::Offload> offload;
+};
+
 struct qi_sampler {
     qi_sampler(qi::SamplingParams params, int32_t n) : sampler(std::move(params), n), n_vocab(n) {}
     qi::Sampler sampler;
@@ -28,8 +33,9 @@ struct qi_sampler {
 };
 
 struct qi_context {
-    qi_context(std::shared_ptr<const qi::Model> model, const qi::ContextOptions& options)
-        : context(std::move(model), options) {}
+    qi_context(std::shared_ptr<const qi::Model> model, const qi::ContextOptions& options,
+               std::shared_ptr<qi::Offload> offload)
+        : context(std::move(model), options, std::move(offload)) {}
     qi::Context context;
     std::atomic<bool> busy{false};
 };

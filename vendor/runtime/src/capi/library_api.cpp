@@ -13,22 +13,6 @@
 
 using namespace qi;
 
-namespace {
-
-// As much of the text as fits, cut between characters, and a NUL.
-void copy_text(char* out, size_t capacity, std::string_view text) {
-    size_t length = text.size();
-    if (length >= capacity) {
-        length = capacity - 1;
-        while (length > 0 && (text[length] & 0xC0) == 0x80)
-            --length;
-    }
-    std::memcpy(out, text.data(), length);
-    out[length] = '\0';
-}
-
-}  // namespace
-
 int32_t qi_abi_version(void) {
     return QI_ABI_VERSION;
 }
@@ -51,6 +35,7 @@ uint64_t qi_struct_size(const char* name) {
         {"qi_gguf_tensor", sizeof(qi_gguf_tensor)},
         {"qi_model_params", sizeof(qi_model_params)},
         {"qi_model_info", sizeof(qi_model_info)},
+        {"qi_offload_info", sizeof(qi_offload_info)},
         {"qi_sampling_params", sizeof(qi_sampling_params)},
         {"qi_context_params", sizeof(qi_context_params)},
         {"qi_context_info", sizeof(qi_context_info)},
@@ -77,10 +62,10 @@ int32_t qi_get_cpu_info(qi_cpu_info* out, qi_error* error) {
         require_pointer(out, "out");
         const CpuInfo& info = cpu_info();
         qi_cpu_info filled = {};
-        copy_text(filled.isa, sizeof filled.isa, isa_name(active_isa()));
-        copy_text(filled.best_isa, sizeof filled.best_isa, isa_name(best_isa()));
-        copy_text(filled.brand, sizeof filled.brand, info.brand);
-        copy_text(filled.features, sizeof filled.features, info.features);
+        copy_text(filled.isa, isa_name(active_isa()));
+        copy_text(filled.best_isa, isa_name(best_isa()));
+        copy_text(filled.brand, info.brand);
+        copy_text(filled.features, info.features);
         filled.n_physical_cores = info.n_physical_cores;
         filled.n_usable_cores = info.n_usable_cores;
         *out = filled;

@@ -1,6 +1,5 @@
 // qi_model_*: checks and translation, nothing else.
 #include <algorithm>
-#include <cstring>
 #include <memory>
 
 #include "capi/guard.h"
@@ -8,18 +7,6 @@
 #include "kernels/attention.h"
 
 using namespace qi;
-
-namespace {
-
-// Copies text into a fixed field, always terminated.
-template <size_t N>
-void copy_text(char (&field)[N], const std::string& text) {
-    const size_t n = std::min(text.size(), N - 1);
-    std::memcpy(field, text.data(), n);
-    field[n] = '\0';
-}
-
-}  // namespace
 
 int32_t qi_model_load(const qi_gguf* file, const qi_model_params* params, qi_model** out,
                       qi_error* error) {

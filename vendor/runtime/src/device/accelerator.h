@@ -8,6 +8,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <string>
+#include <vector>
 
 #include "device/device.h"
 #include "sparse/shard.h"
@@ -16,21 +19,21 @@ namespace qi {
 
 // What a context wants of the device made for it.
 struct DeviceNeeds {
-    int64_t n_batch = 0;    // tokens computed together at most
-    int64_t n_seq = 0;      // sequences
-    int64_t n_pages = 0;    // of keys and values, in all sequences together
-    int64_t width_max = 0;  // of activations
-    int64_t n_ff = 0;
-    int64_t predictor_rank = 0;
-    int64_t n_vocab = 0;
-    int64_t n_embd = 0;
-    KvLayout kv;  // of the layers on this device
+    int64_t n_batch = 0;  // tokens computed together at most
+    int64_t n_seq = 0;
+    int64_t n_pages = 0;         // of keys and values, of all sequences together
+    KvLayout kv;                 // of the layers on this device
+    std::vector<size_t> arrays;  // that allocate() will be asked for, in floats
+    int64_t n_head = 0;          // of queries
+    int64_t n_embd = 0, n_ff = 0;
+    int64_t predictor_rank = 0;  // 0: no predictors
 };
 
 class Accelerator {
   public:
     virtual ~Accelerator() = default;
 
+    virtual std::string name() const = 0;  // "NVIDIA H100 80GB HBM3 (cuda:0)"
     virtual size_t budget() const = 0;
     virtual size_t used() const = 0;
 
@@ -49,5 +52,10 @@ class Accelerator {
     // `host` computes what is not kept here.
     virtual std::unique_ptr<Device> make_device(const DeviceNeeds& needs, Device& host) = 0;
 };
+
+// device: "cuda" or "cuda:N". budget: bytes, or none for what is free less a reserve. Throws
+// QI_DEVICE naming what is missing.
+std::unique_ptr<Accelerator> make_accelerator(const std::string& device,
+                                              std::optional<size_t> budget);
 
 }  // namespace qi

@@ -153,9 +153,10 @@ class Device {
     virtual void write(const float* host, size_t n, float* out) = 0;
     // Reserves address space for n_pages pages; memory is taken as pages are written.
     virtual void reserve_kv(const KvLayout& layout, int64_t n_pages) = 0;
-    virtual size_t kv_page_bytes() const = 0;
+    virtual size_t kv_page_bytes() const = 0;  // of memory
     virtual void copy_kv_page(int32_t from, int32_t to) = 0;
     virtual void release_kv_page(int32_t page) = 0;  // gives its memory back
+    // A page's contents, [n_layer][n_head_kv][kv_head_bytes]; see kernels/attention.h.
     virtual void read_kv_page(int32_t page, std::byte* out) const = 0;
     virtual void write_kv_page(int32_t page, const std::byte* data) = 0;
     virtual size_t scratch_bytes() const = 0;

@@ -69,17 +69,45 @@ KvLayout kv_layout(const Model& model, Type type) {
 
 }  // namespace
 
-Context::Context(std::shared_ptr<const Model> model, const ContextOptions& options)
+Context::Context(std::shared_ptr<const Model> model, const ContextOptions& options,
+                 std::shared_ptr<Offload> offload)
     : model_(std::move(model)),
       options_(completed(*model_, options)),
-      device_(make_cpu_device(options_.n_threads)),
-      stages_{{device_.get(), 0, model_->hyper_params().n_layer}},
+      offload_(std::move(offload)),
+      host_(make_cpu_device(options_.n_threads)),
+      stages_(make_stages()),
       forward_(*model_, stages_),
       kv_(stages_, kv_layout(*model_, options_.kv_type), options_.n_seq, options_.n_ctx),
       logits_(last_device()) {
-    device_->set_cancel(&cancel_);
+    host_->set_cancel(&cancel_);
+    if (accelerator_) {
+        accelerator_->set_cancel(&cancel_);
+        forward_.reserve(options_.n_batch);
+    }
     monitor_.threshold = options_.policy.threshold;
     monitor_.counters.resize(size_t(model_->hyper_params().n_layer));
+}
+
+std::vector<Stage> Context::make_stages() {
+    const HyperParams& hp = model_->hyper_params();
+    if (!offload_) return {{host_.get(), 0, hp.n_layer}};
+    DeviceNeeds needs;
+    needs.n_batch = options_.n_batch;
+    needs.n_seq = options_.n_seq;
+    needs.n_pages = KvCache::n_pages(options_.n_seq, options_.n_ctx);
+    needs.kv = kv_layout(*model_, options_.kv_type);
+    needs.arrays = ForwardPass::array_sizes(hp, options_.n_batch);
+    needs.arrays.push_back(size_t(logits_rows * hp.n_vocab));
+    needs.n_head = hp.n_head;
+    needs.n_embd = hp.n_embd;
+    needs.n_ff = hp.n_ff;
+    needs.predictor_rank = model_->predictor_rank();
+    Offload::Part part = offload_->make_part(needs, *host_);
+    accelerator_ = std::move(part.device);
+    std::vector<Stage> stages{{accelerator_.get(), 0, part.n_layers}};
+    if (part.n_layers < hp.n_layer || !part.head)
+        stages.push_back({host_.get(), part.n_layers, hp.n_layer});
+    return stages;
 }
 
 void Context::check_seq(int32_t seq) const {
@@ -349,7 +377,7 @@ void Context::set_threads(int n_threads) {
     ContextOptions changed = options_;
     changed.n_threads = n_threads;
     options_ = completed(*model_, changed);
-    device_->set_threads(options_.n_threads);
+    host_->set_threads(options_.n_threads);
 }
 
 uint64_t Context::ffn_bytes_read() const {
@@ -394,7 +422,7 @@ int Context::page_size() const {
 }
 
 uint64_t Context::scratch_bytes() const {
-    return forward_.scratch_bytes() + device_->scratch_bytes() + logits_.capacity_bytes() +
+    return forward_.scratch_bytes() + host_->scratch_bytes() + logits_.capacity_bytes() +
            host_room_.capacity_bytes() + all_logits_.capacity_bytes() + hidden_.capacity_bytes();
 }
 

@@ -11,6 +11,7 @@
 
 #include "engine/forward.h"
 #include "engine/kv_cache.h"
+#include "engine/offload.h"
 #include "model/model.h"
 
 namespace qi {
@@ -35,7 +36,9 @@ struct FeedToken {
 // Not safe for two threads at once, except cancel(), clear_cancel() and progress().
 class Context {
   public:
-    Context(std::shared_ptr<const Model> model, const ContextOptions& options);
+    // offload: the model's share on an accelerator, or null.
+    Context(std::shared_ptr<const Model> model, const ContextOptions& options,
+            std::shared_ptr<Offload> offload = nullptr);
 
     // Asks for the logits of the last token of each sequence.
     void want_last_logits(std::span<FeedToken> tokens) const;
@@ -84,6 +87,7 @@ class Context {
     // Called for each chunk computed: index of its first token, and how many.
     using ChunkDone = std::function<void(int64_t first, int64_t n)>;
 
+    std::vector<Stage> make_stages();
     Device& last_device() { return *stages_.back().device; }
     void check_seq(int32_t seq) const;
     void check_token(int32_t token) const;
@@ -95,7 +99,9 @@ class Context {
 
     std::shared_ptr<const Model> model_;
     ContextOptions options_;
-    std::unique_ptr<Device> device_;
+    std::shared_ptr<Offload> offload_;
+    std::unique_ptr<Device> host_;
+    std::unique_ptr<Device> accelerator_;  // or null
     std::vector<Stage> stages_;
     ForwardPass forward_;
     KvCache kv_;

@@ -12,6 +12,23 @@ ForwardPass::ForwardPass(const Model& model, std::span<const Stage> stages)
         parts_.emplace_back(stage);
 }
 
+std::vector<size_t> ForwardPass::array_sizes(const HyperParams& hp, int64_t n) {
+    const int64_t q_width = hp.n_head * hp.head_dim, kv_width = hp.n_head_kv * hp.head_dim;
+    return {size_t(n * hp.n_embd), size_t(n * hp.n_embd), size_t(n * (q_width + 2 * kv_width)),
+            size_t(n * std::max(q_width, hp.n_embd)),
+            hp.arch->parallel_residual ? size_t(n * hp.n_embd) : 0};
+}
+
+void ForwardPass::reserve(int64_t n) {
+    const std::vector<size_t> sizes = array_sizes(hp_, n);
+    for (Part& part : parts_) {
+        DeviceArray* const arrays[] = {&part.residual, &part.normed, &part.qkv, &part.attended,
+                                       &part.input};
+        for (size_t i = 0; i < sizes.size(); ++i)
+            arrays[i]->reserve(sizes[i]);
+    }
+}
+
 size_t ForwardPass::scratch_bytes() const {
     size_t bytes =
         cos_sin_.capacity_bytes() + shifted_.capacity_bytes() + crossing_.capacity_bytes();

@@ -33,6 +33,11 @@ class ForwardPass {
   public:
     ForwardPass(const Model& model, std::span<const Stage> stages);
 
+    // The working space that runs of n tokens take on each device, in floats.
+    static std::vector<size_t> array_sizes(const HyperParams& hp, int64_t n);
+    // Takes it at once, for devices that must not run out of memory later.
+    void reserve(int64_t n);
+
     // Runs all layers. *layers_done counts up to n_layer while it works.
     void run(const Batch& batch, FfnMonitor& monitor, std::atomic<int64_t>* layers_done);
 

@@ -16,38 +16,52 @@ int64_t pages_for(int64_t n_positions) {
 KvCache::KvCache(std::span<const Stage> stages, const KvLayout& layout, int64_t n_seq,
                  int64_t n_ctx)
     : n_ctx_(n_ctx), sequences_(size_t(n_seq)) {
-    int64_t n_pages = 0;
-    // Page numbers are 32-bit, and every page costs a counter.
-    if (__builtin_mul_overflow(n_seq, pages_for(n_ctx), &n_pages) || n_pages > INT32_MAX / 2)
-        fail(QI_ARGUMENT, "%lld sequences of %lld positions are more than a context can hold",
-             (long long)n_seq, (long long)n_ctx);
+    const int64_t n_pages = KvCache::n_pages(n_seq, n_ctx);
     for (const Stage& stage : stages) {
         KvLayout part = layout;
         part.n_layer = stage.end_layer - stage.first_layer;
         stage.device->reserve_kv(part, n_pages);
-        devices_.push_back(stage.device);
+        parts_.push_back({stage.device,
+                          size_t(part.n_layer * part.n_head_kv) *
+                              kernels::kv_head_bytes(part.type, part.head_dim)});
     }
     owners_.resize(size_t(n_pages));
 }
 
+int64_t KvCache::n_pages(int64_t n_seq, int64_t n_ctx) {
+    int64_t n = 0;
+    // Page numbers are 32-bit, and every page costs a counter.
+    if (__builtin_mul_overflow(n_seq, pages_for(n_ctx), &n) || n > INT32_MAX / 2)
+        fail(QI_ARGUMENT, "%lld sequences of %lld positions are more than a context can hold",
+             (long long)n_seq, (long long)n_ctx);
+    return n;
+}
+
 size_t KvCache::page_bytes() const {
     size_t bytes = 0;
-    for (const Device* device : devices_)
-        bytes += device->kv_page_bytes();
+    for (const Part& part : parts_)
+        bytes += part.device->kv_page_bytes();
+    return bytes;
+}
+
+size_t KvCache::content_bytes() const {
+    size_t bytes = 0;
+    for (const Part& part : parts_)
+        bytes += part.content_bytes;
     return bytes;
 }
 
 void KvCache::read_page(int64_t seq, int64_t p, std::byte* out) const {
-    for (const Device* device : devices_) {
-        device->read_kv_page(sequences_[size_t(seq)].pages[size_t(p)], out);
-        out += device->kv_page_bytes();
+    for (const Part& part : parts_) {
+        part.device->read_kv_page(sequences_[size_t(seq)].pages[size_t(p)], out);
+        out += part.content_bytes;
     }
 }
 
 void KvCache::write_page(int64_t seq, int64_t p, const std::byte* data) {
-    for (Device* device : devices_) {
-        device->write_kv_page(sequences_[size_t(seq)].pages[size_t(p)], data);
-        data += device->kv_page_bytes();
+    for (const Part& part : parts_) {
+        part.device->write_kv_page(sequences_[size_t(seq)].pages[size_t(p)], data);
+        data += part.content_bytes;
     }
 }
 
@@ -67,8 +81,8 @@ int32_t KvCache::take_page() {
 
 void KvCache::drop_page(int32_t page) {
     if (--owners_[size_t(page)] > 0) return;
-    for (Device* device : devices_)
-        device->release_kv_page(page);
+    for (const Part& part : parts_)
+        part.device->release_kv_page(page);
     free_.push_back(page);
     --n_used_;
 }
@@ -84,8 +98,8 @@ void KvCache::extend(int64_t seq, int64_t n) {
     const bool writes_into_last = n > 0 && s.length % kernels::page_size != 0;
     if (writes_into_last && owners_[size_t(s.pages.back())] > 1) {
         const int32_t own = take_page();
-        for (Device* device : devices_)
-            device->copy_kv_page(s.pages.back(), own);
+        for (const Part& part : parts_)
+            part.device->copy_kv_page(s.pages.back(), own);
         drop_page(s.pages.back());
         s.pages.back() = own;
     }

@@ -19,6 +19,9 @@ class KvCache {
     // layout: of all layers together.
     KvCache(std::span<const Stage> stages, const KvLayout& layout, int64_t n_seq, int64_t n_ctx);
 
+    // Pages that n_seq sequences of n_ctx positions take; QI_ARGUMENT when they are too many.
+    static int64_t n_pages(int64_t n_seq, int64_t n_ctx);
+
     int64_t n_seq() const { return int64_t(sequences_.size()); }
     int64_t n_ctx() const { return n_ctx_; }
     int64_t length(int64_t seq) const { return sequences_[size_t(seq)].length; }
@@ -32,7 +35,8 @@ class KvCache {
     // Makes `target` the first n_keep positions of `source`.
     void fork(int64_t source, int64_t target, int64_t n_keep);
 
-    size_t page_bytes() const;  // on all devices together
+    size_t page_bytes() const;     // of memory, on all devices together
+    size_t content_bytes() const;  // of a page's contents
     uint64_t bytes_used() const { return uint64_t(n_used_) * page_bytes(); }
     uint64_t bytes_reserved() const { return uint64_t(owners_.size()) * page_bytes(); }
     // The p-th page of a sequence, layer by layer.
@@ -47,7 +51,11 @@ class KvCache {
     int32_t take_page();
     void drop_page(int32_t page);
 
-    std::vector<Device*> devices_;
+    struct Part {
+        Device* device;
+        size_t content_bytes;  // of a page
+    };
+    std::vector<Part> parts_;
     int64_t n_ctx_;
     std::vector<Sequence> sequences_;
     std::vector<int32_t> owners_;  // by page: how many sequences hold it

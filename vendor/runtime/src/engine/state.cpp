@@ -35,14 +35,14 @@ int64_t pages_for(int64_t length) {
 }  // namespace
 
 uint64_t Context::state_size(int32_t seq) const {
-    return sizeof(StateHeader) + uint64_t(pages_for(length(seq))) * kv_.page_bytes();
+    return sizeof(StateHeader) + uint64_t(pages_for(length(seq))) * kv_.content_bytes();
 }
 
 void Context::save_state(int32_t seq, std::span<std::byte> out) const {
     if (out.size() != state_size(seq))
         fail(QI_ARGUMENT, "the state of sequence %d takes %llu bytes, room was given for %zu", seq,
              (unsigned long long)state_size(seq), out.size());
-    const StateHeader header = header_for(*model_, options_.kv_type, kv_.page_bytes(), length(seq));
+    const StateHeader header = header_for(*model_, options_.kv_type, kv_.content_bytes(), length(seq));
     std::memcpy(out.data(), &header, sizeof header);
     for (int64_t p = 0; p < pages_for(header.length); ++p)
         kv_.read_page(seq, p, out.data() + sizeof header + size_t(p) * header.page_bytes);
@@ -55,7 +55,7 @@ void Context::load_state(int32_t seq, std::span<const std::byte> data) {
         fail(QI_FORMAT, "a state of %zu bytes has no header", data.size());
     std::memcpy(&found, data.data(), sizeof found);
     const StateHeader wanted =
-        header_for(*model_, options_.kv_type, kv_.page_bytes(), found.length);
+        header_for(*model_, options_.kv_type, kv_.content_bytes(), found.length);
     if (std::memcmp(&found, &wanted, sizeof found) != 0)
         fail(QI_FORMAT, "this state was saved by another model or with another KV type");
     if (found.length < 0 || found.length > options_.n_ctx)

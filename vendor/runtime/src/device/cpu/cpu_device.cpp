@@ -46,14 +46,14 @@ class CpuDevice final : public Device {
     }
     size_t kv_page_bytes() const override { return kv_.page_bytes(); }
     void copy_kv_page(int32_t from, int32_t to) override {
-        std::memcpy(kv_.page(to), kv_.page(from), kv_.page_bytes());
+        std::memcpy(kv_.page(to), kv_.page(from), kv_.content_bytes());
     }
     void release_kv_page(int32_t page) override { kv_.release(page); }
     void read_kv_page(int32_t page, std::byte* out) const override {
-        std::memcpy(out, kv_.page(page), kv_.page_bytes());
+        std::memcpy(out, kv_.page(page), kv_.content_bytes());
     }
     void write_kv_page(int32_t page, const std::byte* data) override {
-        std::memcpy(kv_.page(page), data, kv_.page_bytes());
+        std::memcpy(kv_.page(page), data, kv_.content_bytes());
     }
     size_t scratch_bytes() const override {
         return products_.scratch_bytes() + ffn_.scratch_bytes() + added_.capacity_bytes();

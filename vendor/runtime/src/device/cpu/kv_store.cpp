@@ -27,16 +27,16 @@ void HostKvStore::reserve(const KvLayout& layout, int64_t n_pages) {
     layout_ = layout;
     head_bytes_ = kernels::kv_head_bytes(layout.type, layout.head_dim);
     const size_t os_page = size_t(sysconf(_SC_PAGESIZE));
-    size_t bytes = 0;
-    bool overflow =
-        __builtin_mul_overflow(head_bytes_, size_t(layout.n_layer * layout.n_head_kv), &bytes);
+    bool overflow = __builtin_mul_overflow(head_bytes_, size_t(layout.n_layer * layout.n_head_kv),
+                                           &content_bytes_);
     // Whole pages of the operating system, so that a released page really goes back.
-    overflow |= bytes > SIZE_MAX / 2;
-    page_bytes_ = round_up(bytes, os_page);
+    overflow |= content_bytes_ > SIZE_MAX / 2;
+    page_bytes_ = round_up(content_bytes_, os_page);
     overflow |= __builtin_mul_overflow(page_bytes_, size_t(n_pages), &reserved_bytes_);
     overflow |= reserved_bytes_ > SIZE_MAX / 2;
     if (overflow)
         fail(QI_MEMORY, "%lld KV pages do not fit in the address space", (long long)n_pages);
+    if (reserved_bytes_ == 0) return;
     // A large page of keys and values fills whole huge pages of memory, which a decoding step then
     // reads with far fewer address translations; a small one would waste them.
     const bool huge = page_bytes_ >= huge_page;
@@ -59,7 +59,7 @@ void HostKvStore::reserve(const KvLayout& layout, int64_t n_pages) {
 }
 
 void HostKvStore::release(int32_t page_id) {
-    madvise(page(page_id), page_bytes_, MADV_DONTNEED);
+    if (page_bytes_ > 0) madvise(page(page_id), page_bytes_, MADV_DONTNEED);
 }
 
 }  // namespace qi

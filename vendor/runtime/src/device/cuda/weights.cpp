@@ -1,0 +1,225 @@
+#include "device/cuda/weights.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/cpu.h"
+#include "base/thread_pool.h"
+#include "device/cuda/layout.h"
+
+namespace qi::cuda {
+
+namespace {
+
+constexpr size_t staging_bytes = size_t(4) << 20;
+
+size_t floats_bytes(size_t n) {
+    return n == 0 ? 0 : DeviceMemory::counted_bytes(n * sizeof(float));
+}
+
+// A record: gate, up and, by neuron, down of one neuron, each in a row of its own.
+struct RecordLayout {
+    size_t gate = 0, up = 0, down = 0, stride = 0;
+
+    explicit RecordLayout(const FeedForward& ffn) {
+        if (ffn.gated) stride += row_stride(ffn.gate.weight);
+        up = stride;
+        stride += row_stride(ffn.up.weight);
+        down = stride;
+        if (ffn.down_by_neuron) stride += row_stride(ffn.down.weight);
+    }
+    static size_t row_stride(const Weight& w) { return device_row_bytes(w.type, w.n_cols); }
+};
+
+const std::byte* row_of(const Weight& w, int64_t row) {
+    return w.data + size_t(row) * w.row_bytes;
+}
+
+std::vector<float> picked(const std::vector<float>& values, std::span<const int32_t> list) {
+    std::vector<float> result;
+    if (values.empty()) return result;
+    for (const int32_t i : list)
+        result.push_back(values[size_t(i)]);
+    return result;
+}
+
+}  // namespace
+
+Weights::Weights(std::shared_ptr<Gpu> gpu, std::shared_ptr<Budget> budget)
+    : gpu_(std::move(gpu)),
+      budget_(std::move(budget)),
+      stream_(gpu_),
+      staging_{{gpu_, staging_bytes, "staging"}, {gpu_, staging_bytes, "staging"}},
+      sent_{Event(gpu_), Event(gpu_)} {}
+
+CUdeviceptr Weights::allocate(size_t n_bytes, const char* what) {
+    return memory_.emplace_back(gpu_, budget_, n_bytes, what).address();
+}
+
+void Weights::upload(CUdeviceptr to, int64_t n, size_t stride, const WriteItem& write) {
+    const Current current(*gpu_);
+    const auto together = int64_t(staging_bytes / stride);
+    if (together == 0) {
+        // An item larger than the staging memory goes through memory of its own.
+        const PinnedMemory own(gpu_, stride, "a row of weights");
+        for (int64_t i = 0; i < n; ++i) {
+            write(i, own.data());
+            stream_.copy_to_device(to + size_t(i) * stride, own.data(), stride);
+            stream_.synchronize();
+        }
+        return;
+    }
+    const int n_threads = cpu_info().n_usable_cores;
+    int side = 0;
+    for (int64_t first = 0; first < n; first += together, side ^= 1) {
+        const int64_t end = std::min(n, first + together);
+        sent_[side].synchronize();
+        std::byte* out = staging_[side].data();
+        constexpr int64_t per_chunk = 16;
+        parallel_for(n_threads, (end - first + per_chunk - 1) / per_chunk,
+                     [&](int64_t chunk, int) {
+                         const int64_t begin = first + chunk * per_chunk;
+                         for (int64_t i = begin; i < std::min(end, begin + per_chunk); ++i)
+                             write(i, out + size_t(i - first) * stride);
+                     });
+        stream_.copy_to_device(to + size_t(first) * stride, out, size_t(end - first) * stride);
+        sent_[side].record(stream_);
+    }
+    stream_.synchronize();
+}
+
+CUdeviceptr Weights::upload_floats(const std::vector<float>& values, const char* what) {
+    if (values.empty()) return 0;
+    const CUdeviceptr at = allocate(values.size() * sizeof(float), what);
+    upload(at, int64_t(values.size()), sizeof(float), [&](int64_t i, std::byte* out) {
+        std::memcpy(out, &values[size_t(i)], sizeof(float));
+    });
+    return at;
+}
+
+CUdeviceptr Weights::upload_ints(const std::vector<int32_t>& values, const char* what) {
+    if (values.empty()) return 0;
+    const CUdeviceptr at = allocate(values.size() * sizeof(int32_t), what);
+    upload(at, int64_t(values.size()), sizeof(int32_t), [&](int64_t i, std::byte* out) {
+        std::memcpy(out, &values[size_t(i)], sizeof(int32_t));
+    });
+    return at;
+}
+
+size_t Weights::bytes_of(const Linear& linear) {
+    const Weight& w = linear.weight;
+    return DeviceMemory::counted_bytes(size_t(w.n_rows) * device_row_bytes(w.type, w.n_cols)) +
+           floats_bytes(linear.bias.size());
+}
+
+size_t Weights::bytes_of(const Norm& norm) {
+    return floats_bytes(norm.weight.size()) + floats_bytes(norm.bias.size());
+}
+
+size_t Weights::bytes_of(const FeedForward& ffn, int64_t n_neurons) {
+    if (n_neurons == 0) return floats_bytes(ffn.down.bias.size());
+    const auto n = size_t(n_neurons);
+    size_t bytes = DeviceMemory::counted_bytes(n * RecordLayout(ffn).stride) +
+                   DeviceMemory::counted_bytes(n * sizeof(int32_t)) +
+                   DeviceMemory::counted_bytes((n_partitions + 1) * sizeof(int32_t)) +
+                   floats_bytes(ffn.down.bias.size());
+    if (!ffn.gate.bias.empty()) bytes += floats_bytes(n);
+    if (!ffn.up.bias.empty()) bytes += floats_bytes(n);
+    if (!ffn.down_by_neuron)
+        bytes += DeviceMemory::counted_bytes(size_t(ffn.down.weight.n_rows) *
+                                             device_row_bytes(ffn.down.weight.type, n_neurons));
+    return bytes;
+}
+
+void Weights::keep(const Linear& linear) {
+    const Weight& w = linear.weight;
+    const size_t stride = device_row_bytes(w.type, w.n_cols);
+    DeviceLinear kept{{w.type, allocate(size_t(w.n_rows) * stride, "weights"), w.n_rows, w.n_cols,
+                       stride},
+                      0};
+    upload(kept.weight.data, w.n_rows, stride, [&](int64_t row, std::byte* out) {
+        repack_row(w.type, w.n_cols, row_of(w, row), out);
+    });
+    kept.bias = upload_floats(linear.bias, "biases");
+    linears_[&linear] = kept;
+}
+
+void Weights::keep(const Norm& norm) {
+    norms_[&norm] = {upload_floats(norm.weight, "norms"), upload_floats(norm.bias, "norms")};
+}
+
+void Weights::keep(const FeedForward& ffn, NeuronShard resident, NeuronShard rest) {
+    const Weight &gate = ffn.gate.weight, &up = ffn.up.weight, &down = ffn.down.weight;
+    DeviceFfn kept;
+    kept.down_bias = upload_floats(ffn.down.bias, "biases");
+    const std::span<const int32_t> neurons = resident.neurons();
+    kept.n_slots = int64_t(neurons.size());
+    if (kept.n_slots > 0) {
+        const RecordLayout record(ffn);
+        const CUdeviceptr base = allocate(neurons.size() * record.stride, "neurons");
+        upload(base, kept.n_slots, record.stride, [&](int64_t slot, std::byte* out) {
+            const int32_t j = neurons[size_t(slot)];
+            if (ffn.gated) repack_row(gate.type, gate.n_cols, row_of(gate, j), out + record.gate);
+            repack_row(up.type, up.n_cols, row_of(up, j), out + record.up);
+            if (ffn.down_by_neuron)
+                repack_row(down.type, down.n_cols, row_of(down, j), out + record.down);
+        });
+        if (ffn.gated)
+            kept.gate = {gate.type, base + record.gate, kept.n_slots, gate.n_cols, record.stride};
+        kept.up = {up.type, base + record.up, kept.n_slots, up.n_cols, record.stride};
+        kept.gate_bias = upload_floats(picked(ffn.gate.bias, neurons), "biases");
+        kept.up_bias = upload_floats(picked(ffn.up.bias, neurons), "biases");
+        kept.neurons = upload_ints({neurons.begin(), neurons.end()}, "neuron numbers");
+        std::vector<int32_t> begins{0};
+        for (int64_t p = 0; p < n_partitions; ++p)
+            begins.push_back(begins.back() + int32_t(resident.partition(p).size()));
+        kept.partition_begins = upload_ints(begins, "neuron numbers");
+        if (ffn.down_by_neuron) {
+            kept.down = {down.type, base + record.down, kept.n_slots, down.n_cols, record.stride};
+        } else {
+            // Of each row the blocks of the kept neurons, side by side.
+            const int64_t block = traits(down.type).block_size;
+            const size_t block_bytes = size_t(traits(down.type).block_bytes);
+            const size_t stride = device_row_bytes(down.type, kept.n_slots);
+            kept.down = {down.type, allocate(size_t(down.n_rows) * stride, "neurons"), down.n_rows,
+                         kept.n_slots, stride};
+            upload(kept.down.data, down.n_rows, stride, [&](int64_t row, std::byte* out) {
+                std::vector<std::byte> blocks(size_t(kept.n_slots / block) * block_bytes);
+                for (int64_t s = 0; s < kept.n_slots; s += block)
+                    std::memcpy(blocks.data() + size_t(s / block) * block_bytes,
+                                row_of(down, row) +
+                                    size_t(neurons[size_t(s)] / block) * block_bytes,
+                                block_bytes);
+                repack_row(down.type, kept.n_slots, blocks.data(), out);
+            });
+        }
+    }
+    kept.resident = std::move(resident);
+    kept.rest = std::move(rest);
+    ffns_[&ffn] = std::move(kept);
+}
+
+namespace {
+
+template <typename Map, typename Key>
+const auto& found(const Map& map, const Key& key, const char* what) {
+    const auto at = map.find(&key);
+    if (at == map.end()) fail(QI_INTERNAL, "a %s that the GPU does not keep was asked for", what);
+    return at->second;
+}
+
+}  // namespace
+
+const DeviceLinear& Weights::find(const Linear& linear) const {
+    return found(linears_, linear, "matrix");
+}
+
+const DeviceNorm& Weights::find(const Norm& norm) const {
+    return found(norms_, norm, "norm");
+}
+
+const DeviceFfn& Weights::find(const FeedForward& ffn) const {
+    return found(ffns_, ffn, "feed-forward network");
+}
+
+}  // namespace qi::cuda

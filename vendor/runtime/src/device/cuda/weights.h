@@ -1,0 +1,86 @@
+// Copies of a model's weights in the memory of one GPU, found by the address of what they were made
+// from.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "device/cuda/gpu.h"
+#include "device/device.h"
+#include "sparse/shard.h"
+
+namespace qi::cuda {
+
+// A matrix whose rows lie as layout.h says, `row_stride` bytes apart.
+struct DeviceMatrix {
+    Type type = Type::f32;
+    CUdeviceptr data = 0;
+    int64_t n_rows = 0, n_cols = 0;
+    size_t row_stride = 0;
+};
+
+struct DeviceLinear {
+    DeviceMatrix weight;
+    CUdeviceptr bias = 0;  // [n_rows] floats; 0: none
+};
+
+struct DeviceNorm {
+    CUdeviceptr weight = 0, bias = 0;  // [n_embd] floats; bias 0: none
+};
+
+// The neurons of one feed-forward network that are kept, in slots in ascending order of their
+// numbers. What slot s needs is one record: its rows of gate and up, and of down where down is
+// stored by neuron.
+struct DeviceFfn {
+    NeuronShard resident, rest;
+    int64_t n_slots = 0;
+    CUdeviceptr neurons = 0;           // [n_slots] int32
+    CUdeviceptr partition_begins = 0;  // [n_partitions + 1] int32, slots
+    DeviceMatrix gate, up;             // [n_slots][n_embd]; gate only where there is one
+    DeviceMatrix down;                 // [n_slots][n_embd] by neuron, else [n_embd][n_slots]
+    CUdeviceptr gate_bias = 0, up_bias = 0;  // [n_slots] floats; 0: none
+    CUdeviceptr down_bias = 0;               // [n_embd] floats; 0: none
+};
+
+class Weights {
+  public:
+    Weights(std::shared_ptr<Gpu> gpu, std::shared_ptr<Budget> budget);
+
+    void keep(const Linear& linear);
+    void keep(const Norm& norm);
+    void keep(const FeedForward& ffn, NeuronShard resident, NeuronShard rest);
+    // What keep() takes of the budget.
+    static size_t bytes_of(const Linear& linear);
+    static size_t bytes_of(const Norm& norm);
+    static size_t bytes_of(const FeedForward& ffn, int64_t n_neurons);
+
+    // Throw QI_INTERNAL when it was never kept.
+    const DeviceLinear& find(const Linear& linear) const;
+    const DeviceNorm& find(const Norm& norm) const;
+    const DeviceFfn& find(const FeedForward& ffn) const;
+
+  private:
+    // Writes item `i` of an array into pinned memory at `out`.
+    using WriteItem = std::function<void(int64_t i, std::byte* out)>;
+
+    CUdeviceptr allocate(size_t n_bytes, const char* what);
+    // Brings n items of `stride` bytes to the GPU, a few MiB at a time: threads write one part
+    // while another is on its way.
+    void upload(CUdeviceptr to, int64_t n, size_t stride, const WriteItem& write);
+    CUdeviceptr upload_floats(const std::vector<float>& values, const char* what);
+    CUdeviceptr upload_ints(const std::vector<int32_t>& values, const char* what);
+
+    std::shared_ptr<Gpu> gpu_;
+    std::shared_ptr<Budget> budget_;
+    Stream stream_;
+    PinnedMemory staging_[2];
+    Event sent_[2];
+    std::vector<DeviceMemory> memory_;
+    std::unordered_map<const void*, DeviceLinear> linears_;
+    std::unordered_map<const void*, DeviceNorm> norms_;
+    std::unordered_map<const void*, DeviceFfn> ffns_;
+};
+
+}  // namespace qi::cuda

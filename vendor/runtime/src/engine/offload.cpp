@@ -1,0 +1,70 @@
+#include "engine/offload.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/error.h"
+#include "base/log.h"
+
+namespace qi {
+
+Offload::Offload(std::shared_ptr<const Model> model, std::unique_ptr<Accelerator> accelerator)
+    : model_(std::move(model)), accelerator_(std::move(accelerator)) {}
+
+void Offload::check_open(int64_t layer) const {
+    const auto n_layer = int64_t(model_->layers().size());
+    if (layer < 0 || layer >= n_layer)
+        fail(QI_ARGUMENT, "layer %lld does not exist: the model has 0 to %lld", (long long)layer,
+             (long long)n_layer - 1);
+    if (placement_)
+        fail(QI_ARGUMENT,
+             "the neurons on the device were chosen when the model's first context was made");
+}
+
+void Offload::choose_neurons(int64_t layer, std::vector<int32_t> neurons) {
+    const std::lock_guard lock(mutex_);
+    check_open(layer);
+    const int64_t n_ff = model_->hyper_params().n_ff;
+    const bool ascending = std::is_sorted(neurons.begin(), neurons.end(), std::less_equal<>());
+    if (!ascending || (!neurons.empty() && (neurons.front() < 0 || neurons.back() >= n_ff)))
+        fail(QI_ARGUMENT, "layer %lld: neurons have to be ascending numbers from 0 to %lld",
+             (long long)layer, (long long)n_ff - 1);
+    split_.neurons.resize(model_->layers().size());
+    split_.neurons[size_t(layer)] = std::move(neurons);
+}
+
+void Offload::count_neurons(int64_t layer, std::vector<float> counts) {
+    const std::lock_guard lock(mutex_);
+    check_open(layer);
+    const int64_t n_ff = model_->hyper_params().n_ff;
+    if (int64_t(counts.size()) != n_ff)
+        fail(QI_ARGUMENT, "layer %lld: %zu counts were given, the model has %lld neurons",
+             (long long)layer, counts.size(), (long long)n_ff);
+    for (size_t j = 0; j < counts.size(); ++j)
+        if (!(counts[j] >= 0.0f) || std::isinf(counts[j]))
+            fail(QI_ARGUMENT, "layer %lld: the count of neuron %zu is %g", (long long)layer, j,
+                 double(counts[j]));
+    split_.counts.resize(model_->layers().size(), std::vector<float>(size_t(n_ff), 0.0f));
+    split_.counts[size_t(layer)] = std::move(counts);
+}
+
+Offload::Part Offload::make_part(const DeviceNeeds& needs, Device& host) {
+    const std::lock_guard lock(mutex_);
+    if (!placement_) {
+        Placement placement = place(*model_, *accelerator_, needs, split_);
+        keep(*model_, placement, *accelerator_);
+        placement_ = std::move(placement);
+    }
+    DeviceNeeds of_part = needs;
+    of_part.kv.n_layer = placement_->n_layers;
+    auto device = accelerator_->make_device(of_part, host);
+    return {std::move(device), placement_->n_layers, placement_->head};
+}
+
+Offload::Report Offload::report() const {
+    const std::lock_guard lock(mutex_);
+    return {accelerator_->name(), accelerator_->budget(), accelerator_->used(), placement_,
+            placement_ ? describe(*placement_, *model_, *accelerator_) : std::string()};
+}
+
+}  // namespace qi

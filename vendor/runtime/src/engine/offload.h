@@ -1,0 +1,56 @@
+// A model's share on an accelerator: what is kept there is decided when its first context is made,
+// because only then is known what keys, values and working space will take.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "device/accelerator.h"
+#include "engine/placement.h"
+#include "engine/stage.h"
+#include "model/model.h"
+
+namespace qi {
+
+// Safe for several threads.
+class Offload {
+  public:
+    Offload(std::shared_ptr<const Model> model, std::unique_ptr<Accelerator> accelerator);
+
+    const std::shared_ptr<const Model>& model() const { return model_; }
+
+    // How neurons will be chosen; QI_ARGUMENT once that has happened, and for lists or counts that
+    // do not fit the model.
+    void choose_neurons(int64_t layer, std::vector<int32_t> neurons);
+    void count_neurons(int64_t layer, std::vector<float> counts);
+
+    // The accelerator's device for a context and the layers it computes. `host` computes the rest.
+    struct Part {
+        std::unique_ptr<Device> device;
+        int64_t n_layers;
+        bool head;
+    };
+    Part make_part(const DeviceNeeds& needs, Device& host);
+
+    struct Report {
+        std::string device;
+        size_t budget, used;
+        std::optional<Placement> placement;  // none before the first context
+        std::string text;                    // of the placement, one line
+    };
+    Report report() const;
+
+  private:
+    void check_open(int64_t layer) const;
+
+    std::shared_ptr<const Model> model_;
+    std::unique_ptr<Accelerator> accelerator_;
+    SplitChoice split_;
+    std::optional<Placement> placement_;
+    mutable std::mutex mutex_;
+};
+
+}  // namespace qi
