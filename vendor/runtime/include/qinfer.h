@@ -236,8 +236,6 @@ int32_t qi_model_get_info(const qi_model* model, qi_model_info* out);
 
 typedef struct qi_offload qi_offload;
 
-#define QI_ALL_FREE_MEMORY UINT64_MAX
-
 typedef struct qi_offload_info {
     char device[160];
     char placement[256]; /* what is kept there, in words; empty before the first context */
@@ -254,10 +252,10 @@ typedef struct qi_offload_info {
     int32_t reserved;
 } qi_offload_info;
 
-/* device: "cuda" or "cuda:N". budget_bytes: of its memory, everything counted, or
- * QI_ALL_FREE_MEMORY less a reserve. What is kept there is decided when the first context with it
+/* device: "cuda" or "cuda:N". budget_bytes: of its memory, everything counted; below 0: all that is
+ * free less a reserve. What is kept there is decided when the first context with it
  * is made. */
-int32_t qi_offload_create(qi_model* model, const char* device, uint64_t budget_bytes,
+int32_t qi_offload_create(qi_model* model, const char* device, int64_t budget_bytes,
                           qi_offload** out, qi_error* error);
 void qi_offload_close(qi_offload* offload); /* contexts keep it alive */
 /* Before the first context: the neurons of a layer to be kept there, ascending; or how often each

@@ -8,14 +8,14 @@
 
 using namespace qi;
 
-int32_t qi_offload_create(qi_model* model, const char* device, uint64_t budget_bytes,
+int32_t qi_offload_create(qi_model* model, const char* device, int64_t budget_bytes,
                           qi_offload** out, qi_error* error) {
     return guard(error, [&] {
         require_pointer(model, "model");
         require_pointer(device, "device");
         require_pointer(out, "out");
         std::optional<size_t> budget;
-        if (budget_bytes != QI_ALL_FREE_MEMORY) budget = size_t(budget_bytes);
+        if (budget_bytes >= 0) budget = size_t(budget_bytes);
         *out = new qi_offload{
             std::make_shared<Offload>(model->model, make_accelerator(device, budget))};
     });

@@ -1,0 +1,213 @@
+"""What of a model a GPU keeps: attention, predictors and head first, then neurons, under a budget.
+
+The runtime decides when a model's first context is made; here is how it is asked, and what it
+answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._files import StrPath
+from ._native import Handle, check, ffi, lib, new_error, text
+from ._sizes import parse_size
+from .activation import read_activations
+from .errors import ArgumentError, DeviceError
+from .gpu_index import GpuIndex
+
+if TYPE_CHECKING:
+    from ._weights import Weights
+
+logger = logging.getLogger("qinfer")
+
+# What tells the runtime which neurons to keep: a file, or one of these. "auto" takes the split file
+# or the activation counts that lie beside the model; "counts" the latter alone; "none" keeps none.
+GpuSplit = StrPath | Literal["auto", "counts", "none"]
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What of a model a GPU keeps.
+
+    Attributes:
+        device: the GPU's name.
+        summary: the placement in words; empty before the model's first context.
+        budget_bytes: of its memory that may be used.
+        used_bytes: that are used now, contexts included.
+        attention_bytes, predictor_bytes, head_bytes, neuron_bytes: of the weights kept.
+        n_neurons: kept, in all layers together.
+        is_placed: whether the first context has been made.
+        n_layers: the first so many have their attention there.
+        has_head: whether the head is there.
+    """
+
+    device: str
+    summary: str
+    budget_bytes: int
+    used_bytes: int
+    attention_bytes: int
+    predictor_bytes: int
+    head_bytes: int
+    neuron_bytes: int
+    n_neurons: int
+    is_placed: bool
+    n_layers: int
+    has_head: bool
+
+
+class Offload:
+    """A model's share on a GPU. Closing it, or the model, gives the memory back."""
+
+    def __init__(self, weights: Weights, device: str, budget: int | None) -> None:
+        out = ffi.new("qi_offload **")
+        error = new_error()
+        n_bytes = -1 if budget is None else min(budget, 2**63 - 1)
+        status = lib.qi_offload_create(weights.pointer, device.encode(), n_bytes, out, error)
+        check(status, error)
+        self._handle = Handle(out[0], lib.qi_offload_close, f"the share of {weights.path}")
+        self._info = weights.info
+
+    @property
+    def pointer(self) -> Any:
+        """The C object."""
+        return self._handle.pointer
+
+    def choose_neurons(self, layer: int, neurons: NDArray[np.int32]) -> None:
+        """The neurons of a layer to keep, ascending ids of shape (k,)."""
+        error = new_error()
+        ids = np.ascontiguousarray(neurons, dtype=np.int32)
+        pointer = ffi.from_buffer("int32_t[]", ids)
+        check(lib.qi_offload_choose_neurons(self.pointer, layer, pointer, len(ids), error), error)
+
+    def count_neurons(self, layer: int, counts: NDArray[Any]) -> None:
+        """How often each neuron of a layer is active, shape (n_ff,)."""
+        error = new_error()
+        values = np.ascontiguousarray(counts, dtype=np.float32)
+        pointer = ffi.from_buffer("float[]", values)
+        check(lib.qi_offload_count_neurons(self.pointer, layer, pointer, len(values), error), error)
+
+    def neurons(self, layer: int) -> NDArray[np.int32]:
+        """The neurons of a layer that are kept, ascending ids of shape (k,)."""
+        error = new_error()
+        n = ffi.new("uint64_t *")
+        check(lib.qi_offload_get_neurons(self.pointer, layer, ffi.NULL, n, error), error)
+        ids = np.empty(n[0], np.int32)
+        pointer = ffi.from_buffer("int32_t[]", ids, require_writable=True)
+        check(lib.qi_offload_get_neurons(self.pointer, layer, pointer, n, error), error)
+        return ids
+
+    @property
+    def placement(self) -> Placement:
+        """What is kept now."""
+        out = ffi.new("qi_offload_info *")
+        check(lib.qi_offload_get_info(self.pointer, out))
+        return Placement(
+            device=text(out.device),
+            summary=text(out.placement),
+            is_placed=bool(out.is_placed),
+            has_head=bool(out.has_head),
+            **{
+                name: int(getattr(out, name))
+                for name in Placement.__annotations__
+                if name not in ("device", "summary", "is_placed", "has_head")
+            },
+        )
+
+    def close(self) -> None:
+        """Contexts keep what they use; calling it again does nothing."""
+        self._handle.close()
+
+
+def budget_bytes(vram_budget: float | str | None) -> int | None:
+    """Bytes of a budget: a bare number is GiB, a text may have a unit; None is all free memory.
+
+    Raises ArgumentError for anything else.
+    """
+    if vram_budget is None:
+        return None
+    if isinstance(vram_budget, str):
+        return parse_size(vram_budget, bare="GiB")
+    if isinstance(vram_budget, bool) or not isinstance(vram_budget, int | float):
+        raise ArgumentError(f"vram_budget={vram_budget!r:.80} is neither a number of GiB nor a size")
+    if not math.isfinite(vram_budget) or vram_budget < 0:
+        raise ArgumentError(f"vram_budget={vram_budget!r} is not a size")
+    return int(vram_budget * _GIB)
+
+
+def offload(
+    weights: Weights,
+    device: str,
+    vram_budget: float | str | None = None,
+    gpu_split: GpuSplit = "auto",
+) -> Offload | None:
+    """A model's share on the device asked for; None where it is the processor's alone.
+
+    With "auto" a GPU is used when one can be, and the log says why one is not.
+
+    Raises:
+        ArgumentError: the device is not known, the budget is not a size, or the split is that of
+            another model.
+        DeviceError: the device asked for by name cannot be had.
+        FileError, FormatError: the split or the counts cannot be read.
+    """
+    budget = budget_bytes(vram_budget)
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "cann") or (number and kind != "cuda"):
+        raise ArgumentError(f"device={device!r} is not 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if kind == "cann":
+        raise DeviceError("device='cann': this version of qinfer does not compute on Ascend NPUs")
+    if kind == "cpu":
+        if budget is not None:
+            raise ArgumentError("vram_budget is of a GPU's memory, and device is 'cpu'")
+        return None
+    if kind == "auto":
+        try:
+            share = Offload(weights, "cuda", budget)
+        except DeviceError as error:
+            logger.info("no GPU is used: %s", error)
+            return None
+    else:
+        share = Offload(weights, device, budget)
+    _split(share, weights, gpu_split)
+    return share
+
+
+def _split(share: Offload, weights: Weights, gpu_split: GpuSplit) -> None:
+    """Tells the runtime which neurons to prefer."""
+    info = weights.info
+    if gpu_split == "none":
+        for layer in range(info.n_layer):
+            share.choose_neurons(layer, np.empty(0, np.int32))
+        return
+    if gpu_split in ("auto", "counts"):
+        beside = Path(weights.path + ".generated.gpuidx")
+        folder = Path(weights.path).parent / "activation"
+        if gpu_split == "auto" and beside.is_file():
+            index = GpuIndex.read(beside)
+            index.check(info.n_layer, info.n_ff, name=str(beside))
+            # Made for some budget, perhaps another: its neurons are taken first, as many as fit.
+            for layer in range(info.n_layer):
+                counts = np.zeros(info.n_ff, np.float32)
+                counts[index.neurons(layer)] = 1.0
+                share.count_neurons(layer, counts)
+        elif folder.is_dir():
+            counted = read_activations(folder, n_layers=info.n_layer, n_ff=info.n_ff)
+            for layer, counts in enumerate(counted):
+                share.count_neurons(layer, counts)
+        elif gpu_split == "counts":
+            raise ArgumentError(f"gpu_split='counts': there is no folder {folder}")
+        return
+    index = GpuIndex.read(gpu_split)
+    index.check(info.n_layer, info.n_ff, name=os.fsdecode(gpu_split))
+    for layer in range(info.n_layer):
+        share.choose_neurons(layer, index.neurons(layer))
