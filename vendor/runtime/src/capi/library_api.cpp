@@ -1,5 +1,4 @@
 // qi_abi_version to qi_measure_read_bandwidth: what the library says of itself and of the machine.
-#include <cstring>
 #include <string>
 #include <string_view>
 
@@ -28,6 +27,9 @@ uint64_t qi_struct_size(const char* name) {
     } structs[] = {
         {"qi_error", sizeof(qi_error)},
         {"qi_cpu_info", sizeof(qi_cpu_info)},
+        {"qi_cuda_info", sizeof(qi_cuda_info)},
+        {"qi_cuda_device_info", sizeof(qi_cuda_device_info)},
+        {"qi_cuda_probe", sizeof(qi_cuda_probe)},
         {"qi_type_info", sizeof(qi_type_info)},
         {"qi_read_progress", sizeof(qi_read_progress)},
         {"qi_gguf_info", sizeof(qi_gguf_info)},

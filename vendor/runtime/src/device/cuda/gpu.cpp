@@ -4,7 +4,6 @@
 #include <algorithm>
 
 #include "base/log.h"
-#include "device/cuda/nvrtc.h"
 
 namespace qi::cuda {
 
@@ -382,7 +381,11 @@ Module::Module(std::shared_ptr<Gpu> gpu, std::string_view unit)
     while (true) {
         const CUresult result =
             d.cuModuleLoadDataEx(&handle_, cubin.bytes.data(), 0, nullptr, nullptr);
-        if (result == CUDA_SUCCESS) return;
+        if (result == CUDA_SUCCESS) {
+            origin_ = cubin.origin;
+            compile_seconds_ = cubin.seconds;
+            return;
+        }
         handle_ = nullptr;
         const bool unfit =
             result == CUDA_ERROR_INVALID_IMAGE || result == CUDA_ERROR_NO_BINARY_FOR_GPU ||

@@ -18,6 +18,7 @@
 
 #include "base/error.h"
 #include "device/cuda/driver.h"
+#include "device/cuda/nvrtc.h"
 
 namespace qi::cuda {
 
@@ -269,10 +270,14 @@ class Module : public OnGpu {
     // `name` is the kernel's, a literal: messages keep the pointer.
     Function function(const char* name) const;
     const std::string& unit() const { return unit_; }
+    Cubin::Origin origin() const { return origin_; }
+    double compile_seconds() const { return compile_seconds_; }
 
   private:
     std::string unit_;
     CUmodule handle_ = nullptr;
+    Cubin::Origin origin_ = Cubin::Origin::compiled;
+    double compile_seconds_ = 0;
 };
 
 // Work recorded from a stream, to be replayed.
