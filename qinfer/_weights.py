@@ -15,6 +15,7 @@ from .errors import ArgumentError, FormatError
 
 if TYPE_CHECKING:
     from .context import Context
+    from .offload import Offload
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class Weights:
         self._hidden_act = hidden_act
         self._handle = self._load()
         self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+        self.offload: Offload | None = None
         self.info = self._read_info()
 
     def _load(self, *, check_tensors: bool = False) -> Handle:
@@ -146,5 +148,7 @@ class Weights:
         """Closes the contexts, the model and the file; calling it again does nothing."""
         for context in list(self.contexts):
             context.close()
+        if self.offload is not None:
+            self.offload.close()
         self._handle.close()
         self.file.close()

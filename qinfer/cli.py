@@ -68,9 +68,48 @@ def _refuse_gpu_layers(context: click.Context, _: click.Parameter, value: str | 
     if value is not None:
         raise click.UsageError(
             "-ngl: layers are not placed one by one here; --vram-budget GIB says how much of a "
-            "GPU's memory to use, once there is support for one: this version computes on the CPU",
+            "GPU's memory to use, and what fits is chosen by itself",
             ctx=context,
         )
+
+
+def _keep_for_load(context: click.Context, option: click.Parameter, value: Any) -> None:
+    context.meta[f"qinfer.{option.name}"] = value
+
+
+_DEVICE_OPTIONS = [
+    click.option("--device", default="auto", metavar="cpu|cuda|cuda:N", expose_value=False,
+                 callback=_keep_for_load, help="What computes; default: a GPU if one can be used."),
+    click.option("--vram-budget", metavar="GIB", expose_value=False, callback=_keep_for_load,
+                 help="GPU memory that may be used, e.g. 6 or 900MiB; default: all that is free."),
+    click.option("--gpu-index", metavar="FILE", expose_value=False, callback=_keep_for_load,
+                 help="Which neurons the GPU keeps, as export_gpu_split writes it; default: "
+                 "MODEL.generated.gpuidx, else by activation/ beside the model."),
+    click.option("--reset-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
+                 help="Choose by activation/ even if there is such a file."),
+    click.option("--disable-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
+                 help="Keep no neurons on the GPU."),
+]  # fmt: skip
+
+
+def _device_arguments() -> dict[str, Any]:
+    """What _DEVICE_OPTIONS of the running command say, as keyword arguments of `Model`."""
+    meta = click.get_current_context().meta
+    if "qinfer.device" not in meta:
+        return {}
+    splits = {
+        "--gpu-index": meta["qinfer.gpu_index"],
+        "--reset-gpu-index": "counts" if meta["qinfer.reset_gpu_index"] else None,
+        "--disable-gpu-index": "none" if meta["qinfer.disable_gpu_index"] else None,
+    }
+    given = {name: value for name, value in splits.items() if value}
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given)} exclude each other")
+    return {
+        "device": meta["qinfer.device"],
+        "vram_budget": meta["qinfer.vram_budget"],
+        "gpu_split": next(iter(given.values()), "auto"),
+    }
 
 
 _MACHINE_OPTIONS = [
@@ -169,7 +208,7 @@ def _load(name: str, **options: Any) -> Model:
     """The model of a MODEL."""
     path = _path(name)
     with Bar("loading", in_bytes=True) as bar:
-        return Model(path, progress=bar, **options)
+        return Model(path, progress=bar, **_device_arguments(), **options)
 
 
 def _text(prompt: str | None, file: TextIO | None) -> str:
@@ -227,7 +266,10 @@ def demo(prompt: str, n_predict: int | None, seed: int, threads: int | None, as_
 
 @cli.command(epilog=_MODEL_HELP)
 @_model_argument
-@_with(_TEXT_OPTIONS, _SAMPLING_OPTIONS, _CONTEXT_OPTIONS, _SPARSITY_OPTIONS, _MACHINE_OPTIONS)
+@_with(
+    _TEXT_OPTIONS, _SAMPLING_OPTIONS, _CONTEXT_OPTIONS, _SPARSITY_OPTIONS, _MACHINE_OPTIONS,
+    _DEVICE_OPTIONS,
+)  # fmt: skip
 @click.option("--stats", is_flag=True, help="Show what each layer computed, when done.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done.")
 def run(
@@ -292,7 +334,7 @@ def run(
 @cli.command(epilog=_MODEL_HELP)
 @_model_argument
 @click.option("--system", help="A system message.")
-@_with(_SAMPLING_OPTIONS, _CONTEXT_OPTIONS, _SPARSITY_OPTIONS, _MACHINE_OPTIONS)
+@_with(_SAMPLING_OPTIONS, _CONTEXT_OPTIONS, _SPARSITY_OPTIONS, _MACHINE_OPTIONS, _DEVICE_OPTIONS)
 def chat(
     model: str,
     system: str | None,
@@ -340,7 +382,7 @@ def chat(
 )
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True,
               help="Rounds to take the median of.")  # fmt: skip
-@_with(_SPARSITY_OPTIONS, _MACHINE_OPTIONS)
+@_with(_SPARSITY_OPTIONS, _MACHINE_OPTIONS, _DEVICE_OPTIONS)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(
     model: str,
@@ -396,7 +438,7 @@ def bench(
     type=float,
     help="Leave out neurons predicted below; default: what the file says.",
 )
-@_with(_MACHINE_OPTIONS)
+@_with(_MACHINE_OPTIONS, _DEVICE_OPTIONS)
 def perplexity(
     model: str,
     file: TextIO,
@@ -463,7 +505,8 @@ def profile(
         measure.check_plots()
     with (
         _load(
-            model, threads=threads, mmap=not no_mmap, hidden_act=hidden_act, sparsity="off"
+            model, threads=threads, mmap=not no_mmap, hidden_act=hidden_act, sparsity="off",
+            device="cpu",
         ) as loaded,
         Bar("counting") as bar,
     ):  # fmt: skip

@@ -96,6 +96,7 @@ class Context:
         params.prompt_rule = policy.prompt_rule
         params.generated_rule = policy.generated_rule
         params.sparse_threshold = math.nan if policy.threshold is None else policy.threshold
+        params.offload = ffi.NULL if weights.offload is None else weights.offload.pointer
         out = ffi.new("qi_context **")
         error = new_error()
         check(lib.qi_context_create(weights.pointer, params, out, error), error)

@@ -23,9 +23,10 @@ from ._pool import ContextPool
 from ._weights import ModelInfo, Weights
 from .completion import Completion, Piece, Score
 from .context import Context, Tokens, Wanted, kv_type_number, positive
-from .errors import ArgumentError, ContextFull, DeviceError, FileError
+from .errors import ArgumentError, ContextFull, FileError
+from .offload import GpuSplit, Placement, offload
 from .sampling import token_array
-from .sparsity import Prefill, SparsityMode, choose
+from .sparsity import Policy, Prefill, SparsityMode, choose
 from .stream import Stream, asynchronous
 
 if TYPE_CHECKING:
@@ -58,7 +59,12 @@ class Model:
 
     Args:
         path: the file, or the folder it is alone in; of a split model, its first part.
-        device: "auto" or "cpu".
+        device: "cpu", "cuda", or "cuda:N" for the N-th GPU; "auto" uses a GPU if it can.
+        vram_budget: how much of its memory may be taken, everything counted: a number of GiB, a
+            text such as "6GiB", or None for all that is free but a reserve.
+        gpu_split: which neurons the GPU keeps where not all fit: a `.generated.gpuidx` file,
+            "auto" (that file, or the folder `activation/`, beside the model), "counts" (that folder
+            alone) or "none".
         n_ctx: positions per sequence; None takes what the model was trained for, or less where the
             keys and values of so many would not fit in memory. Memory is taken as they fill.
         threads: how many compute; None uses the physical cores this process may run on.
@@ -90,6 +96,8 @@ class Model:
         path: StrPath,
         *,
         device: str = "auto",
+        vram_budget: float | str | None = None,
+        gpu_split: GpuSplit = "auto",
         n_ctx: int | None = None,
         threads: int | None = None,
         kv_type: str = "f16",
@@ -103,6 +111,8 @@ class Model:
     ) -> None:
         self._arguments = {
             "device": device,
+            "vram_budget": vram_budget,
+            "gpu_split": gpu_split,
             "n_ctx": n_ctx,
             "threads": threads,
             "kv_type": kv_type,
@@ -113,7 +123,6 @@ class Model:
             "sparse_threshold": sparse_threshold,
             "prefill": prefill,
         }
-        _check_device(device)
         positive("n_ctx", n_ctx)
         positive("threads", threads)
         kv_type_number(kv_type)
@@ -127,20 +136,11 @@ class Model:
         weights = self._weights = Weights(path, mmap=mmap, hidden_act=hidden_act, progress=progress)
         _check_heads(weights.info, kv_type)
         self.n_ctx = _n_ctx(weights.info, n_ctx, kv_type)
-        limit = self.n_ctx
-        policy = self.policy = choose(weights, sparsity, prefill, sparse_threshold, threads)
-
-        def make() -> Context:
-            return Context(
-                weights,
-                n_ctx=limit,
-                n_seq=_KEPT_SEQUENCES,
-                threads=threads,
-                kv_type=kv_type,
-                policy=policy,
-            )
-
-        self._pool = ContextPool(make)
+        weights.offload = offload(weights, device, vram_budget, gpu_split)
+        policy = self.policy = choose(
+            weights, sparsity, prefill, sparse_threshold, threads, self._context
+        )
+        self._pool = ContextPool(lambda: self._context(policy))
 
     @classmethod
     def from_pretrained(
@@ -454,6 +454,7 @@ class Model:
             own.prefill if prefill is None else prefill,
             own.threshold if sparse_threshold is None else sparse_threshold,
             self._threads if threads is None else threads,
+            self._context,
         )
         return Context(
             self._weights,
@@ -462,6 +463,17 @@ class Model:
             n_batch=n_batch,
             threads=self._threads if threads is None else threads,
             kv_type=self._kv_type if kv_type is None else kv_type,
+            policy=policy,
+        )
+
+    def _context(self, policy: Policy) -> Context:
+        """A context of the kind that calls share."""
+        return Context(
+            self._weights,
+            n_ctx=self.n_ctx,
+            n_seq=_KEPT_SEQUENCES,
+            threads=self._threads,
+            kv_type=self._kv_type,
             policy=policy,
         )
 
@@ -477,6 +489,12 @@ class Model:
     def info(self) -> ModelInfo:
         """Facts about the model."""
         return self._weights.info
+
+    @property
+    def placement(self) -> Placement | None:
+        """What of the model a GPU keeps; None where none is used."""
+        share = self._weights.offload
+        return None if share is None else share.placement
 
     @property
     def metadata(self) -> Mapping[str, object]:
@@ -538,13 +556,6 @@ def _is_batch(prompt: Any) -> TypeGuard[list[str] | list[list[int]]]:
             f"a prompt is a text, token ids, or a list of either, not {type(prompt).__name__}"
         )
     return len(prompt) == 0 or not isinstance(prompt[0], (int, np.integer))
-
-
-def _check_device(device: str) -> None:
-    if device in ("cuda", "cann"):
-        raise DeviceError(f"device={device!r}: this version of qinfer computes on the CPU only")
-    if device not in ("auto", "cpu"):
-        raise ArgumentError(f"device={device!r} is not 'auto', 'cpu', 'cuda' or 'cann'")
 
 
 def _check_heads(info: ModelInfo, kv_type: str) -> None:

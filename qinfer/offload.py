@@ -75,7 +75,7 @@ class Offload:
         status = lib.qi_offload_create(weights.pointer, device.encode(), n_bytes, out, error)
         check(status, error)
         self._handle = Handle(out[0], lib.qi_offload_close, f"the share of {weights.path}")
-        self._info = weights.info
+        self.kind = f"{self.placement.device}-{budget}"  # what speed depends on
 
     @property
     def pointer(self) -> Any:
@@ -138,7 +138,9 @@ def budget_bytes(vram_budget: float | str | None) -> int | None:
     if isinstance(vram_budget, str):
         return parse_size(vram_budget, bare="GiB")
     if isinstance(vram_budget, bool) or not isinstance(vram_budget, int | float):
-        raise ArgumentError(f"vram_budget={vram_budget!r:.80} is neither a number of GiB nor a size")
+        raise ArgumentError(
+            f"vram_budget={vram_budget!r:.80} is neither a number of GiB nor a size"
+        )
     if not math.isfinite(vram_budget) or vram_budget < 0:
         raise ArgumentError(f"vram_budget={vram_budget!r} is not a size")
     return int(vram_budget * _GIB)

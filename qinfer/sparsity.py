@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +15,7 @@ from .errors import ArgumentError, FileError
 
 if TYPE_CHECKING:
     from ._weights import ModelInfo, Weights
+    from .context import Context
 
 logger = logging.getLogger("qinfer")
 
@@ -153,12 +154,13 @@ def choose(
     prefill: Prefill,
     threshold: float | None,
     threads: int | None,
+    make_context: Callable[[Policy], Context],
 ) -> Policy:
     """The policy of a model: as asked for, or with "auto" the fastest mode on this machine.
 
     "auto" times a few tokens in each mode that the model has, keeps the result in the user cache
     for this file, processor and number of threads, and logs the choice. A mode that leaves out more
-    must be faster by 3 % to be taken.
+    must be faster by 3 % to be taken. `make_context` makes a context of the kind that will be used.
     """
     info = weights.info
     checked(sparsity, prefill, threshold, info)
@@ -172,7 +174,7 @@ def choose(
         candidates.append("predict")
     if len(candidates) == 1:
         return policy
-    seconds = _seconds_per_token(weights, candidates, policy, threads)
+    seconds = _seconds_per_token(weights, candidates, policy, threads, make_context)
     best = candidates[0]
     for mode in candidates[1:]:
         if seconds[mode] < _WORTH_IT * seconds[best]:
@@ -183,7 +185,11 @@ def choose(
 
 
 def _seconds_per_token(
-    weights: Weights, candidates: list[Mode], policy: Policy, threads: int | None
+    weights: Weights,
+    candidates: list[Mode],
+    policy: Policy,
+    threads: int | None,
+    make_context: Callable[[Policy], Context],
 ) -> dict[str, float]:
     import json
 
@@ -200,6 +206,7 @@ def _seconds_per_token(
             processor.isa,
             str(threads or processor.n_usable_cores),
             str(policy.threshold),
+            *([] if weights.offload is None else [weights.offload.kind]),
         ]
     )
     path = cache_folder() / "sparsity.json"
@@ -210,7 +217,7 @@ def _seconds_per_token(
     if isinstance(found, dict) and set(found) == set(candidates):
         return found
     known = known if isinstance(known, dict) else {}
-    seconds = known[key] = _measure(weights, candidates, policy, threads)
+    seconds = known[key] = _measure(weights, candidates, policy, make_context)
     # Another process may lose its entry to ours; it is measured again then.
     with suppress(OSError, FileError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,24 +227,29 @@ def _seconds_per_token(
 
 
 def _measure(
-    weights: Weights, candidates: list[Mode], policy: Policy, threads: int | None
+    weights: Weights,
+    candidates: list[Mode],
+    policy: Policy,
+    make_context: Callable[[Policy], Context],
 ) -> dict[str, float]:
-    """Seconds that a generated token takes in each mode, the modes taking turns."""
-    from .context import Context
+    """Seconds that a generated token takes in each mode.
 
-    n_vocab = weights.info.n_vocab
-    contexts = {
-        mode: Context(weights, n_ctx=_STEPS + 1, threads=threads, policy=replace(policy, mode=mode))
-        for mode in candidates
-    }
+    The modes take turns, but on a GPU, whose memory is meant for one such context.
+    """
+    rounds = [candidates] if weights.offload is None else [[mode] for mode in candidates]
     seconds: dict[str, float] = dict.fromkeys(candidates, math.inf)
-    for step in range(_STEPS + 1):
-        for mode, context in contexts.items():
-            start = time.perf_counter()
-            context.feed([(step * 977 + 259) % n_vocab], generated=True)
-            elapsed = time.perf_counter() - start
-            if step > 0:  # the first step brings pages into memory
-                seconds[mode] = min(seconds[mode], elapsed)
-    for context in contexts.values():
-        context.close()
+    for modes in rounds:
+        with ExitStack() as stack:
+            contexts = {
+                mode: stack.enter_context(make_context(replace(policy, mode=mode)))
+                for mode in modes
+            }
+            for step in range(_STEPS + 1):
+                for mode, context in contexts.items():
+                    token = (step * 977 + 259) % weights.info.n_vocab
+                    start = time.perf_counter()
+                    context.feed([token], generated=True)
+                    elapsed = time.perf_counter() - start
+                    if step > 0:  # the first step brings pages into memory
+                        seconds[mode] = min(seconds[mode], elapsed)
     return seconds

@@ -97,7 +97,7 @@ def test_kernels_include_nothing_but_our_own_headers() -> None:
 
 def test_a_broken_kernel_is_an_error_with_the_compilers_words(nvrtc: Path, tmp_path: Path) -> None:
     (tmp_path / "units.txt").write_text("broken.cu QI_WEIGHT=Q4_0\n")
-    (tmp_path / "broken.cu").write_text("extern \"C\" __global__ void f() { int x = QI_WEIGHT; }\n")
+    (tmp_path / "broken.cu").write_text('extern "C" __global__ void f() { int x = QI_WEIGHT; }\n')
     (result,) = cubins.compile_all([cubins.Job("broken.cu QI_WEIGHT=Q4_0", 86)], nvrtc, tmp_path)
     assert result.cubin == b""
     assert '"Q4_0" is undefined' in result.log

@@ -17,30 +17,18 @@ size_t floats_bytes(size_t n) {
     return n == 0 ? 0 : DeviceMemory::counted_bytes(n * sizeof(float));
 }
 
-// A record: gate, up and, by neuron, down of one neuron, each in a row of its own.
-struct RecordLayout {
-    size_t gate = 0, up = 0, down = 0, stride = 0;
+NeuronLayout layout_of(const FeedForward& ffn) {
+    return neuron_layout(ffn.gated ? &ffn.gate.weight.type : nullptr, &ffn.up.weight.type,
+                         ffn.down_by_neuron ? &ffn.down.weight.type : nullptr,
+                         ffn.up.weight.n_cols);
+}
 
-    explicit RecordLayout(const FeedForward& ffn) {
-        if (ffn.gated) stride += row_stride(ffn.gate.weight);
-        up = stride;
-        stride += row_stride(ffn.up.weight);
-        down = stride;
-        if (ffn.down_by_neuron) stride += row_stride(ffn.down.weight);
-    }
-    static size_t row_stride(const Weight& w) { return device_row_bytes(w.type, w.n_cols); }
-};
+void repack_row(const Weight& w, int64_t row, std::byte* out) {
+    repack_rows(w.type, w.n_cols, w.data + size_t(row) * w.row_bytes, 1, out, 0);
+}
 
 const std::byte* row_of(const Weight& w, int64_t row) {
     return w.data + size_t(row) * w.row_bytes;
-}
-
-std::vector<float> picked(const std::vector<float>& values, std::span<const int32_t> list) {
-    std::vector<float> result;
-    if (values.empty()) return result;
-    for (const int32_t i : list)
-        result.push_back(values[size_t(i)]);
-    return result;
 }
 
 }  // namespace
@@ -119,12 +107,12 @@ size_t Weights::bytes_of(const Norm& norm) {
 size_t Weights::bytes_of(const FeedForward& ffn, int64_t n_neurons) {
     if (n_neurons == 0) return floats_bytes(ffn.down.bias.size());
     const auto n = size_t(n_neurons);
-    size_t bytes = DeviceMemory::counted_bytes(n * RecordLayout(ffn).stride) +
+    size_t bytes = DeviceMemory::counted_bytes(n * layout_of(ffn).stride) +
                    DeviceMemory::counted_bytes(n * sizeof(int32_t)) +
-                   DeviceMemory::counted_bytes((n_partitions + 1) * sizeof(int32_t)) +
+                   DeviceMemory::counted_bytes(size_t(ffn.up.weight.n_rows) * sizeof(int32_t)) +
+                   DeviceMemory::counted_bytes((n_down_runs + 1) * sizeof(int32_t)) +
+                   floats_bytes(ffn.gate.bias.size()) + floats_bytes(ffn.up.bias.size()) +
                    floats_bytes(ffn.down.bias.size());
-    if (!ffn.gate.bias.empty()) bytes += floats_bytes(n);
-    if (!ffn.up.bias.empty()) bytes += floats_bytes(n);
     if (!ffn.down_by_neuron)
         bytes += DeviceMemory::counted_bytes(size_t(ffn.down.weight.n_rows) *
                                              device_row_bytes(ffn.down.weight.type, n_neurons));
@@ -138,7 +126,7 @@ void Weights::keep(const Linear& linear) {
                        stride},
                       0};
     upload(kept.weight.data, w.n_rows, stride, [&](int64_t row, std::byte* out) {
-        repack_row(w.type, w.n_cols, row_of(w, row), out);
+        repack_row(w, row, out);
     });
     kept.bias = upload_floats(linear.bias, "biases");
     linears_[&linear] = kept;
@@ -155,27 +143,32 @@ void Weights::keep(const FeedForward& ffn, NeuronShard resident, NeuronShard res
     const std::span<const int32_t> neurons = resident.neurons();
     kept.n_slots = int64_t(neurons.size());
     if (kept.n_slots > 0) {
-        const RecordLayout record(ffn);
+        const NeuronLayout record = layout_of(ffn);
         const CUdeviceptr base = allocate(neurons.size() * record.stride, "neurons");
         upload(base, kept.n_slots, record.stride, [&](int64_t slot, std::byte* out) {
             const int32_t j = neurons[size_t(slot)];
-            if (ffn.gated) repack_row(gate.type, gate.n_cols, row_of(gate, j), out + record.gate);
-            repack_row(up.type, up.n_cols, row_of(up, j), out + record.up);
-            if (ffn.down_by_neuron)
-                repack_row(down.type, down.n_cols, row_of(down, j), out + record.down);
+            if (ffn.gated) repack_row(gate, j, out + record.gate_offset);
+            repack_row(up, j, out + record.up_offset);
+            if (ffn.down_by_neuron) repack_row(down, j, out + record.down_offset);
         });
         if (ffn.gated)
-            kept.gate = {gate.type, base + record.gate, kept.n_slots, gate.n_cols, record.stride};
-        kept.up = {up.type, base + record.up, kept.n_slots, up.n_cols, record.stride};
-        kept.gate_bias = upload_floats(picked(ffn.gate.bias, neurons), "biases");
-        kept.up_bias = upload_floats(picked(ffn.up.bias, neurons), "biases");
+            kept.gate = {gate.type, base + record.gate_offset, kept.n_slots, gate.n_cols, record.stride};
+        kept.up = {up.type, base + record.up_offset, kept.n_slots, up.n_cols, record.stride};
+        kept.gate_bias = upload_floats(ffn.gate.bias, "biases");
+        kept.up_bias = upload_floats(ffn.up.bias, "biases");
+        const int64_t n_ff = up.n_rows;
+        std::vector<int32_t> slots(size_t(n_ff), -1), bounds;
+        for (size_t s = 0; s < neurons.size(); ++s)
+            slots[size_t(neurons[s])] = int32_t(s);
+        for (int64_t run = 0; run <= n_down_runs; ++run)
+            bounds.push_back(int32_t(
+                std::lower_bound(neurons.begin(), neurons.end(), n_ff * run / n_down_runs) -
+                neurons.begin()));
         kept.neurons = upload_ints({neurons.begin(), neurons.end()}, "neuron numbers");
-        std::vector<int32_t> begins{0};
-        for (int64_t p = 0; p < n_partitions; ++p)
-            begins.push_back(begins.back() + int32_t(resident.partition(p).size()));
-        kept.partition_begins = upload_ints(begins, "neuron numbers");
+        kept.slot_of_neuron = upload_ints(slots, "neuron numbers");
+        kept.bounds = upload_ints(bounds, "neuron numbers");
         if (ffn.down_by_neuron) {
-            kept.down = {down.type, base + record.down, kept.n_slots, down.n_cols, record.stride};
+            kept.down = {down.type, base + record.down_offset, kept.n_slots, down.n_cols, record.stride};
         } else {
             // Of each row the blocks of the kept neurons, side by side.
             const int64_t block = traits(down.type).block_size;
@@ -190,7 +183,7 @@ void Weights::keep(const FeedForward& ffn, NeuronShard resident, NeuronShard res
                                 row_of(down, row) +
                                     size_t(neurons[size_t(s)] / block) * block_bytes,
                                 block_bytes);
-                repack_row(down.type, kept.n_slots, blocks.data(), out);
+                repack_rows(down.type, kept.n_slots, blocks.data(), 1, out, 0);
             });
         }
     }

@@ -36,11 +36,12 @@ struct DeviceNorm {
 struct DeviceFfn {
     NeuronShard resident, rest;
     int64_t n_slots = 0;
-    CUdeviceptr neurons = 0;           // [n_slots] int32
-    CUdeviceptr partition_begins = 0;  // [n_partitions + 1] int32, slots
+    CUdeviceptr neurons = 0;         // [n_slots] int32, their numbers
+    CUdeviceptr slot_of_neuron = 0;  // [n_ff] int32, -1 where a neuron is not kept
+    CUdeviceptr bounds = 0;          // [n_runs + 1] int32: the slots of each run of neuron numbers
     DeviceMatrix gate, up;             // [n_slots][n_embd]; gate only where there is one
     DeviceMatrix down;                 // [n_slots][n_embd] by neuron, else [n_embd][n_slots]
-    CUdeviceptr gate_bias = 0, up_bias = 0;  // [n_slots] floats; 0: none
+    CUdeviceptr gate_bias = 0, up_bias = 0;  // [n_ff] floats; 0: none
     CUdeviceptr down_bias = 0;               // [n_embd] floats; 0: none
 };
 
