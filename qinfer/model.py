@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard, Unpack, cast, overload
@@ -137,10 +137,14 @@ class Model:
         _check_heads(weights.info, kv_type)
         self.n_ctx = _n_ctx(weights.info, n_ctx, kv_type)
         weights.offload = offload(weights, device, vram_budget, gpu_split)
-        policy = self.policy = choose(
-            weights, sparsity, prefill, sparse_threshold, threads, self._context
+        # Of the kind that calls share. No method: the pool keeps it, and must not keep the model.
+        self._make_context = partial(
+            _shared_context, weights, n_ctx=self.n_ctx, threads=threads, kv_type=kv_type
         )
-        self._pool = ContextPool(lambda: self._context(policy))
+        self.policy = choose(
+            weights, sparsity, prefill, sparse_threshold, threads, self._make_context
+        )
+        self._pool = ContextPool(partial(self._make_context, self.policy))
 
     @classmethod
     def from_pretrained(
@@ -454,7 +458,7 @@ class Model:
             own.prefill if prefill is None else prefill,
             own.threshold if sparse_threshold is None else sparse_threshold,
             self._threads if threads is None else threads,
-            self._context,
+            self._make_context,
         )
         return Context(
             self._weights,
@@ -463,17 +467,6 @@ class Model:
             n_batch=n_batch,
             threads=self._threads if threads is None else threads,
             kv_type=self._kv_type if kv_type is None else kv_type,
-            policy=policy,
-        )
-
-    def _context(self, policy: Policy) -> Context:
-        """A context of the kind that calls share."""
-        return Context(
-            self._weights,
-            n_ctx=self.n_ctx,
-            n_seq=_KEPT_SEQUENCES,
-            threads=self._threads,
-            kv_type=self._kv_type,
             policy=policy,
         )
 
@@ -556,6 +549,19 @@ def _is_batch(prompt: Any) -> TypeGuard[list[str] | list[list[int]]]:
             f"a prompt is a text, token ids, or a list of either, not {type(prompt).__name__}"
         )
     return len(prompt) == 0 or not isinstance(prompt[0], (int, np.integer))
+
+
+def _shared_context(
+    weights: Weights, policy: Policy, *, n_ctx: int, threads: int | None, kv_type: str
+) -> Context:
+    return Context(
+        weights,
+        n_ctx=n_ctx,
+        n_seq=_KEPT_SEQUENCES,
+        threads=threads,
+        kv_type=kv_type,
+        policy=policy,
+    )
 
 
 def _check_heads(info: ModelInfo, kv_type: str) -> None:

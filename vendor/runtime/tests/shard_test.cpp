@@ -83,7 +83,7 @@ void check_network(Type type, bool gated, bool by_neuron, std::mt19937& rng) {
             std::vector<NeuronRule> rules;
             for (int64_t t = 0; t < n; ++t)
                 rules.push_back(NeuronRule(rule < 3 ? rule : t % 3));
-            device->begin({n, {}, rules, nullptr});
+            device->begin({n, {}, rules, nullptr, 0});
             FfnCounters whole_counters, counters;
             FfnBatch batch{x.data(), x.data(), threshold, false, &whole_counters, nullptr};
             std::vector<float> whole(size_t(n * n_embd)), sum(whole.size());

@@ -71,18 +71,6 @@ int32_t guard(qi_error* error, F&& body, const char* function = __builtin_FUNCTI
     }
 }
 
-// As much of the text as fits, cut between characters, and a NUL.
-inline void copy_text(char* out, size_t capacity, std::string_view text) {
-    size_t length = text.size();
-    if (length >= capacity) {
-        length = capacity - 1;
-        while (length > 0 && (text[length] & 0xC0) == 0x80)
-            --length;
-    }
-    std::memcpy(out, text.data(), length);
-    out[length] = '\0';
-}
-
 template <size_t N>
 void copy_text(char (&field)[N], std::string_view text) {
     copy_text(field, N, text);

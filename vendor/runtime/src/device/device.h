@@ -123,6 +123,7 @@ struct BatchInputs {
     std::span<const Segment> segments;
     std::span<const NeuronRule> rules;  // [n_tokens]
     const float* cos_sin;  // [n_tokens][n_rot/2][2], in the host's memory; null without rotation
+    int64_t n_rot;
 };
 
 // Queries, keys and values of all tokens, which are `stride` floats apart.

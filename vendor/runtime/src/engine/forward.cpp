@@ -52,7 +52,7 @@ void ForwardPass::run(const Batch& batch, FfnMonitor& monitor, std::atomic<int64
     Part* before = nullptr;
     for (Part& part : parts_) {
         Device& device = *part.stage.device;
-        device.begin({n, batch.segments, batch.rules, cos_sin});
+        device.begin({n, batch.segments, batch.rules, cos_sin, hp_.n_rot});
         float* x = part.residual.reserve(n_values);
         if (!before)
             embed(part, batch, x);

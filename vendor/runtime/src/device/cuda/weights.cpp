@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "base/cpu.h"
 #include "base/thread_pool.h"
@@ -25,10 +26,6 @@ NeuronLayout layout_of(const FeedForward& ffn) {
 
 void repack_row(const Weight& w, int64_t row, std::byte* out) {
     repack_rows(w.type, w.n_cols, w.data + size_t(row) * w.row_bytes, 1, out, 0);
-}
-
-const std::byte* row_of(const Weight& w, int64_t row) {
-    return w.data + size_t(row) * w.row_bytes;
 }
 
 }  // namespace
@@ -88,10 +85,14 @@ CUdeviceptr Weights::upload_floats(const std::vector<float>& values, const char*
 CUdeviceptr Weights::upload_ints(const std::vector<int32_t>& values, const char* what) {
     if (values.empty()) return 0;
     const CUdeviceptr at = allocate(values.size() * sizeof(int32_t), what);
+    upload_ints_to(at, values);
+    return at;
+}
+
+void Weights::upload_ints_to(CUdeviceptr at, const std::vector<int32_t>& values) {
     upload(at, int64_t(values.size()), sizeof(int32_t), [&](int64_t i, std::byte* out) {
         std::memcpy(out, &values[size_t(i)], sizeof(int32_t));
     });
-    return at;
 }
 
 size_t Weights::bytes_of(const Linear& linear) {
@@ -108,9 +109,8 @@ size_t Weights::bytes_of(const FeedForward& ffn, int64_t n_neurons) {
     if (n_neurons == 0) return floats_bytes(ffn.down.bias.size());
     const auto n = size_t(n_neurons);
     size_t bytes = DeviceMemory::counted_bytes(n * layout_of(ffn).stride) +
-                   DeviceMemory::counted_bytes(n * sizeof(int32_t)) +
+                   DeviceMemory::counted_bytes(NeuronList::n_bytes(n_neurons)) +
                    DeviceMemory::counted_bytes(size_t(ffn.up.weight.n_rows) * sizeof(int32_t)) +
-                   DeviceMemory::counted_bytes((n_down_runs + 1) * sizeof(int32_t)) +
                    floats_bytes(ffn.gate.bias.size()) + floats_bytes(ffn.up.bias.size()) +
                    floats_bytes(ffn.down.bias.size());
     if (!ffn.down_by_neuron)
@@ -141,55 +141,72 @@ void Weights::keep(const FeedForward& ffn, NeuronShard resident, NeuronShard res
     DeviceFfn kept;
     kept.down_bias = upload_floats(ffn.down.bias, "biases");
     const std::span<const int32_t> neurons = resident.neurons();
-    kept.n_slots = int64_t(neurons.size());
-    if (kept.n_slots > 0) {
-        const NeuronLayout record = layout_of(ffn);
-        const CUdeviceptr base = allocate(neurons.size() * record.stride, "neurons");
-        upload(base, kept.n_slots, record.stride, [&](int64_t slot, std::byte* out) {
+    if (!neurons.empty()) {
+        const auto n_slots = int64_t(neurons.size());
+        NeuronWeights& w = kept.weights;
+        w.gate_type = gate.type;
+        w.up_type = up.type;
+        w.down_type = down.type;
+        w.gated = ffn.gated;
+        w.layout = layout_of(ffn);
+        w.n_embd = up.n_cols;
+        w.n_ff = up.n_rows;
+        w.records = allocate(neurons.size() * w.layout.stride, "neurons");
+        upload(w.records, n_slots, w.layout.stride, [&](int64_t slot, std::byte* out) {
             const int32_t j = neurons[size_t(slot)];
-            if (ffn.gated) repack_row(gate, j, out + record.gate_offset);
-            repack_row(up, j, out + record.up_offset);
-            if (ffn.down_by_neuron) repack_row(down, j, out + record.down_offset);
+            if (ffn.gated) repack_row(gate, j, out + w.layout.gate_offset);
+            repack_row(up, j, out + w.layout.up_offset);
+            if (ffn.down_by_neuron) repack_row(down, j, out + w.layout.down_offset);
         });
-        if (ffn.gated)
-            kept.gate = {gate.type, base + record.gate_offset, kept.n_slots, gate.n_cols, record.stride};
-        kept.up = {up.type, base + record.up_offset, kept.n_slots, up.n_cols, record.stride};
-        kept.gate_bias = upload_floats(ffn.gate.bias, "biases");
-        kept.up_bias = upload_floats(ffn.up.bias, "biases");
-        const int64_t n_ff = up.n_rows;
-        std::vector<int32_t> slots(size_t(n_ff), -1), bounds;
-        for (size_t s = 0; s < neurons.size(); ++s)
-            slots[size_t(neurons[s])] = int32_t(s);
-        for (int64_t run = 0; run <= n_down_runs; ++run)
-            bounds.push_back(int32_t(
-                std::lower_bound(neurons.begin(), neurons.end(), n_ff * run / n_down_runs) -
-                neurons.begin()));
-        kept.neurons = upload_ints({neurons.begin(), neurons.end()}, "neuron numbers");
-        kept.slot_of_neuron = upload_ints(slots, "neuron numbers");
-        kept.bounds = upload_ints(bounds, "neuron numbers");
-        if (ffn.down_by_neuron) {
-            kept.down = {down.type, base + record.down_offset, kept.n_slots, down.n_cols, record.stride};
-        } else {
-            // Of each row the blocks of the kept neurons, side by side.
-            const int64_t block = traits(down.type).block_size;
-            const size_t block_bytes = size_t(traits(down.type).block_bytes);
-            const size_t stride = device_row_bytes(down.type, kept.n_slots);
-            kept.down = {down.type, allocate(size_t(down.n_rows) * stride, "neurons"), down.n_rows,
-                         kept.n_slots, stride};
-            upload(kept.down.data, down.n_rows, stride, [&](int64_t row, std::byte* out) {
-                std::vector<std::byte> blocks(size_t(kept.n_slots / block) * block_bytes);
-                for (int64_t s = 0; s < kept.n_slots; s += block)
-                    std::memcpy(blocks.data() + size_t(s / block) * block_bytes,
-                                row_of(down, row) +
-                                    size_t(neurons[size_t(s)] / block) * block_bytes,
-                                block_bytes);
-                repack_rows(down.type, kept.n_slots, blocks.data(), 1, out, 0);
-            });
-        }
+        w.gate_bias = upload_floats(ffn.gate.bias, "biases");
+        w.up_bias = upload_floats(ffn.up.bias, "biases");
+        keep_list(neurons, up.n_rows, kept);
+        if (!ffn.down_by_neuron) keep_down(down, neurons, kept);
     }
     kept.resident = std::move(resident);
     kept.rest = std::move(rest);
     ffns_[&ffn] = std::move(kept);
+}
+
+void Weights::keep_list(std::span<const int32_t> neurons, int64_t n_ff, DeviceFfn& kept) {
+    const auto n_slots = int64_t(neurons.size());
+    std::vector<int32_t> slots(size_t(n_ff), -1);
+    for (size_t s = 0; s < neurons.size(); ++s)
+        slots[size_t(neurons[s])] = int32_t(s);
+    kept.slot_of_neuron = upload_ints(slots, "neuron numbers");
+
+    constexpr int64_t n_runs = n_list_bounds - 1;
+    std::vector<int32_t> bounds;
+    for (int64_t run = 0; run <= n_runs; ++run)
+        bounds.push_back(int32_t(
+            std::lower_bound(neurons.begin(), neurons.end(), n_ff * run / n_runs) -
+            neurons.begin()));
+    std::iota(slots.begin(), slots.begin() + n_slots, 0);
+    slots.resize(size_t(n_slots));
+    kept.list = NeuronList::at(allocate(NeuronList::n_bytes(n_slots), "neuron numbers"), n_slots);
+    upload_ints_to(kept.list.ids, {neurons.begin(), neurons.end()});
+    upload_ints_to(kept.list.slots, slots);
+    upload_ints_to(kept.list.n, {int32_t(n_slots)});
+    upload_ints_to(kept.list.bounds, bounds);
+}
+
+// Of each row the blocks of the kept neurons, side by side.
+void Weights::keep_down(const Weight& down, std::span<const int32_t> neurons, DeviceFfn& kept) {
+    const auto n_slots = int64_t(neurons.size());
+    const int64_t block = traits(down.type).block_size;
+    const auto block_bytes = size_t(traits(down.type).block_bytes);
+    const size_t stride = device_row_bytes(down.type, n_slots);
+    kept.down = {down.type, allocate(size_t(down.n_rows) * stride, "neurons"), down.n_rows, n_slots,
+                 stride};
+    upload(kept.down.data, down.n_rows, stride, [&](int64_t row, std::byte* out) {
+        std::vector<std::byte> blocks(size_t(n_slots / block) * block_bytes);
+        for (int64_t s = 0; s < n_slots; s += block)
+            std::memcpy(blocks.data() + size_t(s / block) * block_bytes,
+                        down.data + size_t(row) * down.row_bytes +
+                            size_t(neurons[size_t(s)] / block) * block_bytes,
+                        block_bytes);
+        repack_rows(down.type, n_slots, blocks.data(), 1, out, 0);
+    });
 }
 
 namespace {

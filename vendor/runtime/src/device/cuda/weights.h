@@ -8,21 +8,14 @@
 #include <vector>
 
 #include "device/cuda/gpu.h"
+#include "device/cuda/launch.h"
 #include "device/device.h"
 #include "sparse/shard.h"
 
 namespace qi::cuda {
 
-// A matrix whose rows lie as layout.h says, `row_stride` bytes apart.
-struct DeviceMatrix {
-    Type type = Type::f32;
-    CUdeviceptr data = 0;
-    int64_t n_rows = 0, n_cols = 0;
-    size_t row_stride = 0;
-};
-
 struct DeviceLinear {
-    DeviceMatrix weight;
+    DeviceWeight weight;
     CUdeviceptr bias = 0;  // [n_rows] floats; 0: none
 };
 
@@ -31,18 +24,17 @@ struct DeviceNorm {
 };
 
 // The neurons of one feed-forward network that are kept, in slots in ascending order of their
-// numbers. What slot s needs is one record: its rows of gate and up, and of down where down is
-// stored by neuron.
+// numbers.
 struct DeviceFfn {
     NeuronShard resident, rest;
-    int64_t n_slots = 0;
-    CUdeviceptr neurons = 0;         // [n_slots] int32, their numbers
+    NeuronWeights weights;
+    NeuronList list;                 // of all that are kept
     CUdeviceptr slot_of_neuron = 0;  // [n_ff] int32, -1 where a neuron is not kept
-    CUdeviceptr bounds = 0;          // [n_runs + 1] int32: the slots of each run of neuron numbers
-    DeviceMatrix gate, up;             // [n_slots][n_embd]; gate only where there is one
-    DeviceMatrix down;                 // [n_slots][n_embd] by neuron, else [n_embd][n_slots]
-    CUdeviceptr gate_bias = 0, up_bias = 0;  // [n_ff] floats; 0: none
-    CUdeviceptr down_bias = 0;               // [n_embd] floats; 0: none
+    DeviceWeight down;               // [n_embd][n_slots] where down is not stored by neuron
+    CUdeviceptr down_bias = 0;       // [n_embd] floats; 0: none
+
+    int64_t n_slots() const { return int64_t(resident.neurons().size()); }
+    bool whole() const { return rest.neurons().empty(); }
 };
 
 class Weights {
@@ -72,6 +64,9 @@ class Weights {
     void upload(CUdeviceptr to, int64_t n, size_t stride, const WriteItem& write);
     CUdeviceptr upload_floats(const std::vector<float>& values, const char* what);
     CUdeviceptr upload_ints(const std::vector<int32_t>& values, const char* what);
+    void upload_ints_to(CUdeviceptr at, const std::vector<int32_t>& values);
+    void keep_list(std::span<const int32_t> neurons, int64_t n_ff, DeviceFfn& kept);
+    void keep_down(const Weight& down, std::span<const int32_t> neurons, DeviceFfn& kept);
 
     std::shared_ptr<Gpu> gpu_;
     std::shared_ptr<Budget> budget_;

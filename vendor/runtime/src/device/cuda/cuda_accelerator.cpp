@@ -1,0 +1,57 @@
+#include "device/cuda/cuda_accelerator.h"
+
+#include "base/error.h"
+#include "device/cuda/cuda_device.h"
+
+namespace qi::cuda {
+
+namespace {
+
+class CudaAccelerator final : public Accelerator {
+  public:
+    CudaAccelerator(int ordinal, std::optional<size_t> budget) {
+        share_.gpu = Gpu::open(ordinal);
+        const Current current(*share_.gpu);
+        share_.kernels = std::make_shared<Kernels>(share_.gpu);
+        share_.kernels->load_common_kernels();
+        share_.budget = std::make_shared<Budget>(budget ? *budget : share_.gpu->free_bytes());
+        share_.weights = std::make_shared<Weights>(share_.gpu, share_.budget);
+    }
+
+    std::string name() const override {
+        const Gpu::Attributes& gpu = share_.gpu->attributes();
+        return format("%s (cuda:%d)", gpu.name.c_str(), gpu.ordinal);
+    }
+    size_t budget() const override { return share_.budget->limit_bytes(); }
+    size_t used() const override { return share_.budget->used_bytes(); }
+
+    size_t bytes_of(const Linear& linear) const override { return Weights::bytes_of(linear); }
+    size_t bytes_of(const Norm& norm) const override { return Weights::bytes_of(norm); }
+    size_t bytes_of(const FeedForward& ffn, int64_t n_neurons) const override {
+        return Weights::bytes_of(ffn, n_neurons);
+    }
+    size_t bytes_of(const DeviceNeeds& needs) const override {
+        return working_bytes(share_, needs);
+    }
+
+    void keep(const Linear& linear) override { share_.weights->keep(linear); }
+    void keep(const Norm& norm) override { share_.weights->keep(norm); }
+    void keep(const FeedForward& ffn, NeuronShard resident, NeuronShard rest) override {
+        share_.weights->keep(ffn, std::move(resident), std::move(rest));
+    }
+
+    std::unique_ptr<Device> make_device(const DeviceNeeds& needs, Device& host) override {
+        return make_cuda_device(share_, needs, host);
+    }
+
+  private:
+    GpuShare share_;
+};
+
+}  // namespace
+
+std::unique_ptr<Accelerator> make_cuda_accelerator(int ordinal, std::optional<size_t> budget) {
+    return std::make_unique<CudaAccelerator>(ordinal, budget);
+}
+
+}  // namespace qi::cuda

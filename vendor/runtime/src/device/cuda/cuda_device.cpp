@@ -1,0 +1,638 @@
+#include "device/cuda/cuda_device.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <unordered_map>
+
+#include "base/cpu.h"
+#include "base/thread_pool.h"
+#include "kernels/attention.h"
+
+namespace qi::cuda {
+
+namespace {
+
+// Tokens that one launch of the matrix kernels takes.
+constexpr int64_t few_tokens = 8;
+
+CUdeviceptr address(const float* array) {
+    return reinterpret_cast<CUdeviceptr>(array);
+}
+
+int64_t words_of(int64_t n_ff) {
+    return name_words(n_ff);
+}
+
+DeviceAct device_act(HiddenAct::Kind kind) {
+    switch (kind) {
+        case HiddenAct::Kind::silu:
+            return DeviceAct::silu;
+        case HiddenAct::Kind::relu:
+            return DeviceAct::relu;
+        case HiddenAct::Kind::gelu_erf:
+            return DeviceAct::gelu_erf;
+        case HiddenAct::Kind::gelu_tanh:
+            return DeviceAct::gelu_tanh;
+        case HiddenAct::Kind::fatrelu:
+            return DeviceAct::fatrelu;
+        case HiddenAct::Kind::relu_relu:
+            return DeviceAct::relu_relu;
+    }
+    return DeviceAct::silu;
+}
+
+// Where everything lies that begin() brings: one array of 32-bit words.
+struct InputLayout {
+    size_t positions = 0, tables, rules, tiles, pages, cos_sin, n_words;
+
+    explicit InputLayout(const DeviceNeeds& needs) {
+        const auto n = size_t(needs.n_batch);
+        tables = n;
+        rules = 2 * n;
+        tiles = rules + (n + 3) / 4;
+        pages = tiles + 2 * n;
+        cos_sin = pages + size_t(needs.n_pages);
+        n_words = cos_sin + n * size_t(needs.kv.head_dim);
+    }
+};
+
+// Arrays in device memory that a context has beside those it allocates, and their bytes.
+struct WorkingSizes {
+    size_t inputs, q8, hidden, low, predictions, masks, named, list, partial, other, attend, terms,
+        kv;
+
+    WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, const KvArgs& kv_args) {
+        const int64_t n = needs.n_batch, few = std::min(n, few_tokens), n_ff = needs.n_ff;
+        const int64_t widest =
+            std::max({needs.n_embd, n_ff, needs.n_head * needs.kv.head_dim, needs.predictor_rank});
+        inputs = InputLayout(needs).n_words * sizeof(uint32_t);
+        q8 = Q8::n_bytes(n, widest);
+        hidden = size_t(few * n_ff) * sizeof(float);
+        low = size_t(few * needs.predictor_rank) * sizeof(float);
+        predictions = needs.predictor_rank ? hidden : 0;
+        masks = needs.predictor_rank ? size_t(n * words_of(n_ff)) * sizeof(uint32_t) : 0;
+        named = needs.predictor_rank ? size_t(words_of(n_ff)) * sizeof(uint32_t) : 0;
+        list = needs.predictor_rank ? NeuronList::n_bytes(n_ff) : 0;
+        partial = size_t(n_partitions * few * needs.n_embd) * sizeof(float);
+        other = size_t(n * needs.n_embd) * sizeof(float);
+        AttendArgs attend_args;
+        attend_args.kv = kv_args;
+        attend_args.n_head = needs.n_head;
+        attend_args.n_tokens = few;
+        attend_args.max_positions = needs.n_pages * kernels::page_size;
+        attend = share.kernels->attend_room_bytes(attend_args);
+        terms = size_t(n) * (sizeof(Kernels::LogTerms) + sizeof(int32_t));
+        kv = size_t(needs.n_pages) * kv_args.page_stride;
+    }
+};
+
+KvArgs kv_args_for(const DeviceNeeds& needs) {
+    KvArgs kv;
+    kv.type = needs.kv.type;
+    kv.head_bytes = kernels::kv_head_bytes(needs.kv.type, needs.kv.head_dim);
+    kv.n_head_kv = needs.kv.n_head_kv;
+    kv.head_dim = needs.kv.head_dim;
+    kv.page_stride = size_t(needs.kv.n_layer * needs.kv.n_head_kv) * kv.head_bytes;
+    return kv;
+}
+
+class CudaDevice final : public Device {
+  public:
+    CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& host);
+    ~CudaDevice() override;
+
+    float* allocate(size_t n) override;
+    void release(float* array) override;
+    const float* host_view(const float* x, size_t n, AlignedBuffer<float>& room) override;
+    void write(const float* host, size_t n, float* out) override;
+
+    void reserve_kv(const KvLayout& layout, int64_t n_pages) override;
+    size_t kv_page_bytes() const override { return kv_.page_stride; }
+    void copy_kv_page(int32_t from, int32_t to) override;
+    void release_kv_page(int32_t) override {}
+    void read_kv_page(int32_t page, std::byte* out) const override;
+    void write_kv_page(int32_t page, const std::byte* data) override;
+    size_t scratch_bytes() const override { return scratch_bytes_; }
+
+    void set_cancel(const std::atomic<bool>* cancel) override { cancel_ = cancel; }
+    void set_threads(int) override {}
+
+    void begin(const BatchInputs& inputs) override;
+    void embed(std::span<const Lookup> lookups, float* out) override;
+    void copy(const float* from, size_t n, float* to) override;
+    void norm(const Norm& norm, const float* x, int64_t n_rows, float* out) override;
+    void gather(const float* x, std::span<const int64_t> rows, int64_t width, float* out) override;
+    void project(const float* x, int64_t n_rows, std::span<const Projection> outputs) override;
+    void append_kv(int64_t layer, const Heads& heads) override;
+    void attend(int64_t layer, const AttentionShape& shape, const float* q, int64_t stride,
+                float* out) override;
+    void feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) override;
+    void log_probabilities(const float* logits, int64_t n, int64_t n_vocab, const int32_t* targets,
+                           float* out) override;
+
+  private:
+    CUdeviceptr take(size_t n_bytes, const char* what);
+    // The calling thread's way into the GPU for one step; throws QI_CANCELLED after a cancel.
+    Current enter() const;
+    CUdeviceptr input(size_t word) const { return inputs_ + word * sizeof(uint32_t); }
+    KvArgs kv_of(int64_t layer) const;
+
+    // x in the form that weights of that type want: quantised at most once while x does not change.
+    Input prepared(Type type, CUdeviceptr x, int64_t n_rows, int64_t n_cols);
+    void forget_prepared(const void* written) {
+        if (prepared_from_ == address(static_cast<const float*>(written))) prepared_from_ = 0;
+    }
+
+    void predict(const FeedForward& ffn, const FfnBatch& batch);
+    void compute_resident(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
+                          bool predicting, float* y);
+    void add_of_host(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
+                     bool predicting, float* y);
+
+    GpuShare share_;
+    DeviceNeeds needs_;
+    Device& host_;
+    InputLayout layout_;
+    Stream stream_;
+    std::vector<DeviceMemory> memory_;
+    std::unordered_map<float*, DeviceMemory> arrays_;
+    size_t scratch_bytes_ = 0;
+    const std::atomic<bool>* cancel_ = nullptr;
+
+    // Addresses of the arrays that WorkingSizes lists.
+    CUdeviceptr inputs_, q8_, hidden_, low_, predictions_, masks_, named_, partial_, other_,
+        attend_room_, terms_;
+    NeuronList list_;
+    KvArgs kv_;
+
+    PinnedMemory staged_;  // of inputs
+    Event staged_sent_;
+    PinnedMemory embedded_;  // [n_batch][n_embd]
+    Event embedded_sent_;
+    PinnedMemory readback_;
+    Event read_;
+    std::vector<std::byte> host_names_;
+    AlignedBuffer<float> host_x_, host_z_, host_y_;
+
+    BatchInputs batch_{};
+    int64_t n_tiles_ = 0;
+    int64_t max_positions_ = 0;
+
+    CUdeviceptr prepared_from_ = 0;
+    int64_t prepared_rows_ = 0, prepared_cols_ = 0;
+};
+
+CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& host)
+    : share_(share),
+      needs_(needs),
+      host_(host),
+      layout_(needs),
+      stream_(share.gpu),
+      kv_(kv_args_for(needs)),
+      staged_(share.gpu, layout_.n_words * sizeof(uint32_t), "the inputs of a batch"),
+      staged_sent_(share.gpu),
+      embedded_(share.gpu, size_t(needs.n_batch * needs.n_embd) * sizeof(float), "embeddings"),
+      embedded_sent_(share.gpu),
+      read_(share.gpu) {
+    const Current current(*share_.gpu);
+    const WorkingSizes sizes(share_, needs_, kv_);
+    inputs_ = take(sizes.inputs, "the inputs of a batch");
+    q8_ = take(sizes.q8, "quantised activations");
+    hidden_ = take(sizes.hidden, "activations");
+    low_ = take(sizes.low, "predictions");
+    predictions_ = take(sizes.predictions, "predictions");
+    masks_ = take(sizes.masks, "predictions");
+    named_ = take(sizes.named, "predictions");
+    if (sizes.list) list_ = NeuronList::at(take(sizes.list, "predictions"), needs.n_ff);
+    partial_ = take(sizes.partial, "activations");
+    other_ = take(sizes.other, "activations");
+    attend_room_ = take(sizes.attend, "attention");
+    terms_ = take(sizes.terms, "log-probabilities");
+    kv_.pool = take(sizes.kv, "keys and values");
+    AttendArgs tickets;
+    tickets.kv = kv_;
+    tickets.n_head = needs.n_head;
+    tickets.n_tokens = std::min(needs.n_batch, few_tokens);
+    stream_.fill(attend_room_, 0, Kernels::attend_ticket_bytes(tickets));
+    stream_.synchronize();
+}
+
+CudaDevice::~CudaDevice() {
+    // Memory goes back only when nothing writes into it any more.
+    try {
+        const Current current(*share_.gpu);
+        stream_.synchronize();
+    } catch (...) {
+    }
+}
+
+CUdeviceptr CudaDevice::take(size_t n_bytes, const char* what) {
+    if (n_bytes == 0) return 0;
+    memory_.emplace_back(share_.gpu, share_.budget, n_bytes, what);
+    scratch_bytes_ += memory_.back().n_bytes();
+    return memory_.back().address();
+}
+
+Current CudaDevice::enter() const {
+    if (cancel_ && cancel_->load(std::memory_order_relaxed)) fail(QI_CANCELLED, "cancelled");
+    return Current(*share_.gpu);
+}
+
+// ---- memory ----
+
+float* CudaDevice::allocate(size_t n) {
+    const Current current(*share_.gpu);
+    DeviceMemory memory(share_.gpu, share_.budget, n * sizeof(float), "activations");
+    auto* const array = reinterpret_cast<float*>(memory.address());
+    stream_.fill(memory.address(), 0, n * sizeof(float));
+    arrays_.emplace(array, std::move(memory));
+    return array;
+}
+
+void CudaDevice::release(float* array) {
+    forget_prepared(array);
+    arrays_.erase(array);
+}
+
+const float* CudaDevice::host_view(const float* x, size_t n, AlignedBuffer<float>&) {
+    const Current current = enter();
+    if (readback_.n_bytes() < n * sizeof(float))
+        readback_ = PinnedMemory(share_.gpu, n * sizeof(float), "results");
+    stream_.copy_to_host(readback_.data(), address(x), n * sizeof(float));
+    stream_.synchronize();
+    return reinterpret_cast<const float*>(readback_.data());
+}
+
+void CudaDevice::write(const float* host, size_t n, float* out) {
+    const Current current = enter();
+    forget_prepared(out);
+    stream_.copy_to_device(address(out), host, n * sizeof(float));
+    stream_.synchronize();
+}
+
+void CudaDevice::reserve_kv(const KvLayout& layout, int64_t n_pages) {
+    if (n_pages > needs_.n_pages || layout.n_layer > needs_.kv.n_layer)
+        fail(QI_INTERNAL, "more keys and values are wanted than the device was made for");
+}
+
+void CudaDevice::copy_kv_page(int32_t from, int32_t to) {
+    const Current current = enter();
+    stream_.copy_on_device(kv_.pool + size_t(to) * kv_.page_stride,
+                           kv_.pool + size_t(from) * kv_.page_stride, kv_.page_stride);
+}
+
+void CudaDevice::read_kv_page(int32_t page, std::byte* out) const {
+    const Current current = enter();
+    stream_.copy_to_host(out, kv_.pool + size_t(page) * kv_.page_stride, kv_.page_stride);
+    stream_.synchronize();
+}
+
+void CudaDevice::write_kv_page(int32_t page, const std::byte* data) {
+    const Current current = enter();
+    stream_.copy_to_device(kv_.pool + size_t(page) * kv_.page_stride, data, kv_.page_stride);
+    stream_.synchronize();
+}
+
+// ---- steps ----
+
+void CudaDevice::begin(const BatchInputs& inputs) {
+    const Current current = enter();
+    batch_ = inputs;
+    staged_sent_.synchronize();
+    auto* const words = reinterpret_cast<int32_t*>(staged_.data());
+    int32_t *positions = words + layout_.positions, *tables = words + layout_.tables;
+    int32_t *tiles = words + layout_.tiles, *pages = words + layout_.pages;
+    auto* const rules = reinterpret_cast<uint8_t*>(words + layout_.rules);
+    for (int64_t t = 0; t < inputs.n_tokens; ++t)
+        rules[t] = uint8_t(inputs.rules[size_t(t)]);
+
+    AttendArgs shape;
+    shape.kv = kv_;
+    shape.n_head = needs_.n_head;
+    const int64_t tile_tokens = Kernels::attend_tile_tokens(shape);
+    int64_t n_pages = 0;
+    n_tiles_ = max_positions_ = 0;
+    for (const Segment& segment : inputs.segments) {
+        for (int64_t i = 0; i < segment.n; ++i) {
+            positions[segment.row + i] = int32_t(segment.position + i);
+            tables[segment.row + i] = int32_t(n_pages);
+        }
+        const int64_t end = segment.position + segment.n;
+        const int64_t n_own = (end + kernels::page_size - 1) / kernels::page_size;
+        std::copy_n(segment.pages, n_own, pages + n_pages);
+        n_pages += n_own;
+        max_positions_ = std::max(max_positions_, end);
+        for (int64_t i = 0; i < segment.n && tile_tokens > 0; i += tile_tokens) {
+            tiles[2 * n_tiles_] = int32_t(segment.row + i);
+            tiles[2 * n_tiles_ + 1] = int32_t(std::min(tile_tokens, segment.n - i));
+            ++n_tiles_;
+        }
+    }
+    const size_t used = (layout_.pages + size_t(n_pages)) * sizeof(uint32_t);
+    stream_.copy_to_device(inputs_, words, used);
+    if (inputs.cos_sin) {
+        const size_t n = size_t(inputs.n_tokens * inputs.n_rot);
+        std::memcpy(words + layout_.cos_sin, inputs.cos_sin, n * sizeof(float));
+        stream_.copy_to_device(input(layout_.cos_sin), words + layout_.cos_sin, n * sizeof(float));
+    }
+    staged_sent_.record(stream_);
+}
+
+void CudaDevice::embed(std::span<const Lookup> lookups, float* out) {
+    const Current current = enter();
+    forget_prepared(out);
+    embedded_sent_.synchronize();
+    const int64_t n = batch_.n_tokens, width = lookups[0].table->n_cols;
+    auto* const rows = reinterpret_cast<float*>(embedded_.data());
+    // The tables stay with the host: a token reads one row of them.
+    parallel_for(cpu_info().n_usable_cores, n, [&](int64_t i, int) {
+        float* row = rows + i * width;
+        kernels::decode_row(*lookups[0].table, lookups[0].rows[size_t(i)], row);
+        std::vector<float> added(lookups.size() > 1 ? size_t(width) : 0);
+        for (const Lookup& other : lookups.subspan(1)) {
+            kernels::decode_row(*other.table, other.rows[size_t(i)], added.data());
+            kernels::add(row, added.data(), width, row);
+        }
+    });
+    stream_.copy_to_device(address(out), rows, size_t(n * width) * sizeof(float));
+    embedded_sent_.record(stream_);
+}
+
+void CudaDevice::copy(const float* from, size_t n, float* to) {
+    const Current current = enter();
+    forget_prepared(to);
+    stream_.copy_on_device(address(to), address(from), n * sizeof(float));
+}
+
+void CudaDevice::gather(const float* x, std::span<const int64_t> rows, int64_t width, float* out) {
+    const Current current = enter();
+    forget_prepared(out);
+    for (size_t i = 0; i < rows.size(); ++i)
+        stream_.copy_on_device(address(out + int64_t(i) * width), address(x + rows[i] * width),
+                               size_t(width) * sizeof(float));
+}
+
+void CudaDevice::norm(const Norm& norm, const float* x, int64_t n_rows, float* out) {
+    const Current current = enter();
+    const DeviceNorm& kept = share_.weights->find(norm);
+    NormArgs args;
+    args.layer = norm.kind == Norm::Kind::layer;
+    args.epsilon = norm.epsilon;
+    args.weight = kept.weight;
+    args.bias = kept.bias;
+    args.x = address(x);
+    args.n_tokens = n_rows;
+    args.n = int64_t(norm.weight.size());
+    args.out = address(out);
+    args.q8 = Q8::at(q8_, n_rows, args.n);
+    share_.kernels->norm(stream_, args);
+    prepared_from_ = args.out;
+    prepared_rows_ = n_rows;
+    prepared_cols_ = args.n;
+}
+
+Input CudaDevice::prepared(Type type, CUdeviceptr x, int64_t n_rows, int64_t n_cols) {
+    Input in{x, {}, n_rows};
+    if (!wants_q8(type)) return in;
+    in.q8 = Q8::at(q8_, n_rows, n_cols);
+    if (prepared_from_ != x || prepared_rows_ != n_rows || prepared_cols_ != n_cols) {
+        share_.kernels->quantise(stream_, x, n_rows, n_cols, in.q8);
+        prepared_from_ = x;
+        prepared_rows_ = n_rows;
+        prepared_cols_ = n_cols;
+    }
+    return in;
+}
+
+void CudaDevice::project(const float* x, int64_t n_rows, std::span<const Projection> outputs) {
+    const Current current = enter();
+    const int64_t n_cols = outputs[0].linear->weight.n_cols;
+    for (size_t first = 0; first < outputs.size();) {
+        // Neighbours of one type go together.
+        std::vector<Product> products;
+        const Type type = outputs[first].linear->weight.type;
+        const bool accumulate = outputs[first].accumulate;
+        size_t end = first;
+        for (; end < outputs.size() && outputs[end].linear->weight.type == type &&
+               outputs[end].accumulate == accumulate;
+             ++end) {
+            const DeviceLinear& kept = share_.weights->find(*outputs[end].linear);
+            products.push_back(
+                {kept.weight, kept.bias, address(outputs[end].y), kept.weight.n_rows});
+        }
+        share_.kernels->multiply(stream_, prepared(type, address(x), n_rows, n_cols), products,
+                                 accumulate);
+        first = end;
+    }
+    for (const Projection& output : outputs)
+        forget_prepared(output.y);
+}
+
+KvArgs CudaDevice::kv_of(int64_t layer) const {
+    KvArgs kv = kv_;
+    kv.layer_offset = size_t(layer * kv.n_head_kv) * kv.head_bytes;
+    kv.pages = input(layout_.pages);
+    kv.positions = input(layout_.positions);
+    kv.tables = input(layout_.tables);
+    return kv;
+}
+
+void CudaDevice::append_kv(int64_t layer, const Heads& heads) {
+    const Current current = enter();
+    AppendArgs args;
+    args.kv = kv_of(layer);
+    args.q = address(heads.q);
+    args.q_stride = heads.q_stride;
+    args.n_head = heads.n_head;
+    args.k = address(heads.k);
+    args.v = address(heads.v);
+    args.kv_stride = heads.kv_stride;
+    args.cos_sin = heads.n_rot > 0 ? input(layout_.cos_sin) : 0;
+    args.n_rot = heads.n_rot;
+    args.neox = heads.neox;
+    args.n_tokens = batch_.n_tokens;
+    share_.kernels->append(stream_, args);
+}
+
+void CudaDevice::attend(int64_t layer, const AttentionShape& shape, const float* q, int64_t stride,
+                        float* out) {
+    const Current current = enter();
+    forget_prepared(out);
+    AttendArgs args;
+    args.kv = kv_of(layer);
+    args.q = address(q);
+    args.q_stride = stride;
+    args.n_head = shape.n_head;
+    args.scale = shape.scale;
+    args.window = shape.sliding_window;
+    args.out = address(out);
+    args.room = attend_room_;
+    const int64_t n = batch_.n_tokens;
+    if (n > few_tokens && n_tiles_ > 0) {
+        args.n_tokens = n;
+        args.tiles = input(layout_.tiles);
+        args.n_tiles = n_tiles_;
+        share_.kernels->attend_tiles(stream_, args);
+        return;
+    }
+    // Launch shapes double, so that a growing context needs few of them.
+    args.max_positions = std::min(int64_t(std::bit_ceil(uint64_t(max_positions_))),
+                                  needs_.n_pages * kernels::page_size);
+    for (int64_t first = 0; first < n; first += few_tokens) {
+        AttendArgs some = args;
+        some.n_tokens = std::min(few_tokens, n - first);
+        some.q += size_t(first * stride) * sizeof(float);
+        some.out += size_t(first * shape.n_head * kv_.head_dim) * sizeof(float);
+        some.kv.positions += size_t(first) * sizeof(int32_t);
+        some.kv.tables += size_t(first) * sizeof(int32_t);
+        share_.kernels->attend(stream_, some);
+    }
+}
+
+// ---- feed-forward ----
+
+void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) {
+    const Current current = enter();
+    const DeviceFfn& kept = share_.weights->find(ffn);
+    const bool wanted = std::any_of(batch_.rules.begin(), batch_.rules.end(), [](NeuronRule rule) {
+        return rule == NeuronRule::predict;
+    });
+    const bool predicting = wanted && kept.n_slots() > 0;
+    if (predicting) predict(ffn, batch);
+    if (kept.n_slots() > 0) compute_resident(ffn, kept, batch, predicting, y);
+    if (!kept.whole()) add_of_host(ffn, kept, batch, predicting, y);
+    forget_prepared(y);
+}
+
+// Masks of all tokens: the neurons that each may use.
+void CudaDevice::predict(const FeedForward& ffn, const FfnBatch& batch) {
+    const DeviceLinear& fc1 = share_.weights->find(ffn.predictor->fc1);
+    const DeviceLinear& fc2 = share_.weights->find(ffn.predictor->fc2);
+    const int64_t n = batch_.n_tokens, n_embd = fc1.weight.n_cols, rank = fc1.weight.n_rows;
+    for (int64_t first = 0; first < n; first += few_tokens) {
+        const int64_t some = std::min(few_tokens, n - first);
+        const Input z = prepared(fc1.weight.type, address(batch.z + first * n_embd), some, n_embd);
+        const ::qi::cuda::Product low{fc1.weight, fc1.bias, low_, rank};
+        share_.kernels->multiply(stream_, z, {&low, 1}, false);
+        ActMulArgs relu;
+        relu.act = DeviceAct::relu;
+        relu.gate = relu.h = low_;
+        relu.n_tokens = some;
+        relu.n = rank;
+        relu.q8 = wants_q8(fc2.weight.type) ? Q8::at(q8_, some, rank) : Q8{};
+        share_.kernels->act_mul(stream_, relu);
+        prepared_from_ = 0;
+        const ::qi::cuda::Product out{fc2.weight, fc2.bias, predictions_, needs_.n_ff};
+        share_.kernels->multiply(stream_, {low_, relu.q8, some}, {&out, 1}, false);
+        share_.kernels->predicted_masks(
+            stream_, predictions_, batch.threshold, input(layout_.rules) + size_t(first), some,
+            needs_.n_ff, masks_ + size_t(first * words_of(needs_.n_ff)) * sizeof(uint32_t), named_);
+    }
+}
+
+void CudaDevice::compute_resident(const FeedForward& ffn, const DeviceFfn& kept,
+                                  const FfnBatch& batch, bool predicting, float* y) {
+    Kernels& kernels = *share_.kernels;
+    const int64_t n = batch_.n_tokens, n_ff = needs_.n_ff, n_embd = needs_.n_embd;
+    for (int64_t first = 0; first < n; first += few_tokens) {
+        const int64_t some = std::min(few_tokens, n - first);
+        FfnArgs args;
+        args.w = kept.weights;
+        args.in = prepared(ffn.up.weight.type, address(batch.x + first * n_embd), some, n_embd);
+        args.act = device_act(ffn.act.kind);
+        args.threshold = ffn.act.threshold;
+        args.h = hidden_;
+        args.list = kept.whole() ? nullptr : &kept.list;
+        if (predicting) {
+            args.masks = masks_ + size_t(first * words_of(n_ff)) * sizeof(uint32_t);
+            if (n <= few_tokens) {
+                kernels.compact(stream_, named_, kept.slot_of_neuron, n_ff, list_);
+                args.list = &list_;
+            }
+        }
+        args.h_stride = args.list ? args.list->capacity : n_ff;
+        kernels.ffn_rows(stream_, args);
+        const CUdeviceptr out = address(y + first * n_embd);
+        if (ffn.down_by_neuron) {
+            DownArgs down;
+            down.w = kept.weights;
+            down.list = args.list;
+            down.h = hidden_;
+            down.h_stride = args.h_stride;
+            down.n_tokens = some;
+            down.partial = partial_;
+            kernels.down_rows(stream_, down);
+            kernels.add_partials(stream_, partial_, kept.down_bias, 0, some, n_embd, out);
+        } else {
+            prepared_from_ = 0;
+            const Input h = prepared(kept.down.type, hidden_, some, kept.down.n_cols);
+            const ::qi::cuda::Product down{kept.down, kept.down_bias, out, n_embd};
+            kernels.multiply(stream_, h, {&down, 1}, true);
+            prepared_from_ = 0;
+        }
+    }
+}
+
+// What the neurons that the host keeps add.
+void CudaDevice::add_of_host(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
+                             bool predicting, float* y) {
+    const size_t n_values = size_t(batch_.n_tokens * needs_.n_embd), bytes = n_values * sizeof(float);
+    float* x = host_x_.reserve(n_values);
+    float* out = host_y_.reserve(n_values);
+    FfnBatch of_host = batch;
+    stream_.copy_to_host(x, address(batch.x), bytes);
+    of_host.x = x;
+    if (kept.n_slots() > 0) {
+        of_host.shard = &kept.rest;
+        of_host.z = nullptr;
+        if (predicting) {
+            host_names_.resize(size_t(batch_.n_tokens * words_of(needs_.n_ff)) * sizeof(uint32_t));
+            stream_.copy_to_host(host_names_.data(), masks_, host_names_.size());
+            of_host.names = reinterpret_cast<const uint32_t*>(host_names_.data());
+        }
+    } else if (batch.z) {
+        float* z = host_z_.reserve(n_values);
+        stream_.copy_to_host(z, address(batch.z), bytes);
+        of_host.z = z;
+    }
+    stream_.synchronize();
+    std::memset(out, 0, bytes);
+    host_.begin(batch_);
+    host_.feed_forward(ffn, of_host, out);
+    stream_.copy_to_device(other_, out, bytes);
+    share_.kernels->add(stream_, other_, batch_.n_tokens, needs_.n_embd, address(y));
+}
+
+void CudaDevice::log_probabilities(const float* logits, int64_t n, int64_t n_vocab,
+                                   const int32_t* targets, float* out) {
+    const Current current = enter();
+    const CUdeviceptr device_targets = terms_ + size_t(n) * sizeof(Kernels::LogTerms);
+    stream_.copy_to_device(device_targets, targets, size_t(n) * sizeof(int32_t));
+    share_.kernels->log_terms(stream_, address(logits), n, n_vocab, device_targets, terms_);
+    std::vector<Kernels::LogTerms> terms(static_cast<size_t>(n));
+    stream_.copy_to_host(terms.data(), terms_, terms.size() * sizeof(Kernels::LogTerms));
+    stream_.synchronize();
+    for (int64_t i = 0; i < n; ++i)
+        out[i] = float(terms[size_t(i)].log_probability());
+}
+
+}  // namespace
+
+size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs) {
+    const WorkingSizes s(share, needs, kv_args_for(needs));
+    size_t bytes = 0;
+    for (const size_t n : {s.inputs, s.q8, s.hidden, s.low, s.predictions, s.masks, s.named, s.list,
+                           s.partial, s.other, s.attend, s.terms, s.kv})
+        if (n > 0) bytes += DeviceMemory::counted_bytes(n);
+    for (const size_t n : needs.arrays)
+        if (n > 0) bytes += DeviceMemory::counted_bytes(n * sizeof(float));
+    return bytes;
+}
+
+std::unique_ptr<Device> make_cuda_device(const GpuShare& share, const DeviceNeeds& needs,
+                                         Device& host) {
+    return std::make_unique<CudaDevice>(share, needs, host);
+}
+
+}  // namespace qi::cuda
