@@ -29,7 +29,7 @@ extern "C" {
 
 /* --- declarations begin --- */
 
-#define QI_ABI_VERSION 3
+#define QI_ABI_VERSION 4
 
 typedef enum qi_status {
     QI_OK = 0,
@@ -75,6 +75,63 @@ int32_t qi_get_cpu_info(qi_cpu_info* out, qi_error* error);
  * second. */
 int32_t qi_measure_read_bandwidth(int32_t n_threads, uint64_t n_bytes, double* bytes_per_second,
                                   qi_error* error);
+
+/* ---- CUDA ---- */
+
+/* Where NVRTC and cuBLAS are looked for before the system's places: n_folders folders as one byte
+ * run and n_folders + 1 offsets into it; and the folder that compiled kernels are kept in (length
+ * 0: nowhere). Holds for what is loaded and compiled from then on. */
+int32_t qi_cuda_configure(const char* folders, const uint64_t* offsets, uint64_t n_folders,
+                          const char* cache_folder, uint64_t cache_folder_length, qi_error* error);
+
+/* A version is 1000 · major + 10 · minor, and 0 for what cannot be used: the problem says why. */
+typedef struct qi_cuda_info {
+    int32_t built; /* 0: this library was built without CUDA */
+    int32_t n_embedded_cubins;
+    int32_t n_devices;
+    int32_t driver_version; /* the CUDA release it is made for */
+    int32_t nvrtc_version;
+    int32_t cublas_version;
+    char driver_problem[1020];
+    char nvrtc_path[1020];
+    char nvrtc_problem[1020];
+    char cublas_path[1020];
+    char cublas_problem[1020];
+} qi_cuda_info;
+
+int32_t qi_cuda_get_info(qi_cuda_info* out, qi_error* error);
+
+typedef struct qi_cuda_device_info {
+    char name[256];
+    char uuid[48];
+    int32_t compute_major;
+    int32_t compute_minor;
+    int32_t n_sm;
+    int32_t reserved;
+    uint64_t memory_bytes;
+    uint64_t l2_bytes;
+    double memory_bandwidth; /* bytes per second in theory; 0: not known */
+} qi_cuda_device_info;
+
+/* Of the devices that are visible, numbered from 0; QI_DEVICE when there are fewer. */
+int32_t qi_cuda_get_device_info(int32_t device, qi_cuda_device_info* out, qi_error* error);
+
+#define QI_KERNEL_EMBEDDED 0 /* came with the library */
+#define QI_KERNEL_CACHED 1   /* compiled before, and kept */
+#define QI_KERNEL_COMPILED 2
+
+typedef struct qi_cuda_probe {
+    uint64_t free_bytes;   /* of the card */
+    int32_t kernel_origin; /* QI_KERNEL_* */
+    int32_t reserved;
+    double compile_seconds;
+    double seconds; /* all of it */
+} qi_cuda_probe;
+
+/* A small computation on a device, to see that it works: n_bytes of its memory within a budget (0:
+ * no limit), copies, a kernel alone and in a graph. Holds nothing afterwards. */
+int32_t qi_cuda_run_probe(int32_t device, uint64_t n_bytes, uint64_t budget_bytes,
+                          qi_cuda_probe* out, qi_error* error);
 
 /* ---- tensor types ---- */
 

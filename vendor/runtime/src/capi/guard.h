@@ -37,6 +37,18 @@ inline int32_t report(qi_error* error, qi_status status, std::string_view messag
     return status;
 }
 
+// As much of the text as fits, cut between characters, and a NUL.
+inline void copy_text(char* out, size_t capacity, std::string_view text) {
+    size_t length = text.size();
+    if (length >= capacity) {
+        length = capacity - 1;
+        while (length > 0 && (text[length] & 0xC0) == 0x80)
+            --length;
+    }
+    std::memcpy(out, text.data(), length);
+    out[length] = '\0';
+}
+
 // Runs body() and turns whatever it throws into a status; QI_OK leaves the error slot alone.
 // `function` is the caller's name, all there is to say of an allocation that fails anywhere.
 template <typename F>

@@ -1,5 +1,4 @@
 // qi_abi_version to qi_measure_read_bandwidth: what the library says of itself and of the machine.
-#include <cstring>
 #include <string>
 #include <string_view>
 
@@ -12,22 +11,6 @@
 #endif
 
 using namespace qi;
-
-namespace {
-
-// As much of the text as fits, cut between characters, and a NUL.
-void copy_text(char* out, size_t capacity, std::string_view text) {
-    size_t length = text.size();
-    if (length >= capacity) {
-        length = capacity - 1;
-        while (length > 0 && (text[length] & 0xC0) == 0x80)
-            --length;
-    }
-    std::memcpy(out, text.data(), length);
-    out[length] = '\0';
-}
-
-}  // namespace
 
 int32_t qi_abi_version(void) {
     return QI_ABI_VERSION;
@@ -44,6 +27,9 @@ uint64_t qi_struct_size(const char* name) {
     } structs[] = {
         {"qi_error", sizeof(qi_error)},
         {"qi_cpu_info", sizeof(qi_cpu_info)},
+        {"qi_cuda_info", sizeof(qi_cuda_info)},
+        {"qi_cuda_device_info", sizeof(qi_cuda_device_info)},
+        {"qi_cuda_probe", sizeof(qi_cuda_probe)},
         {"qi_type_info", sizeof(qi_type_info)},
         {"qi_read_progress", sizeof(qi_read_progress)},
         {"qi_gguf_info", sizeof(qi_gguf_info)},

@@ -1,0 +1,143 @@
+// qi_cuda_*: what there is of CUDA on this machine, and whether it works.
+#include <string>
+
+#include "base/error.h"
+#include "capi/guard.h"
+
+#ifdef QINFER_CUDA
+#include "device/cuda/cublas.h"
+#include "device/cuda/driver.h"
+#include "device/cuda/embedded.h"
+#include "device/cuda/gpu.h"
+#include "device/cuda/libraries.h"
+#include "device/cuda/nvrtc.h"
+#include "device/cuda/probe.h"
+#endif
+
+using namespace qi;
+
+#ifdef QINFER_CUDA
+
+static_assert(QI_KERNEL_EMBEDDED == int(cuda::Cubin::Origin::embedded) &&
+              QI_KERNEL_CACHED == int(cuda::Cubin::Origin::cached) &&
+              QI_KERNEL_COMPILED == int(cuda::Cubin::Origin::compiled));
+
+int32_t qi_cuda_configure(const char* folders, const uint64_t* offsets, uint64_t n_folders,
+                          const char* cache_folder, uint64_t cache_folder_length, qi_error* error) {
+    return guard(error, [&] {
+        if (n_folders > 0) {
+            require_pointer(folders, "folders");
+            require_pointer(offsets, "offsets");
+        }
+        cuda::Configuration configuration;
+        for (uint64_t i = 0; i < n_folders; i++) {
+            if (offsets[i] > offsets[i + 1])
+                fail(QI_ARGUMENT, "offsets[%llu] is past the one after it",
+                     static_cast<unsigned long long>(i));
+            configuration.folders.push_back(
+                checked_path(folders + offsets[i], offsets[i + 1] - offsets[i]));
+        }
+        if (cache_folder_length > 0)
+            configuration.cache_folder = checked_path(cache_folder, cache_folder_length);
+        cuda::configure(std::move(configuration));
+    });
+}
+
+namespace {
+
+template <size_t capacity>
+void describe(char (&problem)[capacity], const Error& error) {
+    copy_text(problem, capacity, error.what());
+}
+
+}  // namespace
+
+int32_t qi_cuda_get_info(qi_cuda_info* out, qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(out, "out");
+        qi_cuda_info info = {};
+        info.built = 1;
+        info.n_embedded_cubins = int32_t(cuda::embedded_cubins().size());
+        try {
+            info.n_devices = cuda::Gpu::count();
+            info.driver_version = cuda::driver().version;
+        } catch (const Error& problem) {
+            describe(info.driver_problem, problem);
+        }
+        try {
+            const cuda::NvrtcInfo& nvrtc = cuda::nvrtc_info();
+            info.nvrtc_version = 1000 * nvrtc.major + 10 * nvrtc.minor;
+            copy_text(info.nvrtc_path, sizeof info.nvrtc_path, nvrtc.path);
+        } catch (const Error& problem) {
+            describe(info.nvrtc_problem, problem);
+        }
+        try {
+            const cuda::CublasInfo cublas = cuda::cublas_info();
+            info.cublas_version = 1000 * cublas.major + 10 * cublas.minor;
+            copy_text(info.cublas_path, sizeof info.cublas_path, cublas.path);
+        } catch (const Error& problem) {
+            describe(info.cublas_problem, problem);
+        }
+        *out = info;
+    });
+}
+
+int32_t qi_cuda_get_device_info(int32_t device, qi_cuda_device_info* out, qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(out, "out");
+        const cuda::Gpu::Attributes attributes = cuda::Gpu::describe(device);
+        qi_cuda_device_info info = {};
+        copy_text(info.name, sizeof info.name, attributes.name);
+        copy_text(info.uuid, sizeof info.uuid, attributes.uuid);
+        info.compute_major = attributes.architecture / 10;
+        info.compute_minor = attributes.architecture % 10;
+        info.n_sm = attributes.n_sm;
+        info.memory_bytes = uint64_t(attributes.memory_bytes);
+        info.l2_bytes = uint64_t(attributes.l2_bytes);
+        info.memory_bandwidth = attributes.memory_bandwidth;
+        *out = info;
+    });
+}
+
+int32_t qi_cuda_run_probe(int32_t device, uint64_t n_bytes, uint64_t budget_bytes,
+                          qi_cuda_probe* out, qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(out, "out");
+        const cuda::ProbeReport report =
+            cuda::probe(device, n_bytes, budget_bytes ? budget_bytes : cuda::Budget::unlimited);
+        *out = {report.free_bytes, int32_t(report.origin), 0, report.compile_seconds,
+                report.seconds};
+    });
+}
+
+#else
+
+namespace {
+
+constexpr char not_built[] =
+    "this qinfer was built without CUDA (-Ccuda=off): build it again with `pip install .`";
+
+}  // namespace
+
+int32_t qi_cuda_configure(const char*, const uint64_t*, uint64_t, const char*, uint64_t,
+                          qi_error*) {
+    return QI_OK;
+}
+
+int32_t qi_cuda_get_info(qi_cuda_info* out, qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(out, "out");
+        *out = {};
+        copy_text(out->driver_problem, sizeof out->driver_problem, not_built);
+    });
+}
+
+int32_t qi_cuda_get_device_info(int32_t, qi_cuda_device_info*, qi_error* error) {
+    return report(error, QI_DEVICE, not_built);
+}
+
+int32_t qi_cuda_run_probe(int32_t, uint64_t, uint64_t, qi_cuda_probe*, qi_error* error) {
+    return report(error, QI_DEVICE, not_built);
+}
+
+#endif

@@ -1,0 +1,78 @@
+// Memory, streams, an event, a kernel, a graph: each used once, the result checked on the host.
+#include "device/cuda/probe.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "device/cuda/gpu.h"
+
+namespace qi::cuda {
+
+namespace {
+
+constexpr int n_checked = 1000;  // elements; not a multiple of the block size
+constexpr int block_size = 256;
+
+float input_of(int i) {
+    return 0.25f * float(i % 64);
+}
+
+void check_output(const float* out, float scale, const char* how) {
+    for (int i = 0; i < n_checked; i++) {
+        const float expected = scale * input_of(i) + float(i);  // exact: few bits are set
+        if (out[i] != expected)
+            fail(QI_DEVICE, "the GPU computes wrongly: element %d of a kernel %s is %g, not %g", i,
+                 how, double(out[i]), double(expected));
+    }
+}
+
+}  // namespace
+
+ProbeReport probe(int ordinal, size_t n_bytes, size_t budget_bytes) {
+    const auto begin = std::chrono::steady_clock::now();
+    const std::shared_ptr<Gpu> gpu = Gpu::open(ordinal);
+    ProbeReport report;
+    report.free_bytes = gpu->free_bytes();
+    const auto budget = std::make_shared<Budget>(budget_bytes);
+    constexpr size_t used_bytes = n_checked * sizeof(float);
+    const DeviceMemory in(gpu, budget, std::max(n_bytes / 2, used_bytes), "a probe's input");
+    const DeviceMemory out(gpu, budget, std::max(n_bytes - n_bytes / 2, used_bytes),
+                           "a probe's output");
+    const PinnedMemory staging(gpu, 2 * used_bytes, "a probe");
+    const std::shared_ptr<Module> module = gpu->module("probe.cu");
+    report.origin = module->origin();
+    report.compile_seconds = module->compile_seconds();
+    const Function kernel = module->function("probe");
+    const Stream compute(gpu);
+    const Stream copy(gpu, 1);
+    const Event copied(gpu);
+    const Current current(*gpu);
+
+    auto* const host_in = reinterpret_cast<float*>(staging.data());
+    auto* const host_out = host_in + n_checked;
+    for (int i = 0; i < n_checked; i++)
+        host_in[i] = input_of(i);
+    copy.copy_to_device(in.address(), host_in, used_bytes);
+    copied.record(copy);
+    compute.wait(copied);
+    const auto run = [&](float scale) {
+        const Size3 grid{unsigned((n_checked + block_size - 1) / block_size)};
+        kernel.launch(compute, grid, {unsigned(block_size)}, 0, in.address(), out.address(), scale,
+                      n_checked);
+        compute.copy_to_host(host_out, out.address(), used_bytes);
+    };
+    run(2.0f);
+    compute.synchronize();
+    check_output(host_out, 2.0f, "launched by itself");
+    const Graph graph(compute, [&] { run(4.0f); });
+    std::memset(host_out, 0, used_bytes);
+    graph.launch(compute);
+    compute.synchronize();
+    check_output(host_out, 4.0f, "replayed from a graph");
+    report.seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    return report;
+}
+
+}  // namespace qi::cuda
