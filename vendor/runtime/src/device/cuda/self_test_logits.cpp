@@ -1,0 +1,105 @@
+// Self-tests of what becomes of logits.
+#include <algorithm>
+#include <numeric>
+
+#include "base/error.h"
+#include "device/cuda/self_test_bench.h"
+#include "kernels/vector_ops.h"
+
+namespace qi::cuda {
+
+namespace {
+
+// Few different values, so that there are ties; -0 beside 0; in one row also NaN and infinities.
+std::vector<float> test_logits(Bench& bench, int64_t n, int64_t n_vocab, bool odd) {
+    std::vector<float> logits(size_t(n * n_vocab));
+    for (float& value : logits)
+        value = float(bench.below(400) - 300) * 0.05f;
+    for (size_t i = 0; i < logits.size(); i += 17)
+        if (logits[i] == 0.0f) logits[i] = -0.0f;
+    if (odd && n_vocab > 10) {
+        logits[3] = std::nanf("");
+        logits[7] = -HUGE_VALF;
+        logits[9] = logits[4] = HUGE_VALF;
+    }
+    return logits;
+}
+
+// Ids by falling logit, lower ids first among equals, NaN last.
+std::vector<int32_t> ranking(const float* row, int64_t n_vocab) {
+    std::vector<int32_t> ids(static_cast<size_t>(n_vocab));
+    std::iota(ids.begin(), ids.end(), 0);
+    std::stable_sort(ids.begin(), ids.end(), [&](int32_t a, int32_t b) {
+        if (std::isnan(row[a]) || std::isnan(row[b])) return !std::isnan(row[a]);
+        return row[a] > row[b];
+    });
+    return ids;
+}
+
+void test_best(Bench& bench, int64_t n, int64_t n_vocab) {
+    const std::vector<float> logits = test_logits(bench, n, n_vocab, true);
+    const CUdeviceptr at = bench.upload(logits);
+    const CUdeviceptr room = bench.room(Kernels::argmax_room_bytes(n, n_vocab));
+    bench.stream.fill(room, 0, Kernels::argmax_ticket_bytes(n));
+    const CUdeviceptr ids_at = bench.room(size_t(n) * 4);
+    bench.kernels.argmax(bench.stream, at, n, n_vocab, room, ids_at);
+    bench.kernels.argmax(bench.stream, at, n, n_vocab, room, ids_at);  // tickets are as they were
+    const auto best = bench.download<int32_t>(ids_at, size_t(n));
+    std::vector<std::vector<int32_t>> ranked;
+    for (int64_t i = 0; i < n; ++i) {
+        ranked.push_back(ranking(&logits[size_t(i * n_vocab)], n_vocab));
+        bench.expect(best[size_t(i)] == ranked.back()[0]);
+    }
+    for (int64_t k : {int64_t(1), int64_t(40), int64_t(100), Kernels::top_k_max}) {
+        k = std::min(k, n_vocab);
+        const CUdeviceptr top = bench.room(size_t(n * k) * 4), values = bench.room(size_t(n * k) * 4);
+        bench.kernels.top_k(bench.stream, at, n, n_vocab, k, values, top);
+        const auto got = bench.download<int32_t>(top, size_t(n * k));
+        const auto got_values = bench.download<float>(values, size_t(n * k));
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t j = 0; j < k; ++j) {
+                const int32_t id = ranked[size_t(i)][size_t(j)];
+                bench.expect(got[size_t(i * k + j)] == id);
+                bench.compare(double(got_values[size_t(i * k + j)]),
+                              double(logits[size_t(i * n_vocab + id)]), 0.0);
+            }
+    }
+}
+
+void test_log_terms(Bench& bench, int64_t n, int64_t n_vocab) {
+    const std::vector<float> logits = test_logits(bench, n, n_vocab, false);
+    std::vector<int32_t> targets;
+    for (int64_t i = 0; i < n; ++i)
+        targets.push_back(bench.below(int(n_vocab)));
+    const CUdeviceptr terms_at = bench.room(size_t(n) * sizeof(Kernels::LogTerms));
+    bench.kernels.log_terms(bench.stream, bench.upload(logits), n, n_vocab, bench.upload(targets),
+                            terms_at);
+    const auto terms = bench.download<Kernels::LogTerms>(terms_at, size_t(n));
+    for (int64_t i = 0; i < n; ++i) {
+        const float* row = &logits[size_t(i * n_vocab)];
+        float maximum = 0;
+        double sum = 0;
+        kernels::max_and_sum_exp(row, n_vocab, &maximum, &sum);
+        bench.expect(terms[size_t(i)].maximum == maximum);
+        bench.expect(terms[size_t(i)].target == row[targets[size_t(i)]]);
+        // Both sides' exponentials are off by 2 ulp and the rounding of their argument, at most 25;
+        // adding them costs nothing beside that.
+        bench.compare(terms[size_t(i)].sum, sum, (2 * 2 + 2 * 25) * float_rounding * sum);
+        bench.compare(terms[size_t(i)].log_probability(),
+                      double(row[targets[size_t(i)]]) - double(maximum) - std::log(sum),
+                      (2 * 2 + 2 * 25) * float_rounding);
+    }
+}
+
+}  // namespace
+
+void add_logit_tests(std::vector<SelfTest>& tests) {
+    for (const int64_t n_vocab : {1, 11, 1000, 8193, 32003}) {
+        tests.push_back({format("best of %lld", (long long)n_vocab),
+                         [=](Bench& bench) { test_best(bench, n_vocab > 10000 ? 1 : 3, n_vocab); }});
+        tests.push_back({format("log-probabilities of %lld", (long long)n_vocab),
+                         [=](Bench& bench) { test_log_terms(bench, 3, n_vocab); }});
+    }
+}
+
+}  // namespace qi::cuda
