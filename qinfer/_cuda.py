@@ -102,9 +102,7 @@ def info() -> Cuda:
         n_embedded_cubins=out.n_embedded_cubins,
         n_devices=out.n_devices,
         driver=Component(_version(out.driver_version), "", text(out.driver_problem)),
-        nvrtc=Component(
-            _version(out.nvrtc_version), text(out.nvrtc_path), text(out.nvrtc_problem)
-        ),
+        nvrtc=Component(_version(out.nvrtc_version), text(out.nvrtc_path), text(out.nvrtc_problem)),
         cublas=Component(
             _version(out.cublas_version), text(out.cublas_path), text(out.cublas_problem)
         ),

@@ -1,5 +1,6 @@
 """The real NVRTC compiles every kernel for every architecture; no GPU is needed."""
 
+import os
 import re
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_kernels_include_nothing_but_our_own_headers() -> None:
 
 def test_a_broken_kernel_is_an_error_with_the_compilers_words(nvrtc: Path, tmp_path: Path) -> None:
     (tmp_path / "units.txt").write_text("broken.cu QI_WEIGHT=Q4_0\n")
-    (tmp_path / "broken.cu").write_text("extern \"C\" __global__ void f() { int x = QI_WEIGHT; }\n")
+    (tmp_path / "broken.cu").write_text('extern "C" __global__ void f() { int x = QI_WEIGHT; }\n')
     (result,) = cubins.compile_all([cubins.Job("broken.cu QI_WEIGHT=Q4_0", 86)], nvrtc, tmp_path)
     assert result.cubin == b""
     assert '"Q4_0" is undefined' in result.log
@@ -127,7 +128,8 @@ def test_embedding_asks_for_the_compiler_and_nothing_else_does(tmp_path: Path) -
         code = f"import qinfer_build; print('\\n'.join(qinfer_build.{hook}({settings!r})))"
         done = subprocess.run(
             [sys.executable, "-c", code],
-            cwd=ROOT / "build_backend",
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "build_backend")},
             capture_output=True,
             text=True,
             check=True,
