@@ -1,0 +1,49 @@
+// Runs a kernel's grid on the processor.
+//
+// A block runs on one OS thread, its threads as fibers. A thread runs until it meets a barrier or a
+// warp collective, so a kernel without them is a plain loop on one stack. Blocks run one after the
+// other until one of them spins (qi_standin_yield): then further threads take blocks up, as many as
+// the device would hold at a time, so that blocks may wait for one another and for the host.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "abi.h"
+#include "protocol.h"
+
+namespace standin {
+
+struct Module {
+    uint64_t id = 0;
+    void* library = nullptr;
+    const QiKernel* kernels = nullptr;
+    size_t tls_module = 0;  // the dynamic loader's number of its thread-local block
+    size_t tls_bytes = 0;   // all __shared__ variables of the module
+};
+
+struct Grid {
+    const Module* module;
+    const QiKernel* kernel;
+    QiIndex3 grid, block;
+    uint32_t dynamic_shared;
+    const unsigned char* arguments;
+};
+
+// Comes back when every block has ended. Ends the process with a report if the kernel goes wrong.
+void run_grid(const Grid& grid, const Configuration& configuration, uint64_t seed);
+
+// What the calling OS thread is executing, for a report: "kernel f, block (1,0,0), thread (3,0,0)".
+std::string whereabouts();
+
+// Makes the calling OS thread's faults on fiber stacks reportable.
+void install_signal_stack();
+
+// Leaves the error for the host process and ends this one. `code` is a CUresult.
+[[noreturn]] void fail(uint32_t code, const std::string& what);
+
+}  // namespace standin
