@@ -111,6 +111,21 @@ uint64_t Driver::allocated_on(const Context& context) const {
     return bytes;
 }
 
+uint64_t Driver::allocate(uint64_t bytes) {
+    Context& context = current();
+    require(bytes <= settings.memory - context_bytes - allocated_on(context),
+            CUDA_ERROR_OUT_OF_MEMORY);
+    const uint64_t pages = device_pages(bytes);
+    const uint64_t start = take(free_memory, pages);
+    // It ends at the last page, as nearly as its alignment allows.
+    const uint64_t address = start + pages - page - round_up(bytes, allocation_alignment);
+    const Range range = {address, bytes};
+    gpu.send(Kind::allocate, 0, 0, {{&range, sizeof range}});
+    memory[address] = {&context, bytes, {}};
+    allocated += bytes;
+    return address;
+}
+
 uint64_t Driver::take_arena(uint64_t bytes) {
     const uint64_t start = take(free_arena, round_up(bytes, page) + page);
     mprotect(reinterpret_cast<void*>(start), round_up(bytes, page), PROT_READ | PROT_WRITE);
@@ -243,18 +258,7 @@ STANDIN_API CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {
 STANDIN_API CUresult cuMemAlloc_v2(CUdeviceptr* pointer, size_t bytes) {
     return api("cuMemAlloc_v2", everything | never_captured, [&](Driver& d, auto&) {
         require(pointer && bytes != 0, CUDA_ERROR_INVALID_VALUE);
-        Context& context = d.current();
-        require(bytes <= d.settings.memory - context_bytes - d.allocated_on(context),
-                CUDA_ERROR_OUT_OF_MEMORY);
-        const uint64_t pages = device_pages(bytes);
-        const uint64_t start = take(d.free_memory, pages);
-        // It ends at the last page, as nearly as its alignment allows.
-        const uint64_t address = start + pages - page - round_up(bytes, allocation_alignment);
-        const Range range = {address, bytes};
-        d.gpu.send(Kind::allocate, 0, 0, {{&range, sizeof range}});
-        d.memory[address] = {&context, bytes, {}};
-        d.allocated += bytes;
-        *pointer = address;
+        *pointer = d.allocate(bytes);
         return CUDA_SUCCESS;
     });
 }

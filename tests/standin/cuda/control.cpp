@@ -114,6 +114,31 @@ STANDIN_API CUresult cuGetErrorString(CUresult code, const char** text) {
     return error ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
+// By base name: the newest variant there is, as the real one gives for a current version.
+STANDIN_API CUresult cuGetProcAddress_v2(const char* symbol, void** function, int version,
+                                         uint64_t flags, int* status) {
+    return api("cuGetProcAddress_v2", 0, [&](Driver&, auto&) {
+        require(symbol && *symbol && function && version >= 4000 && flags < 8,
+                CUDA_ERROR_INVALID_VALUE);
+        *function = nullptr;
+        if (status) *status = 1;  // CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND
+        const std::string name = symbol;
+        require(name.rfind("cu", 0) == 0 && name.find("_v") == std::string::npos,
+                CUDA_ERROR_NOT_FOUND);
+        Dl_info self;
+        dladdr(reinterpret_cast<const void*>(&enter), &self);
+        void* library = dlopen(self.dli_fname, RTLD_NOW | RTLD_NOLOAD);
+        require(library, CUDA_ERROR_NOT_FOUND);
+        for (const char* suffix : {"_v3", "_v2", ""}) {
+            if (!*function) *function = dlsym(library, (name + suffix).c_str());
+        }
+        dlclose(library);
+        require(*function, CUDA_ERROR_NOT_FOUND);
+        if (status) *status = 0;
+        return CUDA_SUCCESS;
+    });
+}
+
 // Counts a call of another of the stand-in's libraries; the CUresult it is to fail with.
 STANDIN_API int standin_enter(const char* name) {
     return enter(name);

@@ -219,6 +219,7 @@ struct Driver {
     void join_capture(Stream& stream, Event& event);
 
     // ---- memory ----
+    uint64_t allocate(uint64_t bytes);  // device memory of the current context
     // Where [address, address + bytes) lies in one allocation of device memory, or null.
     Allocation* find_device(uint64_t address, uint64_t bytes);
     Pinned* find_pinned(uint64_t address, uint64_t bytes);   // by host address

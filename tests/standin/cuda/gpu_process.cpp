@@ -22,6 +22,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cuda_types.h"
@@ -270,6 +271,7 @@ void unload_module(uint64_t id) {
 void serve() {
     Streams streams(*control, wake_host);
     Header header;
+    std::thread([&] { streams.watch(); }).detach();
     while (receive(&header, sizeof header)) {
         std::vector<std::byte> payload(header.size);
         if (!receive(payload.data(), payload.size())) break;
@@ -298,6 +300,7 @@ void serve() {
 }
 
 bool start(char** arguments) {
+    syscall(SYS_close_range, arena_fd + 1, ~0u, 0);  // the host process's files are not ours
     uint64_t* fields[] = {&places.arena, &places.arena_bytes, &places.device, &places.device_bytes,
                           &places.parent};
     for (uint64_t* field : fields)

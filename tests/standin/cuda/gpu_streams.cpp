@@ -44,6 +44,18 @@ void Streams::configure(const Configuration& configuration) {
     configuration_ = configuration;
 }
 
+void Streams::watch() {
+    for (;;) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(100));
+        std::lock_guard lock(mutex_);
+        const uint64_t limit = configuration_.watchdog_ms * 1000000u;
+        for (const auto& [index, stream] : streams_) {
+            if (stream->launched && now() - stream->launched > limit)
+                fail(CUDA_ERROR_LAUNCH_TIMEOUT, "a kernel ran longer than the watchdog allows");
+        }
+    }
+}
+
 void Streams::submit(const Header& header, std::vector<std::byte> payload) {
     std::lock_guard lock(mutex_);
     std::unique_ptr<Stream>& stream = streams_[header.stream];
@@ -67,7 +79,8 @@ void Streams::loop(uint32_t index, Stream& stream) {
         const uint64_t delay = configuration_.delay_us;
         lock.unlock();
         if (delay) std::this_thread::sleep_for(std::chrono::microseconds(random() % (delay + 1)));
-        run(operation.header.kind, operation.payload.data(), operation.payload.size(), random);
+        run(stream, operation.header.kind, operation.payload.data(), operation.payload.size(),
+            random);
         lock.lock();
         control_.done[index].store(operation.header.sequence);
         completed_.notify_all();
@@ -103,12 +116,13 @@ void Streams::wait_value(const Value& value) {
     }
 }
 
-void Streams::launch(const std::byte* payload, uint64_t seed) {
+void Streams::launch(Stream& stream, const std::byte* payload, uint64_t seed) {
     const auto launch = read_as<Launch>(payload);
     Configuration configuration;
     {
         std::lock_guard lock(mutex_);
         configuration = configuration_;
+        stream.launched = now();
     }
     const Module& module = module_by_id(launch.module);
     const Grid grid = {&module,
@@ -118,19 +132,23 @@ void Streams::launch(const std::byte* payload, uint64_t seed) {
                        launch.dynamic_shared,
                        reinterpret_cast<const unsigned char*>(payload + sizeof launch)};
     run_grid(grid, configuration, configuration.seed ? configuration.seed + seed : 0);
+    std::lock_guard lock(mutex_);
+    stream.launched = 0;
 }
 
-void Streams::run_batch(const std::byte* payload, uint64_t size, std::minstd_rand& random) {
+void Streams::run_batch(Stream& stream, const std::byte* payload, uint64_t size,
+                        std::minstd_rand& random) {
     const std::byte* end = payload + size;
     while (payload != end) {
         const auto header = read_as<Header>(payload);
         payload += sizeof header;
-        run(header.kind, payload, header.size, random);
+        run(stream, header.kind, payload, header.size, random);
         payload += header.size;
     }
 }
 
-void Streams::run(Kind kind, const std::byte* payload, uint64_t size, std::minstd_rand& random) {
+void Streams::run(Stream& stream, Kind kind, const std::byte* payload, uint64_t size,
+                  std::minstd_rand& random) {
     switch (kind) {
         case Kind::copy: {
             const auto copy = read_as<Copy>(payload);
@@ -144,7 +162,7 @@ void Streams::run(Kind kind, const std::byte* payload, uint64_t size, std::minst
             fill(read_as<Fill>(payload));
             break;
         case Kind::launch:
-            launch(payload, random());
+            launch(stream, payload, random());
             break;
         case Kind::gemm:
             run_gemm(read_as<Gemm>(payload));
@@ -165,7 +183,7 @@ void Streams::run(Kind kind, const std::byte* payload, uint64_t size, std::minst
             break;
         }
         case Kind::batch:
-            run_batch(payload, size, random);
+            run_batch(stream, payload, size, random);
             break;
         default:
             fail(CUDA_ERROR_UNKNOWN, "a message of no known kind");

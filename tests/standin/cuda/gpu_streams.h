@@ -21,6 +21,7 @@ class Streams {
     Streams(Control& control, void (*wake_host)()) : control_(control), wake_host_(wake_host) {}
 
     void configure(const Configuration& configuration);
+    void watch();  // ends a kernel that takes longer than the watchdog allows; never comes back
     void submit(const Header& header, std::vector<std::byte> payload);
 
   private:
@@ -31,12 +32,15 @@ class Streams {
     struct Stream {
         std::deque<Operation> queue;
         std::condition_variable arrived;
+        uint64_t launched = 0;  // when its running kernel began, or 0
     };
 
     void loop(uint32_t index, Stream& stream);
-    void run(Kind kind, const std::byte* payload, uint64_t size, std::minstd_rand& random);
-    void run_batch(const std::byte* payload, uint64_t size, std::minstd_rand& random);
-    void launch(const std::byte* payload, uint64_t seed);
+    void run(Stream& stream, Kind kind, const std::byte* payload, uint64_t size,
+             std::minstd_rand& random);
+    void run_batch(Stream& stream, const std::byte* payload, uint64_t size,
+                   std::minstd_rand& random);
+    void launch(Stream& stream, const std::byte* payload, uint64_t seed);
     void wait_for(const Point& point);
     void wait_value(const Value& value);
 

@@ -1,0 +1,76 @@
+"""The stand-in for NVIDIA's libraries (tests/standin/cuda): builds it and runs programs on it."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "tests" / "standin" / "cuda"
+FOLDER = ROOT / "build" / "cuda-standin"
+
+
+def _run(*words: str | Path) -> None:
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{words[0]} failed:\n{done.stdout}{done.stderr}"
+
+
+def _program(name: str) -> str:
+    """cmake and ninja, the system's or those that pip put beside this Python."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    found = shutil.which(name, path=path)
+    assert found, f"the stand-in is built with {name}, which is not there"
+    return found
+
+
+@functools.cache
+def libraries() -> Path:
+    """The folder of libcuda.so.1, libnvrtc.so.12 and .13, libcublas.so.12 and .13, built if need be.
+
+    Compiled kernels are kept there too, in kernels/.
+    """
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may want it
+        _run(
+            _program("cmake"),
+            *("-S", SOURCES, "-B", FOLDER, "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={_program('ninja')}",
+        )
+        _run(_program("cmake"), "--build", FOLDER)
+    return FOLDER / "lib"
+
+
+def environment(**settings: object) -> dict[str, str]:
+    """The environment of a program that finds the stand-in where it looks for NVIDIA's libraries.
+
+    Settings by their names in lower case: capability=75, devices, driver_version, memory (bytes),
+    multiprocessors, delay_us, seed, watchdog_ms.
+    """
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("STANDIN_") and name != "CUDA_VISIBLE_DEVICES"
+    }
+    path = [str(libraries()), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    kept["LD_LIBRARY_PATH"] = os.pathsep.join(path)
+    return kept | {f"STANDIN_{name.upper()}": str(value) for name, value in settings.items()}
+
+
+def run_program(
+    code: str, *, timeout: float = 60, variables: dict[str, str] | None = None, **settings: object
+) -> subprocess.CompletedProcess[str]:
+    """A run of Python code in a process of its own, on the stand-in with the given settings."""
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env=environment(**settings) | {"PYTHONPATH": str(SOURCES)} | (variables or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
