@@ -1,0 +1,549 @@
+#include "device/cuda/launch.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/error.h"
+#include "sparse/partition.h"
+
+namespace qi::cuda {
+
+namespace {
+
+constexpr int warp = 32;
+
+int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+unsigned blocks(int64_t n, int64_t per_block) {
+    return unsigned(ceil_div(n, per_block));
+}
+int64_t q8_width(int64_t n_cols) {
+    return ceil_div(n_cols, 32) * 32;
+}
+size_t round256(size_t n) {
+    return (n + 255) / 256 * 256;
+}
+
+// Names as kernels/*.cu and kernels/units.txt have them.
+const char* weight_name(Type type) {
+    switch (type) {
+        case Type::f32:
+            return "F32";
+        case Type::f16:
+            return "F16";
+        case Type::bf16:
+            return "BF16";
+        case Type::q4_0:
+            return "Q4_0";
+        case Type::q4_1:
+            return "Q4_1";
+        case Type::q5_0:
+            return "Q5_0";
+        case Type::q5_1:
+            return "Q5_1";
+        case Type::q8_0:
+            return "Q8_0";
+        case Type::q2_k:
+            return "Q2_K";
+        case Type::q3_k:
+            return "Q3_K";
+        case Type::q4_k:
+            return "Q4_K";
+        case Type::q5_k:
+            return "Q5_K";
+        case Type::q6_k:
+            return "Q6_K";
+    }
+    fail(QI_INTERNAL, "type %d has no CUDA kernels", int(type));
+}
+
+const char* kv_name(Type type) {
+    return type == Type::f16 ? "KvF16" : "KvQ8_0";
+}
+
+// Tokens [first, first + n) of an input.
+Input part_of(const Input& in, int64_t n_cols, int64_t first, int64_t n) {
+    const auto width = size_t(q8_width(n_cols));
+    const auto skip = size_t(first);
+    Input part;
+    part.n_tokens = n;
+    if (in.x) part.x = in.x + skip * size_t(n_cols) * sizeof(float);
+    if (in.q8)
+        part.q8 = {in.q8.codes + skip * width, in.q8.scales + skip * width / 32 * sizeof(float),
+                   in.q8.sums + skip * width / 16 * sizeof(float)};
+    return part;
+}
+
+// Tokens that one launch multiplies a row with.
+constexpr int64_t launch_tokens = 8;
+
+constexpr int attend_threads = 128;
+constexpr int64_t attend_page = 64;
+
+// Query heads that a block of attend.cu computes together.
+int heads_per_block(int64_t group) {
+    return group <= 2 ? int(group) : group <= 4 ? 4 : 8;
+}
+int64_t attend_blocks_y(const AttendArgs& args) {
+    const int64_t group = args.n_head / args.kv.n_head_kv;
+    return args.kv.n_head_kv * ceil_div(group, heads_per_block(group));
+}
+// The most runs of pages that any token below max_positions sees; attend.cu has the lengths.
+int64_t attend_runs(const AttendArgs& args) {
+    const int64_t visible =
+        args.window > 0 ? std::min(args.window, args.max_positions) : args.max_positions;
+    int64_t runs = ceil_div(std::min<int64_t>(visible, 2048), attend_page);
+    if (visible > 8192) runs = std::max(runs, ceil_div(visible, 16 * attend_page));
+    return runs + (args.window > 0);  // a window need not begin where a run does
+}
+
+int tile_rows(int64_t head_dim) {
+    return head_dim <= 128 ? 32 : head_dim <= 256 ? 16 : 0;
+}
+
+}  // namespace
+
+size_t Q8::n_bytes(int64_t n_tokens, int64_t n_cols) {
+    const auto width = size_t(q8_width(n_cols)), n = size_t(n_tokens);
+    return round256(n * width) + round256(n * width / 32 * sizeof(float)) +
+           round256(n * width / 16 * sizeof(float));
+}
+
+Q8 Q8::at(CUdeviceptr base, int64_t n_tokens, int64_t n_cols) {
+    const auto width = size_t(q8_width(n_cols)), n = size_t(n_tokens);
+    Q8 q8;
+    q8.codes = base;
+    q8.scales = q8.codes + round256(n * width);
+    q8.sums = q8.scales + round256(n * width / 32 * sizeof(float));
+    return q8;
+}
+
+size_t NeuronList::n_bytes(int64_t capacity) {
+    return 2 * round256(size_t(capacity) * sizeof(int32_t)) +
+           round256((1 + n_list_bounds) * sizeof(int32_t));
+}
+
+NeuronList NeuronList::at(CUdeviceptr base, int64_t capacity) {
+    NeuronList list;
+    list.capacity = capacity;
+    list.ids = base;
+    list.slots = list.ids + round256(size_t(capacity) * sizeof(int32_t));
+    list.n = list.slots + round256(size_t(capacity) * sizeof(int32_t));
+    list.bounds = list.n + sizeof(int32_t);
+    return list;
+}
+
+double Kernels::LogTerms::log_probability() const {
+    return double(target) - double(maximum) - std::log(sum);
+}
+
+// ---- units ----
+
+const Function& Kernels::function(Source source, Type type, const char* name) {
+    static constexpr const char* files[n_sources] = {
+        "norm.cu",   "matvec.cu", "ffn.cu",         "down.cu",   "rows.cu",
+        "append.cu", "attend.cu", "attend_tile.cu", "select.cu", "logits.cu"};
+    Unit& unit = units_[{source, type}];
+    for (const auto& [known, found] : unit.functions)
+        if (known == name) return found;
+    if (!unit.module) {
+        std::string text = files[size_t(source)];
+        switch (source) {
+            case Source::norm:
+            case Source::select:
+            case Source::logits:
+                break;
+            case Source::append:
+            case Source::attend:
+            case Source::attend_tile:
+                text += std::string(" QI_KV=") + kv_name(type);
+                break;
+            default:
+                text += std::string(" QI_WEIGHT=") + weight_name(type);
+        }
+        unit.module = gpu_->module(text);
+    }
+    unit.functions.emplace_back(name, unit.module->function(name));
+    return unit.functions.back().second;
+}
+
+void Kernels::load(Source source, Type type, std::initializer_list<const char*> names) {
+    for (const char* name : names)
+        function(source, type, name);
+}
+
+// The pointers identify kernels in `function`, so each name is written once.
+namespace names {
+constexpr const char* norm = "qi_norm";
+constexpr const char* quantise = "qi_quantise";
+constexpr const char* act_mul = "qi_act_mul";
+constexpr const char* add = "qi_add";
+constexpr const char* matvec[] = {"qi_matvec_1", "qi_matvec_1x2", "qi_matvec_2", "qi_matvec_3",
+                                  "qi_matvec_4", "qi_matvec_6",   "qi_matvec_8"};
+constexpr const char* ffn[] = {"qi_ffn_1", "qi_ffn_2", "qi_ffn_4", "qi_ffn_8"};
+constexpr const char* down[] = {"qi_down_1", "qi_down_2", "qi_down_4", "qi_down_8"};
+constexpr const char* gather = "qi_gather";
+constexpr const char* widen_to_half = "qi_widen_to_half";
+constexpr const char* widen = "qi_widen";
+constexpr const char* append = "qi_append";
+constexpr const char* attend[] = {"qi_attend_1", "qi_attend_2", "qi_attend_4", "qi_attend_8"};
+constexpr const char* attend_tile[] = {"qi_attend_tile_32", "qi_attend_tile_16"};
+constexpr const char* predicted_masks = "qi_predicted_masks";
+constexpr const char* gate_masks = "qi_gate_masks";
+constexpr const char* compact = "qi_compact";
+constexpr const char* add_partials = "qi_add_partials";
+constexpr const char* argmax = "qi_argmax";
+constexpr const char* top_k = "qi_top_k";
+constexpr const char* log_terms = "qi_log_terms";
+
+// 0 to 3 for kernels made for 1, 2, 4 and 8.
+int power_index(int64_t n) {
+    return n <= 1 ? 0 : n <= 2 ? 1 : n <= 4 ? 2 : 3;
+}
+}  // namespace names
+
+void Kernels::load_weight_kernels(Type type) {
+    for (const char* name : names::matvec)
+        function(Source::matvec, type, name);
+    for (const char* name : names::ffn)
+        function(Source::ffn, type, name);
+    for (const char* name : names::down)
+        function(Source::down, type, name);
+    load(Source::rows, type, {names::gather, names::widen_to_half, names::widen});
+}
+
+void Kernels::load_kv_kernels(Type type) {
+    load(Source::append, type, {names::append});
+    for (const char* name : names::attend)
+        function(Source::attend, type, name);
+    for (const char* name : names::attend_tile)
+        function(Source::attend_tile, type, name);
+}
+
+void Kernels::load_common_kernels() {
+    load(Source::norm, Type::f32, {names::norm, names::quantise, names::act_mul, names::add});
+    load(Source::select, Type::f32,
+         {names::predicted_masks, names::gate_masks, names::compact, names::add_partials});
+    load(Source::logits, Type::f32, {names::argmax, names::top_k, names::log_terms});
+}
+
+// ---- rows ----
+
+void Kernels::norm(const Stream& stream, const NormArgs& args) {
+    const int64_t quads = ceil_div(args.n, 4);
+    const auto threads = unsigned(std::clamp<int64_t>(ceil_div(quads, warp) * warp, warp, 1024));
+    function(Source::norm, Type::f32, names::norm)
+        .launch(stream, {unsigned(args.n_tokens)}, {threads}, 0, args.x, args.weight, args.bias,
+                args.epsilon, int(args.layer), int(args.n), args.out, args.q8.codes,
+                args.q8.scales, args.q8.sums);
+}
+
+// Threads of elementwise kernels, each with four values.
+static constexpr int64_t row_threads = 256;
+
+void Kernels::quantise(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n,
+                       const Q8& out) {
+    function(Source::norm, Type::f32, names::quantise)
+        .launch(stream, {blocks(n, 4 * row_threads), unsigned(n_tokens)}, {row_threads}, 0, x,
+                int(n), out.codes, out.scales, out.sums);
+}
+
+void Kernels::act_mul(const Stream& stream, const ActMulArgs& args) {
+    function(Source::norm, Type::f32, names::act_mul)
+        .launch(stream, {blocks(args.n, 4 * row_threads), unsigned(args.n_tokens)}, {row_threads},
+                0, int(args.act), args.threshold, args.gate, args.up, int(args.n), args.h,
+                args.q8.codes, args.q8.scales, args.q8.sums);
+}
+
+void Kernels::add(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n,
+                  CUdeviceptr y) {
+    function(Source::norm, Type::f32, names::add)
+        .launch(stream, {blocks(n, 4 * row_threads), unsigned(n_tokens)}, {row_threads}, 0, x,
+                int(n), y);
+}
+
+// ---- products ----
+
+// Warps that keep the memory busy: half of what an SM holds, on all of them.
+int64_t Kernels::resident_warps() const {
+    const Gpu::Attributes& gpu = gpu_->attributes();
+    return int64_t(gpu.n_sm) * std::max(gpu.max_threads_per_sm / warp / 2, 16);
+}
+
+void Kernels::launch_product(const Stream& stream, const Input& in,
+                             std::span<const Product> products, const NeuronList* list,
+                             bool by_neuron, bool accumulate) {
+    constexpr int64_t block_warps = 4;
+    const DeviceWeight& first = products[0].w;
+    int64_t n_rows = 0;
+    for (const Product& product : products)
+        n_rows += product.w.n_rows;
+    if (list) n_rows = list->capacity;
+    if (n_rows == 0) return;
+
+    // A warp takes 32 units of a row at a time: blocks, or 16 bytes of floats. The sharing of rows
+    // follows from the matrices alone, so that the order of sums does not depend on the batch.
+    const int64_t unit_cols = wants_q8(first.type) ? 32 : first.type == Type::f32 ? 4 : 8;
+    const int64_t turns = ceil_div(ceil_div(first.n_cols, unit_cols), warp);
+    int warps_per_row = 1;
+    while (warps_per_row < block_warps && 2 * warps_per_row <= turns &&
+           n_rows * warps_per_row < resident_warps() / 2)
+        warps_per_row *= 2;
+
+    const int64_t n = in.n_tokens;
+    const bool two_rows = n_rows >= 2 * resident_warps();
+    const int variant = n == 1 ? (two_rows ? 1 : 0) : n <= 4 ? int(n) : n <= 6 ? 5 : 6;
+    const int64_t rows_per_warp = variant == 0 || variant >= 5 ? 1 : 2;
+    const int64_t rows_per_block = block_warps / warps_per_row * rows_per_warp;
+
+    CUdeviceptr w[3] = {}, bias[3] = {}, y[3] = {};
+    int64_t y_stride[3] = {};
+    int rows[3] = {};
+    for (size_t i = 0; i < products.size(); ++i) {
+        w[i] = products[i].w.data;
+        bias[i] = products[i].bias;
+        y[i] = products[i].y;
+        y_stride[i] = products[i].y_stride;
+        rows[i] = int(products[i].w.n_rows);
+    }
+    const NeuronList none;
+    const NeuronList& rows_of = list ? *list : none;
+    function(Source::matvec, first.type, names::matvec[variant])
+        .launch(stream, {blocks(n_rows, rows_per_block)}, {unsigned(block_warps * warp)}, 0, w[0],
+                w[1], w[2], bias[0], bias[1], bias[2], y[0], y[1], y[2], (long long)y_stride[0],
+                (long long)y_stride[1], (long long)y_stride[2], rows[0], rows[1], rows[2],
+                (long long)first.row_stride, rows_of.slots, rows_of.ids, rows_of.n, int(by_neuron),
+                in.x, in.q8.codes, in.q8.scales, in.q8.sums, int(first.n_cols), int(n),
+                int(accumulate), warps_per_row);
+}
+
+void Kernels::multiply(const Stream& stream, const Input& in, std::span<const Product> products,
+                       bool accumulate) {
+    for (const Product& product : products)
+        if (product.w.type != products[0].w.type || product.w.n_cols != products[0].w.n_cols ||
+            product.w.row_stride != products[0].w.row_stride || products.size() > 3)
+            fail(QI_INTERNAL, "products of one launch have one type and width, and are at most 3");
+    for (int64_t token = 0; token < in.n_tokens; token += launch_tokens) {
+        const int64_t n = std::min(launch_tokens, in.n_tokens - token);
+        std::array<Product, 3> parts{};
+        std::copy(products.begin(), products.end(), parts.begin());
+        for (Product& part : parts)
+            part.y += size_t(token * part.y_stride) * sizeof(float);
+        launch_product(stream, part_of(in, products[0].w.n_cols, token, n),
+                       {parts.data(), products.size()}, nullptr, false, accumulate);
+    }
+}
+
+void Kernels::multiply_listed(const Stream& stream, const Input& in, const Product& product,
+                              const NeuronList& list, bool by_neuron) {
+    for (int64_t token = 0; token < in.n_tokens; token += launch_tokens) {
+        const int64_t n = std::min(launch_tokens, in.n_tokens - token);
+        Product part = product;
+        part.y += size_t(token * part.y_stride) * sizeof(float);
+        launch_product(stream, part_of(in, product.w.n_cols, token, n), {&part, 1}, &list,
+                       by_neuron, false);
+    }
+}
+
+// ---- attention ----
+
+void Kernels::append(const Stream& stream, const AppendArgs& args) {
+    const KvArgs& kv = args.kv;
+    function(Source::append, kv.type, names::append)
+        .launch(stream, {unsigned(args.n_head + kv.n_head_kv), unsigned(args.n_tokens)},
+                {attend_threads}, 0, args.q, (long long)args.q_stride, args.k, args.v,
+                (long long)args.kv_stride, int(args.n_head), int(kv.head_dim), args.cos_sin,
+                int(args.n_rot), int(args.neox), kv.positions, kv.tables, kv.pool,
+                (long long)kv.page_stride, (long long)kv.layer_offset, (long long)kv.head_bytes,
+                kv.pages);
+}
+
+size_t Kernels::attend_ticket_bytes(const AttendArgs& args) {
+    return round256(size_t(args.n_tokens * attend_blocks_y(args)) * sizeof(uint32_t));
+}
+
+size_t Kernels::attend_room_bytes(const AttendArgs& args) const {
+    const auto n_partials = size_t(args.n_tokens * args.n_head * attend_runs(args));
+    return attend_ticket_bytes(args) + n_partials * size_t(args.kv.head_dim + 2) * sizeof(float);
+}
+
+void Kernels::attend(const Stream& stream, const AttendArgs& args) {
+    const KvArgs& kv = args.kv;
+    const int64_t group = args.n_head / kv.n_head_kv, runs = attend_runs(args);
+    const int heads = heads_per_block(group);
+    // q, scores by warp and in all, maximum, total and factor by head, sums by thread.
+    const size_t shared = (size_t(heads) * size_t(kv.head_dim) + 5 * size_t(heads) * attend_page +
+                           3 * size_t(heads) + attend_threads * 8) *
+                          sizeof(float);
+    function(Source::attend, kv.type, names::attend[names::power_index(heads)])
+        .launch(stream, {unsigned(runs), unsigned(attend_blocks_y(args)), unsigned(args.n_tokens)},
+                {attend_threads}, unsigned(shared), args.q, (long long)args.q_stride, args.out,
+                int(args.n_head), int(kv.n_head_kv), int(kv.head_dim), args.scale,
+                int(args.window), int(runs), args.room + attend_ticket_bytes(args), args.room,
+                kv.positions, kv.tables, kv.pool, (long long)kv.page_stride,
+                (long long)kv.layer_offset, (long long)kv.head_bytes, kv.pages);
+}
+
+int64_t Kernels::attend_tile_tokens(const AttendArgs& args) {
+    const int64_t rows = tile_rows(args.kv.head_dim);
+    if (rows == 0) return 0;
+    return rows / std::min(rows, args.n_head / args.kv.n_head_kv);
+}
+
+void Kernels::attend_tiles(const Stream& stream, const AttendArgs& args) {
+    const KvArgs& kv = args.kv;
+    const int64_t rows = tile_rows(kv.head_dim), group = args.n_head / kv.n_head_kv;
+    const int64_t parts = ceil_div(group, std::min(rows, group));
+    const int64_t half_bytes = kv.type == Type::f16
+                                   ? kv.head_dim * attend_page * 2
+                                   : kv.head_dim * attend_page + kv.head_dim / 32 * attend_page * 2;
+    const int64_t shared =
+        rows * (kv.head_dim + attend_page) * int64_t(sizeof(float)) + half_bytes;
+    const Function& kernel =
+        function(Source::attend_tile, kv.type, names::attend_tile[rows == 32 ? 0 : 1]);
+    if (shared > 48 * 1024) kernel.allow_dynamic_shared(int(shared));
+    kernel.launch(stream, {unsigned(args.n_tiles), unsigned(kv.n_head_kv * parts)}, {256},
+                  unsigned(shared), args.q, (long long)args.q_stride, args.out, int(args.n_head),
+                  int(kv.n_head_kv), int(kv.head_dim), args.scale, int(args.window), args.tiles,
+                  kv.positions, kv.tables, kv.pool, (long long)kv.page_stride,
+                  (long long)kv.layer_offset, (long long)kv.head_bytes, kv.pages);
+}
+
+// ---- neurons ----
+
+void Kernels::predicted_masks(const Stream& stream, CUdeviceptr predictions, float threshold,
+                              CUdeviceptr rules, int64_t n_tokens, int64_t n_ff, CUdeviceptr masks,
+                              CUdeviceptr named) {
+    function(Source::select, Type::f32, names::predicted_masks)
+        .launch(stream, {blocks(n_ff, row_threads)}, {row_threads}, 0, predictions, threshold,
+                rules, int(n_tokens), int(n_ff), masks, named);
+}
+
+void Kernels::gate_masks(const Stream& stream, CUdeviceptr gates, float threshold,
+                         CUdeviceptr slot_of_neuron, bool within, int64_t n_tokens, int64_t n_ff,
+                         CUdeviceptr masks, CUdeviceptr named) {
+    function(Source::select, Type::f32, names::gate_masks)
+        .launch(stream, {blocks(n_ff, row_threads)}, {row_threads}, 0, gates, threshold,
+                slot_of_neuron, int(within), int(n_tokens), int(n_ff), masks, named);
+}
+
+void Kernels::compact(const Stream& stream, CUdeviceptr named, CUdeviceptr slot_of_neuron,
+                      int64_t n_ff, const NeuronList& list) {
+    function(Source::select, Type::f32, names::compact)
+        .launch(stream, {1}, {1024}, 0, named, slot_of_neuron, int(n_ff), list.ids, list.slots,
+                list.n, list.bounds);
+}
+
+void Kernels::ffn_rows(const Stream& stream, const FfnArgs& args) {
+    constexpr int64_t block_warps = 4;
+    const NeuronWeights& w = args.w;
+    if (w.gated && !args.gates && w.gate_type != w.up_type)
+        fail(QI_INTERNAL, "gate and up of two types: compute the gates first");
+    const int64_t n_neurons = args.list ? args.list->capacity : w.n_ff;
+    if (n_neurons == 0) return;
+    const NeuronList none;
+    const NeuronList& list = args.list ? *args.list : none;
+    const int64_t n_words = ceil_div(w.n_ff, 32);
+    for (int64_t token = 0; token < args.in.n_tokens; token += launch_tokens) {
+        const int64_t n = std::min(launch_tokens, args.in.n_tokens - token);
+        const Input in = part_of(args.in, w.n_embd, token, n);
+        const CUdeviceptr h = args.h + size_t(token * args.h_stride) * sizeof(float);
+        const CUdeviceptr gates =
+            args.gates ? args.gates + size_t(token * w.n_ff) * sizeof(float) : 0;
+        const CUdeviceptr masks =
+            args.masks ? args.masks + size_t(token * n_words) * sizeof(uint32_t) : 0;
+        function(Source::ffn, w.up_type, names::ffn[names::power_index(n)])
+            .launch(stream, {blocks(n_neurons, block_warps)}, {unsigned(block_warps * warp)}, 0,
+                    w.records, (long long)w.layout.stride, (long long)w.layout.gate_offset,
+                    (long long)w.layout.up_offset, int(w.gated), list.slots, list.ids, list.n,
+                    int(w.n_ff), w.gate_bias, w.up_bias, int(args.act), args.threshold, gates,
+                    (long long)w.n_ff, masks, int(n_words), h, (long long)args.h_stride,
+                    int(args.by_neuron), in.x, in.q8.codes, in.q8.scales, in.q8.sums,
+                    int(w.n_embd), int(n));
+    }
+}
+
+void Kernels::down_rows(const Stream& stream, const DownArgs& args) {
+    const NeuronWeights& w = args.w;
+    const NeuronList none;
+    const NeuronList& list = args.list ? *args.list : none;
+    const int variant = names::power_index(args.n_tokens);
+    const int64_t tokens_per_block = int64_t(1) << variant;
+    function(Source::down, w.down_type, names::down[variant])
+        .launch(stream,
+                {blocks(w.n_embd, 256), unsigned(n_partitions),
+                 blocks(args.n_tokens, tokens_per_block)},
+                {256}, 0, w.records + w.layout.down_offset, (long long)w.layout.stride,
+                int(w.n_embd), list.slots, list.bounds, int(w.n_ff), args.h,
+                (long long)args.h_stride, list.ids, int(args.by_neuron), int(args.n_tokens),
+                args.partial);
+}
+
+void Kernels::add_partials(const Stream& stream, CUdeviceptr partial, CUdeviceptr bias,
+                           CUdeviceptr other, int64_t n_tokens, int64_t n_embd, CUdeviceptr y) {
+    function(Source::select, Type::f32, names::add_partials)
+        .launch(stream, {blocks(n_embd, row_threads), unsigned(n_tokens)}, {row_threads}, 0,
+                partial, int(n_partitions), bias, other, int(n_tokens), int(n_embd), y);
+}
+
+// ---- rows of a weight as numbers ----
+
+void Kernels::gather(const Stream& stream, const DeviceWeight& w, CUdeviceptr rows, int64_t n,
+                     bool accumulate, CUdeviceptr out) {
+    function(Source::rows, w.type, names::gather)
+        .launch(stream, {blocks(w.n_cols, 8 * row_threads), unsigned(n)}, {row_threads}, 0, w.data,
+                (long long)w.row_stride, int(w.n_cols), rows, int(accumulate), out);
+}
+
+void Kernels::widen(const Stream& stream, const DeviceWeight& w, int64_t first, int64_t n, Type to,
+                    CUdeviceptr out) {
+    constexpr int64_t most_rows = 65535;  // of a grid's second dimension
+    const size_t out_bytes = row_bytes(to, w.n_cols);
+    for (int64_t row = 0; row < n; row += most_rows) {
+        const Size3 grid = {blocks(w.n_cols, 8 * row_threads),
+                            unsigned(std::min(most_rows, n - row))};
+        const CUdeviceptr at = out + size_t(row) * out_bytes;
+        if (to == Type::f32)
+            function(Source::rows, w.type, names::widen)
+                .launch(stream, grid, {row_threads}, 0, w.data, (long long)w.row_stride,
+                        int(w.n_cols), int(first + row), at);
+        else
+            function(Source::rows, w.type, names::widen_to_half)
+                .launch(stream, grid, {row_threads}, 0, w.data, (long long)w.row_stride,
+                        int(w.n_cols), int(first + row), int(to == Type::bf16), at);
+    }
+}
+
+// ---- logits ----
+
+static constexpr int64_t argmax_cols = 8192;
+
+size_t Kernels::argmax_ticket_bytes(int64_t n) {
+    return round256(size_t(n) * sizeof(uint32_t));
+}
+
+size_t Kernels::argmax_room_bytes(int64_t n, int64_t n_vocab) {
+    return argmax_ticket_bytes(n) + size_t(n * ceil_div(n_vocab, argmax_cols)) * sizeof(uint64_t);
+}
+
+void Kernels::argmax(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab,
+                     CUdeviceptr room, CUdeviceptr ids) {
+    function(Source::logits, Type::f32, names::argmax)
+        .launch(stream, {blocks(n_vocab, argmax_cols), unsigned(n)}, {256}, 0, logits,
+                int(n_vocab), room + argmax_ticket_bytes(n), room, ids);
+}
+
+void Kernels::top_k(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab,
+                    int64_t k, CUdeviceptr values, CUdeviceptr ids) {
+    function(Source::logits, Type::f32, names::top_k)
+        .launch(stream, {unsigned(n)}, {1024}, 0, logits, int(n_vocab), int(k), values, ids);
+}
+
+void Kernels::log_terms(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab,
+                        CUdeviceptr targets, CUdeviceptr terms) {
+    function(Source::logits, Type::f32, names::log_terms)
+        .launch(stream, {unsigned(n)}, {1024}, 0, logits, int(n_vocab), targets, terms);
+}
+
+}  // namespace qi::cuda

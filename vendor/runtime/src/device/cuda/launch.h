@@ -1,0 +1,300 @@
+// The CUDA kernels as typed calls: what each computes, from where, in which shape.
+//
+// A call enqueues one launch (a few where said) on a stream and returns; its arguments are baked
+// into a captured graph, what they point at is not. Device pointers are addresses; the contexts of
+// streams and memory must be those of the Kernels' Gpu, and it must be Current. Rows of
+// activations are float [n_tokens][width], contiguous unless a stride is given; n_tokens is at
+// least 1 and everything else is checked where it is made, not here.
+//
+// A token that is only there to fill a captured shape has a position below 0: nothing is stored
+// for it, nothing attended to, and what its rows hold is without meaning.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "device/cuda/gpu.h"
+#include "device/cuda/layout.h"
+#include "kernels/vector_ops.h"
+#include "quant/types.h"
+
+namespace qi::cuda {
+
+// ---- what kernels read and write ----
+
+// A matrix on the device, its rows as layout.h has them.
+struct DeviceWeight {
+    Type type = Type::f32;
+    CUdeviceptr data = 0;
+    int64_t n_rows = 0;
+    int64_t n_cols = 0;
+    size_t row_stride = 0;  // device_row_bytes, or a record's stride
+};
+
+// Activations quantised by 32s. width is n_cols rounded up to a multiple of 32.
+struct Q8 {
+    CUdeviceptr codes = 0;   // int8 [n_tokens][width]
+    CUdeviceptr scales = 0;  // float [n_tokens][width/32]
+    CUdeviceptr sums = 0;    // float [n_tokens][width/16]
+
+    explicit operator bool() const { return codes != 0; }
+    // One allocation for all three, and their places in it.
+    static size_t n_bytes(int64_t n_tokens, int64_t n_cols);
+    static Q8 at(CUdeviceptr base, int64_t n_tokens, int64_t n_cols);
+};
+
+// Block types are multiplied with q8 rows, float types with float rows.
+inline bool wants_q8(Type weight_type) {
+    return traits(weight_type).block_size > 1;
+}
+
+// The input of products; only the form that the weights want need be there.
+struct Input {
+    CUdeviceptr x = 0;  // float [n_tokens][n_cols]
+    Q8 q8;
+    int64_t n_tokens = 0;
+};
+
+// y = W·x + bias, or y += W·x + bias.
+struct Product {
+    DeviceWeight w;
+    CUdeviceptr bias = 0;  // float [n_rows], or 0
+    CUdeviceptr y = 0;     // [n_tokens][y_stride]
+    int64_t y_stride = 0;
+};
+
+// Rows chosen by a list in device memory, as `compact` makes it.
+struct NeuronList {
+    CUdeviceptr ids = 0;     // int32, neurons, ascending
+    CUdeviceptr slots = 0;   // int32, where each one's record is
+    CUdeviceptr n = 0;       // int32, how many
+    CUdeviceptr bounds = 0;  // int32 [n_list_bounds], where each fixed run of neurons begins
+    int64_t capacity = 0;    // the most there can be
+
+    static size_t n_bytes(int64_t capacity);
+    static NeuronList at(CUdeviceptr base, int64_t capacity);
+};
+inline constexpr int n_list_bounds = 16 * 8 + 1;
+
+enum class DeviceAct : int { silu, relu, gelu_erf, gelu_tanh, fatrelu, relu_relu };
+
+// ---- rows ----
+
+struct NormArgs {
+    bool layer = false;  // layer norm instead of rms norm
+    float epsilon = 0;
+    CUdeviceptr weight = 0;  // [n]
+    CUdeviceptr bias = 0;    // [n], or 0
+    CUdeviceptr x = 0;
+    int64_t n_tokens = 0, n = 0;
+    CUdeviceptr out = 0;  // or 0
+    Q8 q8;                // or none
+};
+
+// h = act(gate) ⊙ up, or act(gate) where up is 0.
+struct ActMulArgs {
+    DeviceAct act{};
+    float threshold = 0;  // fatrelu's
+    CUdeviceptr gate = 0, up = 0;
+    int64_t n_tokens = 0, n = 0;
+    CUdeviceptr h = 0;  // may be gate; or 0
+    Q8 q8;              // or none
+};
+
+// ---- attention ----
+
+// Keys and values of one layer, pages as kernels/attention.h has them.
+struct KvArgs {
+    Type type = Type::f16;
+    CUdeviceptr pool = 0;
+    size_t page_stride = 0;   // between pages, all layers included
+    size_t layer_offset = 0;  // of this layer in a page
+    size_t head_bytes = 0;
+    int64_t n_head_kv = 0, head_dim = 0;
+    CUdeviceptr pages = 0;      // int32, the page tables of all sequences, one after the other
+    CUdeviceptr positions = 0;  // int32 [n_tokens]; below 0: no token
+    CUdeviceptr tables = 0;     // int32 [n_tokens], where the token's table begins in `pages`
+};
+
+struct AppendArgs {
+    KvArgs kv;
+    CUdeviceptr q = 0;  // [n_tokens][q_stride], rotated in place
+    int64_t q_stride = 0, n_head = 0;
+    CUdeviceptr k = 0, v = 0;  // [n_tokens][kv_stride], left as they are
+    int64_t kv_stride = 0;
+    CUdeviceptr cos_sin = 0;  // [n_tokens][n_rot/2][2]; 0: no rotation
+    int64_t n_rot = 0;
+    bool neox = false;
+    int64_t n_tokens = 0;
+};
+
+struct AttendArgs {
+    KvArgs kv;
+    CUdeviceptr q = 0;  // [n_tokens][q_stride]
+    int64_t q_stride = 0, n_head = 0;
+    float scale = 0;
+    int64_t window = 0;   // 0: none
+    CUdeviceptr out = 0;  // [n_tokens][n_head · head_dim]
+    int64_t n_tokens = 0;
+    // Few tokens: no position is at or beyond this, which fixes the launch; room of
+    // attend_room_bytes, whose first attend_ticket_bytes were zeroed once.
+    int64_t max_positions = 0;
+    CUdeviceptr room = 0;
+    // Many tokens: int32 [n_tiles][2], first token and number of tokens of each tile, all of one
+    // sequence and at most attend_tile_tokens of them.
+    CUdeviceptr tiles = 0;
+    int64_t n_tiles = 0;
+};
+
+// ---- neurons ----
+
+// Gate and up (or up alone) of the neurons a GPU holds, one record each.
+struct NeuronWeights {
+    Type gate_type = Type::f32, up_type = Type::f32, down_type = Type::f32;
+    bool gated = false;
+    CUdeviceptr records = 0;  // slot s at records + s · layout.stride
+    NeuronLayout layout;
+    int64_t n_embd = 0;
+    int64_t n_ff = 0;           // neurons of the layer, wherever they are
+    CUdeviceptr gate_bias = 0;  // [n_ff], or 0
+    CUdeviceptr up_bias = 0;    // [n_ff], or 0
+};
+
+struct FfnArgs {
+    NeuronWeights w;
+    Input in;
+    const NeuronList* list = nullptr;  // null: all n_ff neurons, each in the slot of its number
+    DeviceAct act{};
+    float threshold = 0;       // fatrelu's
+    CUdeviceptr gates = 0;     // [n_tokens][n_ff] already known (by neuron, bias included), or 0
+    CUdeviceptr masks = 0;     // uint32 [n_tokens][n_words], or 0: every token uses all
+    CUdeviceptr h = 0;         // [n_tokens][h_stride]
+    int64_t h_stride = 0;
+    bool by_neuron = false;  // h stands at the neuron's number, not at its place in the list
+};
+
+struct DownArgs {
+    NeuronWeights w;
+    const NeuronList* list = nullptr;
+    CUdeviceptr h = 0;  // as ffn_rows left it
+    int64_t h_stride = 0;
+    bool by_neuron = false;
+    int64_t n_tokens = 0;
+    CUdeviceptr partial = 0;  // [n_partitions][n_tokens][n_embd]
+};
+
+class Kernels {
+  public:
+    explicit Kernels(std::shared_ptr<Gpu> gpu) : gpu_(std::move(gpu)) {}
+
+    // Kernels are compiled and loaded when first launched, which must not happen while capturing;
+    // these do it ahead.
+    void load_weight_kernels(Type type);
+    void load_kv_kernels(Type type);
+    void load_common_kernels();
+
+    // ---- rows ----
+    void norm(const Stream& stream, const NormArgs& args);
+    void quantise(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n, const Q8& out);
+    void act_mul(const Stream& stream, const ActMulArgs& args);
+    // y += x
+    void add(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n, CUdeviceptr y);
+
+    // ---- products ----
+    // Products of one input with up to three matrices of one type and width, in one launch for up
+    // to 8 tokens, one more for each further 8.
+    void multiply(const Stream& stream, const Input& in, std::span<const Product> products,
+                  bool accumulate);
+    // The listed rows: y[t] at the place in the list, or at the neuron's number.
+    void multiply_listed(const Stream& stream, const Input& in, const Product& product,
+                         const NeuronList& list, bool by_neuron);
+
+    // ---- attention ----
+    void append(const Stream& stream, const AppendArgs& args);
+    // By runs of pages, for few tokens.
+    void attend(const Stream& stream, const AttendArgs& args);
+    size_t attend_room_bytes(const AttendArgs& args) const;
+    static size_t attend_ticket_bytes(const AttendArgs& args);
+    // By tiles of tokens, for prompts. 0 tokens per tile: heads too wide, use attend.
+    void attend_tiles(const Stream& stream, const AttendArgs& args);
+    static int64_t attend_tile_tokens(const AttendArgs& args);
+
+    // ---- neurons ----
+    // masks [n_tokens][n_words] and named [n_words], uint32 with a bit per neuron: those whose
+    // prediction is not below the threshold for tokens of rule `predict`, all for other tokens.
+    // rules: uint8 [n_tokens], NeuronRule's numbers.
+    void predicted_masks(const Stream& stream, CUdeviceptr predictions, float threshold,
+                         CUdeviceptr rules, int64_t n_tokens, int64_t n_ff, CUdeviceptr masks,
+                         CUdeviceptr named);
+    // The same for those whose gate passes the activation's threshold; `within` keeps to the masks
+    // found before. Neurons without a slot have no gate: slot_of_neuron int32 [n_ff], or 0.
+    void gate_masks(const Stream& stream, CUdeviceptr gates, float threshold,
+                    CUdeviceptr slot_of_neuron, bool within, int64_t n_tokens, int64_t n_ff,
+                    CUdeviceptr masks, CUdeviceptr named);
+    // The named neurons that have a slot.
+    void compact(const Stream& stream, CUdeviceptr named, CUdeviceptr slot_of_neuron, int64_t n_ff,
+                 const NeuronList& list);
+    // h = act(gate·x) · (up·x) of the listed neurons, 0 where a token does not use one. Up to 8
+    // tokens a launch. Gate and up of one type, unless the gates are known.
+    void ffn_rows(const Stream& stream, const FfnArgs& args);
+    // The down rows of the listed neurons, weighed by h and added by partition.
+    void down_rows(const Stream& stream, const DownArgs& args);
+    // y += Σ partial + bias + other; bias [n_embd] and other [n_tokens][n_embd] may be 0.
+    void add_partials(const Stream& stream, CUdeviceptr partial, CUdeviceptr bias,
+                      CUdeviceptr other, int64_t n_tokens, int64_t n_embd, CUdeviceptr y);
+
+    // ---- rows of a weight as numbers ----
+    // out[i] = row rows[i] (or += it); rows int32 [n], below 0 leaves out[i] alone.
+    void gather(const Stream& stream, const DeviceWeight& w, CUdeviceptr rows, int64_t n,
+                bool accumulate, CUdeviceptr out);
+    // out [n][n_cols] = rows first … first + n - 1, to f32, f16 or bf16.
+    void widen(const Stream& stream, const DeviceWeight& w, int64_t first, int64_t n, Type to,
+               CUdeviceptr out);
+
+    // ---- logits [n][n_vocab] ----
+    // ids int32 [n]; room of argmax_room_bytes whose first argmax_ticket_bytes were zeroed once.
+    void argmax(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab,
+                CUdeviceptr room, CUdeviceptr ids);
+    static size_t argmax_room_bytes(int64_t n, int64_t n_vocab);
+    static size_t argmax_ticket_bytes(int64_t n);
+    // values float [n][k], ids int32 [n][k], falling, lower ids first among equals; k to 1024.
+    void top_k(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab, int64_t k,
+               CUdeviceptr values, CUdeviceptr ids);
+    static constexpr int64_t top_k_max = 1024;
+    // terms [n] of targets int32 [n].
+    struct LogTerms {
+        float target, maximum;
+        double sum;  // Σ exp(logit - maximum)
+        double log_probability() const;
+    };
+    void log_terms(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab,
+                   CUdeviceptr targets, CUdeviceptr terms);
+
+    const std::shared_ptr<Gpu>& gpu() const { return gpu_; }
+
+  private:
+    // A loaded unit and those of its kernels that were asked for, by the address of their name.
+    struct Unit {
+        std::shared_ptr<Module> module;
+        std::vector<std::pair<const char*, Function>> functions;
+    };
+    enum class Source { norm, matvec, ffn, down, rows, append, attend, attend_tile, select, logits };
+    static constexpr size_t n_sources = 10;
+
+    const Function& function(Source source, Type type, const char* name);
+    void load(Source source, Type type, std::initializer_list<const char*> names);
+    void launch_product(const Stream& stream, const Input& in, std::span<const Product> products,
+                        const NeuronList* list, bool by_neuron, bool accumulate);
+    int64_t resident_warps() const;
+
+    std::shared_ptr<Gpu> gpu_;
+    std::map<std::pair<Source, Type>, Unit> units_;
+};
+
+}  // namespace qi::cuda
