@@ -4,7 +4,6 @@ The folder gets one cubin per unit and architecture, and cubins.cpp, which embed
 """
 
 import ctypes
-import glob
 import importlib.util
 import os
 import sys
@@ -54,8 +53,8 @@ def nvrtc_library() -> Path:
 
 def compile_job(job: Job, library: Path, kernels: Path = KERNELS) -> Result:
     """Compiles as the runtime does, with the job's options added."""
-    for builtins in sorted(glob.glob(str(library.parent / "libnvrtc-builtins.so.*"))):
-        ctypes.CDLL(builtins)
+    for builtins in sorted(library.parent.glob("libnvrtc-builtins.so.*")):
+        ctypes.CDLL(str(builtins))
     nvrtc = ctypes.CDLL(str(library))
     source, *definitions = job.unit.split()
     headers = sorted(kernels.glob("*.cuh"))

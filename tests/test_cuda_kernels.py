@@ -1,5 +1,6 @@
 """The real NVRTC compiles every kernel for every architecture; no GPU is needed."""
 
+import os
 import re
 import subprocess
 import sys
@@ -127,7 +128,8 @@ def test_embedding_asks_for_the_compiler_and_nothing_else_does(tmp_path: Path) -
         code = f"import qinfer_build; print('\\n'.join(qinfer_build.{hook}({settings!r})))"
         done = subprocess.run(
             [sys.executable, "-c", code],
-            cwd=ROOT / "build_backend",
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "build_backend")},
             capture_output=True,
             text=True,
             check=True,
