@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from scikit_build_core import build as core
@@ -14,10 +16,16 @@ from scikit_build_core import build as core
 Settings = dict[str, str | list[str]] | None
 
 # What `pip install -C<name>=<value>` takes beside scikit-build-core's own settings.
-_CHOICES = {"native": ("cmake.define.QINFER_NATIVE", {"on": "ON", "off": "OFF"})}
+_CHOICES = {
+    "native": ("cmake.define.QINFER_NATIVE", {"on": "ON", "off": "OFF"}),
+    "cuda": ("cmake.define.QINFER_CUDA", {"off": "off", "jit": "jit", "embed": "embed"}),
+}
+
+# 12.9 is the newest whose cubins load on drivers of CUDA 12 and 13 alike.
+_NVRTC = "nvidia-cuda-nvrtc-cu12==12.9.*"
 
 
-def _translate(settings: Settings) -> Settings:
+def _translate(settings: Settings) -> dict[str, str | list[str]]:
     translated: dict[str, str | list[str]] = {}
     for name, value in (settings or {}).items():
         if name not in _CHOICES:
@@ -28,6 +36,30 @@ def _translate(settings: Settings) -> Settings:
             sys.exit(f"-C{name}={value}: the allowed values are {', '.join(allowed)}.")
         translated[define] = allowed[value]
     return translated
+
+
+def _embeds_cubins(settings: Settings) -> bool:
+    return (settings or {}).get("cuda") == "embed"
+
+
+def _requires(settings: Settings, found: list[str]) -> list[str]:
+    return [*found, _NVRTC] if _embeds_cubins(settings) else found
+
+
+@contextmanager
+def _with_cubins(settings: Settings) -> Iterator[Settings]:
+    """The translated settings; with -Ccuda=embed, of a build that finds compiled kernels."""
+    translated = _translate(settings)
+    if not _embeds_cubins(settings):
+        yield translated
+        return
+    with tempfile.TemporaryDirectory(prefix="qinfer-cubins-") as folder:
+        command = [sys.executable, str(Path(__file__).with_name("cubins.py")), folder]
+        done = subprocess.run(command, check=False)
+        if done.returncode != 0:
+            sys.exit(done.returncode)
+        translated["cmake.define.QINFER_CUBINS"] = str(Path(folder, "cubins.cpp"))
+        yield translated
 
 
 def _check_machine() -> None:
@@ -59,12 +91,14 @@ def get_requires_for_build_sdist(config_settings: Settings = None) -> list[str]:
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
     _check_machine()
-    return core.get_requires_for_build_wheel(_translate(config_settings))
+    found = core.get_requires_for_build_wheel(_translate(config_settings))
+    return _requires(config_settings, found)
 
 
 def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
     _check_machine()
-    return core.get_requires_for_build_editable(_translate(config_settings))
+    found = core.get_requires_for_build_editable(_translate(config_settings))
+    return _requires(config_settings, found)
 
 
 def prepare_metadata_for_build_wheel(
@@ -83,18 +117,20 @@ def build_wheel(
     wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
 ) -> str:
     _check_machine()
-    return core.build_wheel(wheel_directory, _translate(config_settings), metadata_directory)
+    with _with_cubins(config_settings) as settings:
+        return core.build_wheel(wheel_directory, settings, metadata_directory)
 
 
 def build_editable(
     wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
 ) -> str:
     _check_machine()
-    return core.build_editable(wheel_directory, _translate(config_settings), metadata_directory)
+    with _with_cubins(config_settings) as settings:
+        return core.build_editable(wheel_directory, settings, metadata_directory)
 
 
 def build_sdist(sdist_directory: str, config_settings: Settings = None) -> str:
-    settings = _translate(config_settings) or {}
+    settings = _translate(config_settings)
     if not (Path(".git").exists() and shutil.which("git")):
         return core.build_sdist(sdist_directory, settings)
     command = ["git", "rev-parse", "--short=12", "HEAD"]

@@ -7,7 +7,8 @@ import platform
 import sys
 from pathlib import Path
 
-from . import __version__, _machine
+from . import __version__, _cuda, _machine
+from .errors import QInferError
 
 _PACKAGES = {
     "numpy": "arrays",
@@ -40,7 +41,7 @@ def findings() -> list[tuple[str, str]]:
         ("cores", f"{cpu.n_usable_cores} usable of {cpu.n_physical_cores}"),
         ("memory", _memory()),
         ("bandwidth", f"{bandwidth / 1e9:.1f} GB/s read by {cpu.n_usable_cores} threads"),
-        ("CUDA", f"not used: this version computes on the CPU only; {_nvidia_driver()}"),
+        *_cuda_findings(),
         ("CANN", f"not used: this version computes on the CPU only; {_ascend_driver()}"),
     ]
     for name, purpose in _PACKAGES.items():
@@ -57,9 +58,42 @@ def _memory() -> str:
     return f"{free / _GIB:.1f} GiB free of {total / _GIB:.1f} GiB"
 
 
-def _nvidia_driver() -> str:
-    version = Path("/proc/driver/nvidia/version")
-    return "an NVIDIA driver is there" if version.exists() else "no NVIDIA driver is there either"
+def _cuda_findings() -> list[tuple[str, str]]:
+    """The verdict first, then what it rests on."""
+    found = _cuda.info()
+    if found.driver.problem:
+        return [("CUDA", f"not used: {found.driver.problem}")]
+    rows = [("  driver", f"for CUDA {found.driver.version}")]
+    verdict = ""
+    for number in range(found.n_devices):
+        working, finding = _gpu(number)
+        rows.append((f"  GPU {number}", finding))
+        if working and not verdict:
+            verdict = f"GPU {number} computes"
+    rows.append(("  NVRTC", _library(found.nvrtc)))
+    if found.n_embedded_cubins:
+        rows.append(("  kernels", f"{found.n_embedded_cubins} came compiled with this package"))
+    rows.append(("  cuBLAS", _library(found.cublas)))
+    if verdict and found.cublas.problem:
+        verdict += "; prompts go faster with cuBLAS, which is missing (see below)"
+    return [("CUDA", verdict or "not used: no GPU computes (see below)"), *rows]
+
+
+def _gpu(number: int) -> tuple[bool, str]:
+    """Whether a GPU computes, and what to say of it."""
+    try:
+        gpu = _cuda.gpu(number)
+        major, minor = gpu.compute_capability
+        name = f"{gpu.name}, compute capability {major}.{minor}"
+        probe = _cuda.probe(number)
+    except QInferError as error:
+        return False, str(error)
+    memory = f"{probe.free_bytes / _GIB:.1f} GiB free of {gpu.memory_bytes / _GIB:.1f} GiB"
+    return True, f"{name}, {memory}; computes with a kernel that was {probe.kernel_origin}"
+
+
+def _library(component: _cuda.Component) -> str:
+    return component.problem or f"{component.version}, {component.path}"
 
 
 def _ascend_driver() -> str:

@@ -146,6 +146,14 @@ CUBLAS_API cublasStatus_t cublasGetVersion_v2(cublasHandle_t handle, int* versio
                        [](Handle&) { return CUBLAS_STATUS_SUCCESS; });
 }
 
+// Part 0, 1 or 2 of the version; needs no handle.
+CUBLAS_API cublasStatus_t cublasGetProperty(int which, int* value) {
+    const int parts[] = {STANDIN_CUDA_MAJOR, STANDIN_CUDA_MAJOR >= 13 ? 0 : 9, 0};
+    if (which < 0 || which > 2 || !value) return CUBLAS_STATUS_INVALID_VALUE;
+    *value = parts[which];
+    return CUBLAS_STATUS_SUCCESS;
+}
+
 CUBLAS_API const char* cublasGetStatusString(cublasStatus_t status) {
     switch (status) {
         case CUBLAS_STATUS_SUCCESS:

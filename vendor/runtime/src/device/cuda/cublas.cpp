@@ -42,6 +42,7 @@ constexpr int MINOR_VERSION = 1;
 
 struct Library {
     CublasInfo info;
+    const char* (*cublasGetStatusString)(cublasStatus) = nullptr;
 #define QI_CUBLAS_MEMBER(name, symbol, parameters) cublasStatus(*name) parameters = nullptr;
     QI_CUBLAS_ENTRIES(QI_CUBLAS_MEMBER)
 #undef QI_CUBLAS_MEMBER
@@ -58,6 +59,9 @@ Library load() {
     if (library.name == nullptr && missing == nullptr) missing = symbol;
     QI_CUBLAS_ENTRIES(QI_CUBLAS_FIND)
 #undef QI_CUBLAS_FIND
+    library.cublasGetStatusString = reinterpret_cast<decltype(library.cublasGetStatusString)>(
+        dlsym(found.handle, "cublasGetStatusString"));
+    if (library.cublasGetStatusString == nullptr) missing = "cublasGetStatusString";
     if (missing != nullptr)
         fail(QI_DEVICE, "%s has no %s, so it is no cuBLAS that qinfer can use: %s",
              found.path.c_str(), missing, install_line(driver().version));
@@ -77,35 +81,11 @@ const Library& library() {
     return *found;
 }
 
-// What the documentation calls the statuses; a function that names them came late.
-const char* status_text(cublasStatus status) {
-    switch (status) {
-        case 1:
-            return "not initialised";
-        case 3:
-            return "an allocation failed";
-        case 7:
-            return "an invalid value";
-        case 8:
-            return "the GPU lacks a feature";
-        case 11:
-            return "a mapping failed";
-        case 13:
-            return "execution failed";
-        case 14:
-            return "an internal operation failed";
-        case 15:
-            return "not supported";
-        default:
-            return "an unknown status";
-    }
-}
-
 void check_cublas(cublasStatus status, const char* doing) {
     constexpr cublasStatus allocation_failed = 3;
     if (status != 0)
         fail(status == allocation_failed ? QI_MEMORY : QI_DEVICE, "cuBLAS failed while %s: %s (%d)",
-             doing, status_text(status), status);
+             doing, library().cublasGetStatusString(status), status);
 }
 
 void* pointer(CUdeviceptr address) {

@@ -150,7 +150,9 @@ Current::Current(const Gpu& gpu) {
 
 Current::Current(const Gpu& gpu, std::nothrow_t) noexcept {
     const Driver* d = driver_if_usable();
-    pushed_ = d != nullptr && d->cuCtxPushCurrent(gpu.context()) == CUDA_SUCCESS;
+    // Twice, because a failure that passes would leave behind what is to be released.
+    pushed_ = d != nullptr && (d->cuCtxPushCurrent(gpu.context()) == CUDA_SUCCESS ||
+                               d->cuCtxPushCurrent(gpu.context()) == CUDA_SUCCESS);
 }
 
 Current::~Current() {
@@ -281,7 +283,12 @@ Stream::Stream(std::shared_ptr<Gpu> gpu, int priority) : OnGpu(std::move(gpu)) {
 Stream::~Stream() {
     if (handle_ == nullptr) return;
     Current current(*gpu(), std::nothrow);
-    if (current.ok()) driver_if_usable()->cuStreamDestroy(handle_);
+    if (!current.ok()) return;
+    // An exception may pass by while work is queued; the memory and the kernels that it uses are
+    // released next. A lost device answers at once.
+    const Driver& d = *driver_if_usable();
+    if (d.cuStreamSynchronize(handle_) != CUDA_SUCCESS) d.cuCtxSynchronize();
+    d.cuStreamDestroy(handle_);
 }
 
 Stream::Stream(Stream&& other) noexcept
@@ -478,7 +485,12 @@ void Graph::abandon(const Stream& stream) noexcept {
 void Graph::finish(const Stream& stream) {
     const Driver& d = driver();
     CUgraph graph = nullptr;
-    check(d.cuStreamEndCapture(stream.handle(), &graph), "recording a graph");
+    const CUresult ended = d.cuStreamEndCapture(stream.handle(), &graph);
+    if (ended != CUDA_SUCCESS) {
+        if (graph != nullptr) d.cuGraphDestroy(graph);
+        abandon(stream);
+        fail_cuda(ended, "recording a graph");
+    }
     const CUresult result = d.cuGraphInstantiateWithFlags(&executable_, graph, 0);
     d.cuGraphDestroy(graph);
     check(result, "making a graph ready");

@@ -181,7 +181,8 @@ class PinnedMemory : public OnGpu {
 
 class Event;
 
-// Ordered work; streams do not wait for the driver's default stream.
+// Ordered work; streams do not wait for the driver's default stream. One that goes waits for its
+// work, so declare it after the memory and the modules that the work uses.
 class Stream : public OnGpu {
   public:
     // Lower numbers go first; the driver clamps them to what the card has.

@@ -1,0 +1,144 @@
+"""The real NVRTC compiles every kernel for every architecture; no GPU is needed."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from package_build import ROOT, call_backend
+
+sys.path.insert(0, str(ROOT / "build_backend"))
+
+import cubins
+
+# What the compiler's back end says of one kernel, with -v.
+KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+@pytest.fixture(scope="module")
+def nvrtc() -> Path:
+    try:
+        return cubins.nvrtc_library()
+    except SystemExit as error:
+        pytest.skip(str(error))
+
+
+def compiled(
+    nvrtc: Path, architectures: Sequence[int], *options: str
+) -> dict[tuple[str, int], list[dict[str, str]]]:
+    """Kernels by unit and architecture, as the back end reports them."""
+    jobs = [
+        cubins.Job(unit, architecture, ("--ptxas-options=-v", *options))
+        for unit in cubins.units()
+        for architecture in architectures
+    ]
+    reports = {}
+    for result in cubins.compile_all(jobs, nvrtc):
+        case = f"{result.job.unit} for sm_{result.job.architecture}"
+        assert result.cubin, f"{case}:\n{result.log}"
+        assert " warning" not in result.log, f"{case}:\n{result.log}"
+        kernels = [found.groupdict() for found in KERNEL.finditer(result.log)]
+        assert kernels, f"{case} has no kernel:\n{result.log}"
+        reports[result.job.unit, result.job.architecture] = kernels
+    return reports
+
+
+def test_every_kernel_compiles_for_every_architecture_without_spills(
+    nvrtc: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports = compiled(nvrtc, cubins.ARCHITECTURES)
+    table = {}
+    spilling = []
+    for (unit, architecture), kernels in reports.items():
+        for kernel in kernels:
+            row = table.setdefault((unit, kernel["name"]), {})
+            spilled = int(kernel["stores"]) + int(kernel["loads"])
+            row[architecture] = kernel["registers"] + (f"+{spilled}B" if spilled else "")
+            if spilled:
+                spilling.append(f"{kernel['name']} of {unit}, sm_{architecture}: {spilled} bytes")
+    with capsys.disabled():
+        print("\nregisters per thread (+ bytes spilled), by NVRTC 12.9")
+        print(" " * 68 + "".join(f"{f'sm_{a}':>8}" for a in cubins.ARCHITECTURES))
+        for (unit, name), row in table.items():
+            cells = "".join(f"{row.get(a, '-'):>8}" for a in cubins.ARCHITECTURES)
+            print(f"{unit:<36}{name:<32}{cells}")
+    assert spilling == []
+
+
+def test_the_plain_path_of_every_kernel_compiles(nvrtc: Path) -> None:
+    oldest = min(cubins.ARCHITECTURES)
+    plain = compiled(nvrtc, [oldest], "-DQI_PLAIN")
+    assert [unit for unit, _ in plain] == cubins.units()
+
+
+def test_every_kernel_file_is_in_a_unit() -> None:
+    files = {path.name for path in cubins.KERNELS.glob("*.cu")}
+    assert files
+    assert {unit.split()[0] for unit in cubins.units()} == files
+
+
+def test_units_are_named_once() -> None:
+    assert len(cubins.units()) == len(set(cubins.units()))
+
+
+def test_kernels_include_nothing_but_our_own_headers() -> None:
+    for path in [*cubins.KERNELS.glob("*.cu"), *cubins.KERNELS.glob("*.cuh")]:
+        for name in re.findall(r"^\s*#\s*include\s*(\S+)", path.read_text("utf-8"), re.MULTILINE):
+            assert (cubins.KERNELS / name.strip('"')).is_file(), f"{path.name} includes {name}"
+
+
+def test_a_broken_kernel_is_an_error_with_the_compilers_words(nvrtc: Path, tmp_path: Path) -> None:
+    (tmp_path / "units.txt").write_text("broken.cu QI_WEIGHT=Q4_0\n")
+    (tmp_path / "broken.cu").write_text('extern "C" __global__ void f() { int x = QI_WEIGHT; }\n')
+    (result,) = cubins.compile_all([cubins.Job("broken.cu QI_WEIGHT=Q4_0", 86)], nvrtc, tmp_path)
+    assert result.cubin == b""
+    assert '"Q4_0" is undefined' in result.log
+
+
+def test_embedded_cubins_are_in_the_object_byte_for_byte(nvrtc: Path, tmp_path: Path) -> None:
+    architectures = (75, 120)
+    cubins.write(tmp_path, [cubins.Job("probe.cu", a) for a in architectures], nvrtc)
+    made = tmp_path / "cubins.o"
+    sources = ROOT / "vendor/runtime/src"
+    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-ffunction-sections", "-fdata-sections"]
+    includes = [f"-I{sources}", f"-I{ROOT / 'vendor/runtime/include'}"]
+    files = ["-c", str(tmp_path / "cubins.cpp"), "-o", str(made)]
+    subprocess.run([*command, *includes, *files], check=True)
+    content = made.read_bytes()
+    images = [path.read_bytes() for path in sorted(tmp_path.glob("*.cubin"))]
+    assert len(images) == len(set(images)) == len(architectures)
+    for image in images:
+        assert image.startswith(b"\x7fELF")
+        assert image in content
+
+
+def test_embedding_asks_for_the_compiler_and_nothing_else_does(tmp_path: Path) -> None:
+    hook = "get_requires_for_build_wheel"
+
+    def requirements(settings: dict[str, str]) -> list[str]:
+        code = f"import qinfer_build; print('\\n'.join(qinfer_build.{hook}({settings!r})))"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "build_backend")},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.split()
+
+    assert "nvidia-cuda-nvrtc-cu12==12.9.*" in requirements({"cuda": "embed"})
+    for settings in ({}, {"cuda": "jit"}, {"cuda": "off"}):
+        assert not [name for name in requirements(settings) if "nvidia" in name]
+    done = call_backend(ROOT, "build_wheel", tmp_path, {"cuda": "on"})
+    assert done.returncode == 1
+    assert done.stderr == "-Ccuda=on: the allowed values are off, jit, embed.\n"
