@@ -21,6 +21,7 @@ namespace standin {
 struct Module {
     uint64_t id = 0;
     void* library = nullptr;
+    int file = -1;  // what library was loaded from
     const QiKernel* kernels = nullptr;
     size_t tls_module = 0;  // the dynamic loader's number of its thread-local block
     size_t tls_bytes = 0;   // all __shared__ variables of the module

@@ -224,12 +224,15 @@ void load_module(const std::vector<std::byte>& image) {
         module->library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
         if (!module->library) text = dlerror();
     }
-    if (fd >= 0) close(fd);
+    // While it is loaded the file keeps its number: the linker takes a path for the library it has
+    // under that path already.
+    module->file = fd;
     if (module->library) {
         module->kernels =
             static_cast<const QiKernel*>(dlsym(module->library, "qi_standin_kernels"));
         if (!module->kernels) text = "the module has no table of kernels";
     }
+    if (!module->kernels && fd >= 0) close(fd);
     if (module->kernels) {
         find_thread_local_block(*module);
         const SharedSizes shared = shared_sizes(image);
@@ -265,6 +268,7 @@ void unload_module(uint64_t id) {
     auto found = modules.find(id);
     if (found == modules.end()) return;
     dlclose(found->second->library);
+    close(found->second->file);
     modules.erase(found);
 }
 
