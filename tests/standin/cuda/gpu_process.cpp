@@ -6,7 +6,7 @@
 #include <linux/futex.h>
 #include <poll.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <ucontext.h>
@@ -92,6 +92,9 @@ void on_fault(int signal, siginfo_t* info, void*) {
     switch (signal) {
         case SIGSEGV:
         case SIGBUS:
+            if (below_stacks(reinterpret_cast<uint64_t>(info->si_addr)))
+                fail(CUDA_ERROR_LAUNCH_FAILED,
+                     "a thread needs more than the stand-in's 64 KiB of stack");
             fail(CUDA_ERROR_ILLEGAL_ADDRESS,
                  "illegal access: " + describe_address(reinterpret_cast<uint64_t>(info->si_addr)));
         case SIGILL:
@@ -224,7 +227,7 @@ void load_module(const std::vector<std::byte>& image) {
         module->library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
         if (!module->library) text = dlerror();
     }
-    if (fd >= 0) close(fd);
+    module->file = fd;
     if (module->library) {
         module->kernels =
             static_cast<const QiKernel*>(dlsym(module->library, "qi_standin_kernels"));
@@ -262,10 +265,7 @@ void load_module(const std::vector<std::byte>& image) {
 
 void unload_module(uint64_t id) {
     std::lock_guard lock(modules_mutex);
-    auto found = modules.find(id);
-    if (found == modules.end()) return;
-    dlclose(found->second->library);
-    modules.erase(found);
+    modules.erase(id);
 }
 
 void serve() {
@@ -300,6 +300,10 @@ void serve() {
 }
 
 bool start(char** arguments) {
+    rlimit files;
+    getrlimit(RLIMIT_NOFILE, &files);
+    files.rlim_cur = files.rlim_max;  // each module holds one
+    setrlimit(RLIMIT_NOFILE, &files);
     syscall(SYS_close_range, arena_fd + 1, ~0u, 0);  // the host process's files are not ours
     uint64_t* fields[] = {&places.arena, &places.arena_bytes, &places.device, &places.device_bytes,
                           &places.parent};
