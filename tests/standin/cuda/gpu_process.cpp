@@ -6,7 +6,7 @@
 #include <linux/futex.h>
 #include <poll.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <ucontext.h>
@@ -92,6 +92,9 @@ void on_fault(int signal, siginfo_t* info, void*) {
     switch (signal) {
         case SIGSEGV:
         case SIGBUS:
+            if (below_stacks(reinterpret_cast<uint64_t>(info->si_addr)))
+                fail(CUDA_ERROR_LAUNCH_FAILED,
+                     "a thread needs more than the stand-in's 64 KiB of stack");
             fail(CUDA_ERROR_ILLEGAL_ADDRESS,
                  "illegal access: " + describe_address(reinterpret_cast<uint64_t>(info->si_addr)));
         case SIGILL:
@@ -224,15 +227,12 @@ void load_module(const std::vector<std::byte>& image) {
         module->library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
         if (!module->library) text = dlerror();
     }
-    // While it is loaded the file keeps its number: the linker takes a path for the library it has
-    // under that path already.
     module->file = fd;
     if (module->library) {
         module->kernels =
             static_cast<const QiKernel*>(dlsym(module->library, "qi_standin_kernels"));
         if (!module->kernels) text = "the module has no table of kernels";
     }
-    if (!module->kernels && fd >= 0) close(fd);
     if (module->kernels) {
         find_thread_local_block(*module);
         const SharedSizes shared = shared_sizes(image);
@@ -265,11 +265,7 @@ void load_module(const std::vector<std::byte>& image) {
 
 void unload_module(uint64_t id) {
     std::lock_guard lock(modules_mutex);
-    auto found = modules.find(id);
-    if (found == modules.end()) return;
-    dlclose(found->second->library);
-    close(found->second->file);
-    modules.erase(found);
+    modules.erase(id);
 }
 
 void serve() {
@@ -304,6 +300,10 @@ void serve() {
 }
 
 bool start(char** arguments) {
+    rlimit files;
+    getrlimit(RLIMIT_NOFILE, &files);
+    files.rlim_cur = files.rlim_max;  // each module holds one
+    setrlimit(RLIMIT_NOFILE, &files);
     syscall(SYS_close_range, arena_fd + 1, ~0u, 0);  // the host process's files are not ours
     uint64_t* fields[] = {&places.arena, &places.arena_bytes, &places.device, &places.device_bytes,
                           &places.parent};
