@@ -30,13 +30,16 @@ _KEY_LAYERS = f"{_ARCHITECTURE}.block_count"
 _KEY_CAPACITY = "split.vram_capacity"
 _KEY_ALIGNMENT = "general.alignment"
 
-# GGUF's numbers of value types, and of the tensor type.
+# GGUF's numbers of value types.
 _U32, _STRING, _U64 = 4, 8, 10
 _SCALARS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q",
     12: "<d",
 }  # fmt: skip
-_I32 = 26
+# The number of the tensor type I32: PowerInfer's, which left GGUF when it was that, and what GGUF's
+# own writers put there today. PowerInfer's loader crashes on the latter.
+_I32 = 18
+_I32_NUMBERS = (_I32, 26)
 
 # Splits of the largest models take tens of megabytes. Models have the same magic and are easily
 # named by mistake; they are not read into memory to find that out.
@@ -327,8 +330,11 @@ class _Reader:
             raise self.error(f"{what} has {n_dims} dimensions; it should have one")
         dims = self._take(f"<{n_dims}Q", what)
         kind, offset = self._take("<IQ", what)
-        if kind != _I32:
-            raise self.error(f"{what} has the type {kind}; it should be I32, which is {_I32}")
+        if kind not in _I32_NUMBERS:
+            raise self.error(
+                f"{what} has the type {kind}; it should be I32, which is {_I32}, or 26 in newer "
+                "files"
+            )
         if any(n != 1 for n in dims[1:]):
             raise self.error(f"{what} has the dimensions {dims}; it should have one")
         return name, prod(dims), offset

@@ -17,7 +17,9 @@ from oracle.tiny import as_powerinfer, tiny_shape, write_tiny
 from qinfer.errors import ArgumentError, FileError, FormatError
 from qinfer.gpu_index import GpuIndex
 
-STRING, U32, U64, I32 = 8, 4, 10, 26
+# Of the tensor type, PowerInfer's number, which is not that of GGUF today.
+STRING, U32, U64, I32 = 8, 4, 10, 18
+I32_TODAY = 26
 
 
 def parse(content: bytes) -> tuple[dict[str, Any], list[tuple[str, list[int]]]]:
@@ -146,10 +148,36 @@ def test_qinfers_form(tmp_path: Path) -> None:
     ]
 
 
-def test_it_is_a_gguf_file_but_for_the_magic(tmp_path: Path) -> None:
+def test_the_bytes_are_those_of_powerinfers_writer(tmp_path: Path) -> None:
+    """One layer of three neurons, spelled out byte by byte."""
+    GpuIndex(3, (ids(0, 2),), vram_capacity=4096).write(tmp_path / "x.gpuidx")
+    content = (tmp_path / "x.gpuidx").read_bytes()
+    head = bytes.fromhex(
+        "50575249 03000000 0200000000000000 0300000000000000"
+        "1400000000000000" + b"general.architecture".hex() + "08000000"
+        "1100000000000000" + b"generic.gpu_index".hex() + "1d00000000000000"
+        + b"generic.gpu_index.block_count".hex() + "04000000 01000000"
+        "1300000000000000" + b"split.vram_capacity".hex() + "0a000000 0010000000000000"
+        "0d00000000000000" + b"blk.0.gpu_idx".hex()
+        + "01000000 0300000000000000 12000000 0000000000000000"
+        "1000000000000000" + b"blk.0.gpu_bucket".hex()
+        + "01000000 0200000000000000 12000000 2000000000000000"
+    )  # fmt: skip
+    head += bytes(-len(head) % 32)
+    data = bytes.fromhex("01000000 00000000 01000000").ljust(32, b"\0")
+    data += bytes.fromhex("00000000 02000000").ljust(32, b"\0")
+    assert content == head + data
+
+
+def test_it_is_a_gguf_file_but_for_the_magic_and_one_type(tmp_path: Path) -> None:
     path = tmp_path / "x.gpuidx"
     GpuIndex(70, (ids(*range(0, 70, 2)), ids(5, 69)), vram_capacity=7).write(path)
-    path.write_bytes(b"GGUF" + path.read_bytes()[4:])
+    content = path.read_bytes()
+    for length in (70, 35, 2):
+        description = struct.pack("<IQI", 1, length, I32)
+        assert description in content
+        content = content.replace(description, struct.pack("<IQI", 1, length, I32_TODAY))
+    path.write_bytes(b"GGUF" + content[4:])
     reader = gguf.GGUFReader(path)
     assert reader.fields["general.architecture"].contents() == "generic.gpu_index"
     assert reader.fields["split.vram_capacity"].contents() == 7
@@ -261,6 +289,8 @@ def test_the_files_of_these_tests_are_sound(tmp_path: Path) -> None:
     assert GpuIndex.read(path).gate_up[0].tolist() == [1, 2]
     path.write_bytes(file_of(SOUND, version=2))
     assert GpuIndex.read(path).n_ff == 3
+    path.write_bytes(file_of(SOUND, kind=I32_TODAY))
+    assert GpuIndex.read(path).gate_up[0].tolist() == [1, 2]
     path.write_bytes(file_of([SOUND[0], ("blk.0.gpu_bucket", [2, 1])]))
     assert GpuIndex.read(path).gate_up[0].tolist() == [1, 2]
 
@@ -298,6 +328,7 @@ CAPACITY = key("split.vram_capacity", U64, struct.pack("<Q", 9))
             ),
             "general.alignment' is 0",
         ),
+        (file_of(SOUND, kind=16), "'blk.0.gpu_idx' has the type 16; it should be I32, which is 18"),
         (file_of(SOUND, kind=0), "'blk.0.gpu_idx' has the type 0; it should be I32"),
         (file_of(SOUND, dims=2), "has the dimensions"),
         (file_of(SOUND, dims=5), "5 dimensions"),
