@@ -180,12 +180,13 @@ def test_silu_stays_silu_and_it_is_said(
 
 
 def test_the_activation_is_that_of_the_source(tmp_path: Path) -> None:
-    """A PowerInfer llama without a key means ReLU, and a key keeps its spelling."""
-    path = as_powerinfer(write_tiny(tmp_path / "p.gguf", tiny_shape("llama"), "f16", rank=21))
+    """What an architecture implies is written down, and a key keeps its spelling."""
+    shape = tiny_shape("opt", n_head_kv=6)
+    path = write_tiny(tmp_path / "p.gguf", shape, "f16", rank=21)
     out = tmp_path / "out.gguf"
     neuron_major(path, out)
     assert GGUF(out).metadata["qinfer.hidden_act"] == "relu"
-    assert GGUF(out).info.is_powerinfer
+    assert not GGUF(out).info.is_powerinfer
     with Model(out) as model:
         assert model.info.hidden_act == "relu"
         assert model.info.predictor_rank == 21
@@ -194,6 +195,13 @@ def test_the_activation_is_that_of_the_source(tmp_path: Path) -> None:
     )
     neuron_major(path, out)
     assert GGUF(out).metadata["qinfer.hidden_act"] == "fatrelu:0.0100"
+
+
+def test_what_is_ordinary_and_says_it_is_powerinfers_is_refused(tmp_path: Path) -> None:
+    path = as_powerinfer(write_tiny(tmp_path / "p.gguf", tiny_shape("llama"), "f16", rank=21))
+    with pytest.raises(FormatError, match=r"p\.gguf: .*blk\.0\.ffn_down\.weight.* PWRI"):
+        neuron_major(path, tmp_path / "out.gguf")
+    assert [each.name for each in tmp_path.iterdir()] == ["p.gguf"]
 
 
 def test_quantising_the_twin_of_floats_loses_once(tmp_path: Path) -> None:

@@ -80,12 +80,11 @@ def neuron_major(
 ) -> Twin:
     """Writes a model with every `ffn_down` (n_embd, n_ff) as an `ffn_down_t` (n_ff, n_embd).
 
-    Other tensors, the magic and the metadata stay as they are, and `qinfer.hidden_act` records the
-    activation that the source is computed with. No other program than qinfer loads the result,
-    unless it is a PowerInfer file with predictors.
+    Other tensors and the metadata stay as they are, and `qinfer.hidden_act` records the activation
+    that the source is computed with. No other program than qinfer loads the result.
 
     Args:
-        source: a GGUF or PowerInfer file; of a split one, its first part.
+        source: a GGUF file; of a split one, its first part.
         out: the file to write; it takes its name when it is complete.
         down: the type of `ffn_down_t`, or "same". None keeps F32, F16 and BF16, and takes Q8_0 in
             place of quantised types. Where n_embd is not whole blocks of the type, the nearest
