@@ -273,6 +273,28 @@ def test_values_that_cannot_be_stored_are_named(value: float, tmp_path: Path) ->
     assert not (tmp_path / "out.gguf").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "at"),
+    [
+        ("blk.0.ffn_up.weight", (160, 96), (7, 95)),
+        ("blk.0.attn_norm.weight", (96,), (3,)),
+        ("token_embd.weight", (301, 96), (300, 0)),
+    ],
+)
+def test_other_tensors_are_looked_at_too(
+    name: str, shape: tuple[int, ...], at: tuple[int, ...], tmp_path: Path
+) -> None:
+    values = np.ones(shape)
+    values[at] = np.nan
+    model = make_model.Shape("llama", 96, 160, 1, 6, 2, 301, 64, tied_head=False)
+    path = write_tiny(tmp_path / "in.gguf", model, "f32", extra=RELU)
+    replace_tensor(path, name, values)
+    says = rf"in\.gguf: tensor '{name}' holds nan at row {(0, *at)[-2]}, column {at[-1]};"
+    with pytest.raises(FormatError, match=says):
+        neuron_major(path, tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def replace_tensor(path: Path, name: str, values: np.ndarray[Any, Any]) -> None:
     """Overwrites the floats of a tensor in its file."""
     (tensor,) = [tensor for tensor in GGUF(path).tensors if tensor.name == name]

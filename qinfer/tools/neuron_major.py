@@ -94,8 +94,8 @@ def neuron_major(
 
     Raises:
         ArgumentError: the type is unknown, `out` is the source, or the source is neuron-major.
-        FormatError: the source is damaged or lacks a tensor, or a down projection holds a value
-            that is not finite; the message names the tensor.
+        FormatError: the source is damaged or lacks a tensor, or a tensor holds a value that is not
+            finite or too large for its type; the message names the tensor.
         UnsupportedError: an architecture or tensor type that is not known.
         FileError: a file cannot be read or written.
     """
@@ -148,10 +148,10 @@ def _is_matrix(tensor: TensorInfo) -> bool:
 def _new_tensor(file: GGUF, tensor: TensorInfo, down: str | None) -> NewTensor:
     match = _DOWN.fullmatch(tensor.name)
     if match is None:
-        return copied(tensor)
+        return copied(file, tensor)
     name = f"{match[1]}_t.{match[2]}"
     if match[2] == "bias":
-        return copied(tensor, name)
+        return copied(file, tensor, name)
     kind = fitting_type(_wanted(tensor, down), tensor.shape[0], tensor.type)
     return transposed(file, tensor, name, kind)
 
