@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracle.tiny import as_powerinfer, tiny_shape, write_tiny
+from qinfer import inspect
 from qinfer.errors import ArgumentError, FileError, FormatError
 from qinfer.gpu_index import GpuIndex
 
@@ -271,15 +272,73 @@ def test_what_is_no_split_cannot_be_made(arguments: tuple[Any, ...], says: str) 
         GpuIndex(*arguments)
 
 
-def test_another_models_split_is_refused() -> None:
-    index = GpuIndex(6, (ids(0), ids(1)))
+def test_another_models_split_is_refused(tmp_path: Path) -> None:
+    made = GpuIndex(6, (ids(0), ids(1)))
+    made.check(2, 6)
+    with pytest.raises(ArgumentError, match="the GPU split is for another model"):
+        made.check(3, 6)
+    with pytest.raises(ArgumentError, match="my split is for another model"):
+        made.check(2, 5, name="my split")
+    made.write(tmp_path / "x.gpuidx")
+    index = GpuIndex.read(tmp_path / "x.gpuidx")
     index.check(2, 6)
     with pytest.raises(
-        ArgumentError, match=r"x\.gpuidx is for another model: it has 2 layers, .*3"
+        ArgumentError,
+        match=r"x\.gpuidx is for another model: it has 2 layers, up to tensor 'blk\.1\.gpu_idx', "
+        "this model has 3",
     ):
-        index.check(3, 6, name="x.gpuidx")
-    with pytest.raises(ArgumentError, match="6 neurons per layer, this model has 7"):
+        index.check(3, 6)
+    with pytest.raises(
+        ArgumentError,
+        match=r"x\.gpuidx .* tensor 'blk\.0\.gpu_idx' is of 6 neurons, a layer of this model has 7",
+    ):
         index.check(2, 7)
+
+
+# ---- what is shown of one ----
+
+
+def test_inspect_shows_where_neurons_are(tmp_path: Path) -> None:
+    path = tmp_path / "x.gpuidx"
+    GpuIndex(2000, (ids(*range(1500)), ids()), vram_capacity=12345).write(path)
+    text = inspect.render(path)
+    assert f"{path}: GPU split in PowerInfer's form, 2 layers of 2,000 neurons" in text
+    assert "made for 12,345 bytes of GPU memory" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith("  layer")]
+    assert rows == [
+        ["layer", "0", "1,500", "on", "the", "GPU"],
+        ["layer", "1", "0", "on", "the", "GPU"],
+    ]
+    assert text.endswith("\n1,500 of 4,000 neurons on the GPU")
+    assert inspect.describe(path) == {
+        "path": str(path),
+        "gpu_split": {
+            "n_layers": 2,
+            "n_ff": 2000,
+            "vram_capacity": 12345,
+            "n_gate_up": [1500, 0],
+            "n_down": None,
+            "n_whole": [1500, 0],
+        },
+    }
+
+
+def test_inspect_shows_qinfers_form(tmp_path: Path) -> None:
+    path = tmp_path / "x.gpuidx"
+    GpuIndex(3, (ids(0, 2), ids(1)), (ids(2), ids())).write(path)
+    text = inspect.render(path)
+    assert "in Q-Infer's form" in text
+    assert "1 on the GPU (2 gate and up, 1 down)" in text
+    assert inspect.describe(path)["gpu_split"]["n_down"] == [1, 0]
+
+
+def test_inspect_of_a_damaged_split_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.gpuidx"
+    GpuIndex(3, (ids(0, 2),)).write(path)
+    path.write_bytes(path.read_bytes()[:-64])
+    for look in (inspect.render, inspect.describe):
+        with pytest.raises(FormatError, match=r"x\.gpuidx: .*goes beyond the end"):
+            look(path)
 
 
 def test_the_files_of_these_tests_are_sound(tmp_path: Path) -> None:
