@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+from types import FrameType
 from typing import NoReturn
 
 import click
 
 from .errors import QInferError
 
-_INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+# What shells report of a program that a signal ended is this and its number.
+_SIGNALLED = 128
+_INTERRUPTED = _SIGNALLED + signal.SIGINT
 
 
 def run(command: click.Command, name: str) -> NoReturn:
@@ -20,6 +24,7 @@ def run(command: click.Command, name: str) -> NoReturn:
         # A terminal that cannot show a character must not end the program.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     _show_warnings()
+    _end_orderly()
     try:
         command.main(sys.argv[1:] or ["--help"], prog_name=name, standalone_mode=False)
         sys.stdout.flush()
@@ -37,6 +42,23 @@ def run(command: click.Command, name: str) -> NoReturn:
     except (QInferError, OSError, UnicodeDecodeError) as error:
         _fail(str(error), 1)
     sys.exit(0)
+
+
+def _end_orderly() -> None:
+    """Makes SIGTERM and SIGHUP unwind as Ctrl-C does, so that no half-written file stays."""
+
+    def end(number: int, _: FrameType | None) -> NoReturn:
+        # Only once, or another signal would interrupt the unwinding; SIGKILL is left for haste.
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(_SIGNALLED + number)
+
+    # A program started by nohup ignores SIGHUP, and goes on doing so.
+    signals = [
+        each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_DFL
+    ]
+    for each in signals:
+        signal.signal(each, end)
 
 
 class _Format(logging.Formatter):

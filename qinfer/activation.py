@@ -116,7 +116,12 @@ def write_activations(folder: StrPath, counts: Sequence[NDArray[Any]]) -> None:
         with tempfile.TemporaryDirectory(prefix=".activation.", dir=target) as temporary:
             names = [f"activation_{layer}.pt" for layer in range(len(layers))]
             for name, array in zip(names, layers, strict=True):
-                save_tensor(Path(temporary) / name, array)
+                hidden = Path(temporary) / name
+                try:
+                    save_tensor(hidden, array)
+                except FileError as error:
+                    reason = str(error).removeprefix(f"{hidden}: ")
+                    raise FileError(f"{target / name}: {reason}") from error
             for path in target.iterdir():
                 if _NAME.fullmatch(path.name) and path.name not in names:
                     path.unlink()

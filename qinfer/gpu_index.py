@@ -30,17 +30,23 @@ _KEY_LAYERS = f"{_ARCHITECTURE}.block_count"
 _KEY_CAPACITY = "split.vram_capacity"
 _KEY_ALIGNMENT = "general.alignment"
 
-# GGUF's numbers of value types, and of the tensor type.
+# GGUF's numbers of value types.
 _U32, _STRING, _U64 = 4, 8, 10
 _SCALARS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q",
     12: "<d",
 }  # fmt: skip
-_I32 = 26
+# The number of the tensor type I32: PowerInfer's, which left GGUF when it was that, and what GGUF's
+# own writers put there today. PowerInfer's loader crashes on the latter.
+_I32 = 18
+_I32_NUMBERS = (_I32, 26)
 
 # Splits of the largest models take tens of megabytes. Models have the same magic and are easily
 # named by mistake; they are not read into memory to find that out.
 _MAX_BYTES = 1 << 30
+
+# Holds the few keys of a split.
+_BEGINNING = 1024
 
 # The tensors of a layer in file order: of PowerInfer, and what Q-Infer adds.
 _GATE_UP = ("gpu_idx", "gpu_bucket")
@@ -59,6 +65,7 @@ class GpuIndex:
             when they go with gate and up, as in PowerInfer's.
         vram_capacity: bytes of GPU memory the split was made for. PowerInfer uses a file as long
             as it may use at least as many.
+        path: the file it was read from, for messages; empty when it was made otherwise.
 
     Raises:
         ArgumentError: a layer's ids are not ascending, or not ids of its neurons.
@@ -68,6 +75,7 @@ class GpuIndex:
     gate_up: tuple[Ids, ...]
     down: tuple[Ids, ...] | None = None
     vram_capacity: int = 0
+    path: str = ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_ff < 2**31:
@@ -95,24 +103,27 @@ class GpuIndex:
             return self.gate_up[layer]
         return np.intersect1d(self.gate_up[layer], self.down[layer], assume_unique=True)
 
-    def check(self, n_layers: int, n_ff: int, *, name: str = "the GPU split") -> None:
+    def check(self, n_layers: int, n_ff: int, *, name: str | None = None) -> None:
         """Refuses the split of another model.
 
         Args:
             n_layers, n_ff: of the model it is to be used with.
-            name: what to call this split in the message, such as its path.
+            name: what to call this split in the message; None takes its path, if it has one.
 
         Raises:
-            ArgumentError: the numbers differ.
+            ArgumentError: the numbers differ; the message names the tensor.
         """
-        for what, own, wanted in (
-            ("layers", self.n_layers, n_layers),
-            ("neurons per layer", self.n_ff, n_ff),
-        ):
-            if own != wanted:
-                raise ArgumentError(
-                    f"{name} is for another model: it has {own} {what}, this model has {wanted}"
-                )
+        name = name or self.path or "the GPU split"
+        if self.n_layers != n_layers:
+            raise ArgumentError(
+                f"{name} is for another model: it has {self.n_layers} layers, up to tensor "
+                f"'blk.{self.n_layers - 1}.{_GATE_UP[0]}', this model has {n_layers}"
+            )
+        if self.n_ff != n_ff:
+            raise ArgumentError(
+                f"{name} is for another model: tensor 'blk.0.{_GATE_UP[0]}' is of {self.n_ff} "
+                f"neurons, a layer of this model has {n_ff}"
+            )
 
     # ---- files ----
 
@@ -165,10 +176,11 @@ class GpuIndex:
             content = Path(path).read_bytes()
         except OSError as error:
             raise FileError(f"{path}: cannot read: {error.strerror}") from error
-        return cls._parse(_Reader(str(path), content))
+        return cls._parse(str(path), content)
 
     @classmethod
-    def _parse(cls, reader: _Reader) -> Self:
+    def _parse(cls, path: str, content: bytes) -> Self:
+        reader = _Reader(path, content)
         keys, tensors = reader.header()
         if _KEY_ARCHITECTURE not in keys:
             raise reader.error(f"key {_KEY_ARCHITECTURE!r} is missing")
@@ -192,8 +204,19 @@ class GpuIndex:
             for first in range(0, len(tensors), 2)
         ]
         if names == _GATE_UP:
-            return cls(n_ff, tuple(sets), None, capacity)
-        return cls(n_ff, tuple(sets[0::2]), tuple(sets[1::2]), capacity)
+            return cls(n_ff, tuple(sets), None, capacity, path)
+        return cls(n_ff, tuple(sets[0::2]), tuple(sets[1::2]), capacity, path)
+
+
+def is_gpu_index(path: StrPath) -> bool:
+    """Whether a file says that it is a GPU split, sound or not; False when it cannot be read."""
+    says = _text(_KEY_ARCHITECTURE) + struct.pack("<I", _STRING) + _text(_ARCHITECTURE)
+    try:
+        with Path(path).open("rb") as file:
+            beginning = file.read(_BEGINNING)
+    except OSError:
+        return False
+    return beginning.startswith(_MAGIC) and says in beginning
 
 
 def _ids(reader: _Reader, n_ff: int, index: tuple[str, Ids], bucket: tuple[str, Ids]) -> Ids:
@@ -327,8 +350,11 @@ class _Reader:
             raise self.error(f"{what} has {n_dims} dimensions; it should have one")
         dims = self._take(f"<{n_dims}Q", what)
         kind, offset = self._take("<IQ", what)
-        if kind != _I32:
-            raise self.error(f"{what} has the type {kind}; it should be I32, which is {_I32}")
+        if kind not in _I32_NUMBERS:
+            raise self.error(
+                f"{what} has the type {kind}; it should be I32, which is {_I32}, or 26 in newer "
+                "files"
+            )
         if any(n != 1 for n in dims[1:]):
             raise self.error(f"{what} has the dimensions {dims}; it should have one")
         return name, prod(dims), offset

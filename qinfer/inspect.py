@@ -1,4 +1,4 @@
-"""What is in a GGUF file: facts, metadata, tensors."""
+"""What is in a GGUF file: facts, metadata, tensors; or in a GPU split: where neurons are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from ._files import StrPath
 from ._gguf import GGUF
+from .gpu_index import GpuIndex, is_gpu_index
 
 # Of a list or text, as much as is shown.
 _MOST_ITEMS = 8
@@ -17,8 +18,11 @@ _MOST_CHARACTERS = 120
 def describe(path: StrPath) -> dict[str, Any]:
     """A file's facts, metadata and tensors as plain values, for JSON.
 
-    Tensor data need not be there. Raises what `GGUF` raises.
+    Tensor data need not be there. Of a GPU split, `gpu_split` says how many neurons of each layer
+    it places. Raises what `GGUF` and `GpuIndex.read` raise.
     """
+    if is_gpu_index(path):
+        return _describe_split(GpuIndex.read(path))
     with GGUF(path, tensors=False) as file:
         return {
             "path": file.path,
@@ -38,6 +42,8 @@ def describe(path: StrPath) -> dict[str, Any]:
 
 def render(path: StrPath) -> str:
     """The same as text, long values cut short."""
+    if is_gpu_index(path):
+        return _render_split(GpuIndex.read(path))
     with GGUF(path, tensors=False) as file:
         info = file.info
         kind = "PowerInfer" if info.is_powerinfer else "GGUF"
@@ -67,6 +73,38 @@ def render(path: StrPath) -> str:
         for name, total in sizes.most_common():
             lines.append(f"  {name:<8}{counts[name]:>5} tensors{total:>17,} bytes")
         return "\n".join(lines)
+
+
+def _describe_split(index: GpuIndex) -> dict[str, Any]:
+    return {
+        "path": index.path,
+        "gpu_split": {
+            "n_layers": index.n_layers,
+            "n_ff": index.n_ff,
+            "vram_capacity": index.vram_capacity,
+            "n_gate_up": [len(ids) for ids in index.gate_up],
+            "n_down": None if index.down is None else [len(ids) for ids in index.down],
+            "n_whole": [len(index.neurons(layer)) for layer in range(index.n_layers)],
+        },
+    }
+
+
+def _render_split(index: GpuIndex) -> str:
+    form = "PowerInfer's" if index.down is None else "Q-Infer's"
+    total = sum(len(index.neurons(layer)) for layer in range(index.n_layers))
+    lines = [
+        f"{index.path}: GPU split in {form} form, {index.n_layers} layers of {index.n_ff:,} "
+        f"neurons, made for {index.vram_capacity:,} bytes of GPU memory",
+        "",
+    ]
+    for layer in range(index.n_layers):
+        parts = ""
+        if index.down is not None:
+            n_up, n_down = len(index.gate_up[layer]), len(index.down[layer])
+            parts = f" ({n_up:,} gate and up, {n_down:,} down)"
+        lines.append(f"  layer {layer:3}  {len(index.neurons(layer)):>8,} on the GPU{parts}")
+    lines += ["", f"{total:,} of {index.n_layers * index.n_ff:,} neurons on the GPU"]
+    return "\n".join(lines)
 
 
 def _short(value: object) -> str:

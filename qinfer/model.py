@@ -77,7 +77,8 @@ class Model:
         sparsity: which neurons a generated token computes. "off" is all of them. "exact", for ReLU
             models, is those whose gate is not zero, which changes no result. "predict", for models
             with activation predictors, is those that they name. "auto" is whichever of these is
-            fastest here, found by timing a few tokens when the model is first used on a machine.
+            fastest here, found by timing a few tokens when the model is first used on a machine;
+            of PowerInfer files without usable predictors it is "exact".
         sparse_threshold: predictions below it leave a neuron out; None takes the file's.
         prefill: "dense" computes all neurons of prompt tokens, "sparse" treats them as generated.
 

@@ -160,18 +160,24 @@ def choose(
 
     "auto" times a few tokens in each mode that the model has, keeps the result in the user cache
     for this file, processor and number of threads, and logs the choice. A mode that leaves out more
-    must be faster by 3 % to be taken. `make_context` makes a context of the kind that will be used.
+    must be faster by 3 % to be taken. "predict" is none of its choices where the activation is not
+    zero for many inputs: what predictors leave out then was never zero. A PowerInfer file without
+    usable predictors is "exact", untimed. `make_context` makes a context of the kind that will be
+    used.
     """
     info = weights.info
     checked(sparsity, prefill, threshold, info)
     policy = Policy("off" if sparsity == "auto" else sparsity, prefill, threshold)
     if sparsity != "auto":
         return policy
+    if info.is_powerinfer and info.has_sparse_act and not info.predictor_rank:
+        # Such a file was meant to leave neurons out; the runtime has said that none are predicted.
+        return replace(policy, mode="exact")
     candidates: list[Mode] = ["off"]
     if info.has_sparse_act:
         candidates.append("exact")
-    if info.predictor_rank:
-        candidates.append("predict")
+        if info.predictor_rank:
+            candidates.append("predict")
     if len(candidates) == 1:
         return policy
     seconds = _seconds_per_token(weights, candidates, policy, threads, make_context)

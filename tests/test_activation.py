@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,20 @@ def test_folders_without_counts(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="file: cannot write"):
         write_activations(tmp_path / "file", [np.arange(3)])
+
+
+def test_a_full_disk_is_told_of_the_file_that_was_to_be(tmp_path: Path) -> None:
+    write_activations(tmp_path, [np.arange(3)])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        with pytest.raises(FileError) as caught:
+            write_activations(tmp_path, [np.arange(1 << 16)] * 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(caught.value) == f"{tmp_path}/activation_0.pt: cannot write: File too large"
+    assert [each.name for each in tmp_path.iterdir()] == ["activation_0.pt"]
+    assert read_activations(tmp_path)[0].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

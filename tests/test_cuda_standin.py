@@ -284,7 +284,11 @@ def test_streams_are_independent_until_an_event_joins_them() -> None:
     flag = cu.pinned(1)
     flag[0] = 0
     slow, fast = cu.stream(), cu.stream()
-    y, x, out = cu.upload(np.zeros(4, np.float32)), cu.upload(np.ones(4, np.float32)), cu.allocate(4)
+    y, x, out = (
+        cu.upload(np.zeros(4, np.float32)),
+        cu.upload(np.ones(4, np.float32)),
+        cu.allocate(4),
+    )
     event = cu.made("cuEventCreate", 0)
     module.launch("wait_for", cu.Address(flag.ctypes.data), 1, out, stream=slow)
     cu.call("cuEventRecord", event, slow)
@@ -899,7 +903,9 @@ def test_programs_are_compiled_as_nvrtc_compiles_them() -> None:
     assert code == 6 and "test.cu:2:" in log and "nothing" in log
     assert log_of("#include <cstdint>\n")[0] == 6  # no headers of the host
     assert log_of("#error PLAIN", "-DX")[0] == 6
-    assert log_of("#if !defined(QI_PLAIN) || X != 3 || __CUDA_ARCH__ != 900\n#error\n#endif", "-DX=3") == (0, "")
+    assert log_of(
+        "#if !defined(QI_PLAIN) || X != 3 || __CUDA_ARCH__ != 900\n#error\n#endif", "-DX=3"
+    ) == (0, "")
     code, log = log_of("", "--unknown-option")
     assert code == 5 and "--unknown-option" in log
     assert log_of("", arch="sm_42")[0] == 5

@@ -14,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracle.tiny import as_powerinfer, tiny_shape, write_tiny
+from qinfer import inspect
 from qinfer.errors import ArgumentError, FileError, FormatError
 from qinfer.gpu_index import GpuIndex
 
-STRING, U32, U64, I32 = 8, 4, 10, 26
+# Of the tensor type, PowerInfer's number, which is not that of GGUF today.
+STRING, U32, U64, I32 = 8, 4, 10, 18
+I32_TODAY = 26
 
 
 def parse(content: bytes) -> tuple[dict[str, Any], list[tuple[str, list[int]]]]:
@@ -146,10 +149,36 @@ def test_qinfers_form(tmp_path: Path) -> None:
     ]
 
 
-def test_it_is_a_gguf_file_but_for_the_magic(tmp_path: Path) -> None:
+def test_the_bytes_are_those_of_powerinfers_writer(tmp_path: Path) -> None:
+    """One layer of three neurons, spelled out byte by byte."""
+    GpuIndex(3, (ids(0, 2),), vram_capacity=4096).write(tmp_path / "x.gpuidx")
+    content = (tmp_path / "x.gpuidx").read_bytes()
+    head = bytes.fromhex(
+        "50575249 03000000 0200000000000000 0300000000000000"
+        "1400000000000000" + b"general.architecture".hex() + "08000000"
+        "1100000000000000" + b"generic.gpu_index".hex() + "1d00000000000000"
+        + b"generic.gpu_index.block_count".hex() + "04000000 01000000"
+        "1300000000000000" + b"split.vram_capacity".hex() + "0a000000 0010000000000000"
+        "0d00000000000000" + b"blk.0.gpu_idx".hex()
+        + "01000000 0300000000000000 12000000 0000000000000000"
+        "1000000000000000" + b"blk.0.gpu_bucket".hex()
+        + "01000000 0200000000000000 12000000 2000000000000000"
+    )  # fmt: skip
+    head += bytes(-len(head) % 32)
+    data = bytes.fromhex("01000000 00000000 01000000").ljust(32, b"\0")
+    data += bytes.fromhex("00000000 02000000").ljust(32, b"\0")
+    assert content == head + data
+
+
+def test_it_is_a_gguf_file_but_for_the_magic_and_one_type(tmp_path: Path) -> None:
     path = tmp_path / "x.gpuidx"
     GpuIndex(70, (ids(*range(0, 70, 2)), ids(5, 69)), vram_capacity=7).write(path)
-    path.write_bytes(b"GGUF" + path.read_bytes()[4:])
+    content = path.read_bytes()
+    for length in (70, 35, 2):
+        description = struct.pack("<IQI", 1, length, I32)
+        assert description in content
+        content = content.replace(description, struct.pack("<IQI", 1, length, I32_TODAY))
+    path.write_bytes(b"GGUF" + content[4:])
     reader = gguf.GGUFReader(path)
     assert reader.fields["general.architecture"].contents() == "generic.gpu_index"
     assert reader.fields["split.vram_capacity"].contents() == 7
@@ -243,15 +272,73 @@ def test_what_is_no_split_cannot_be_made(arguments: tuple[Any, ...], says: str) 
         GpuIndex(*arguments)
 
 
-def test_another_models_split_is_refused() -> None:
-    index = GpuIndex(6, (ids(0), ids(1)))
+def test_another_models_split_is_refused(tmp_path: Path) -> None:
+    made = GpuIndex(6, (ids(0), ids(1)))
+    made.check(2, 6)
+    with pytest.raises(ArgumentError, match="the GPU split is for another model"):
+        made.check(3, 6)
+    with pytest.raises(ArgumentError, match="my split is for another model"):
+        made.check(2, 5, name="my split")
+    made.write(tmp_path / "x.gpuidx")
+    index = GpuIndex.read(tmp_path / "x.gpuidx")
     index.check(2, 6)
     with pytest.raises(
-        ArgumentError, match=r"x\.gpuidx is for another model: it has 2 layers, .*3"
+        ArgumentError,
+        match=r"x\.gpuidx is for another model: it has 2 layers, up to tensor 'blk\.1\.gpu_idx', "
+        "this model has 3",
     ):
-        index.check(3, 6, name="x.gpuidx")
-    with pytest.raises(ArgumentError, match="6 neurons per layer, this model has 7"):
+        index.check(3, 6)
+    with pytest.raises(
+        ArgumentError,
+        match=r"x\.gpuidx .* tensor 'blk\.0\.gpu_idx' is of 6 neurons, a layer of this model has 7",
+    ):
         index.check(2, 7)
+
+
+# ---- what is shown of one ----
+
+
+def test_inspect_shows_where_neurons_are(tmp_path: Path) -> None:
+    path = tmp_path / "x.gpuidx"
+    GpuIndex(2000, (ids(*range(1500)), ids()), vram_capacity=12345).write(path)
+    text = inspect.render(path)
+    assert f"{path}: GPU split in PowerInfer's form, 2 layers of 2,000 neurons" in text
+    assert "made for 12,345 bytes of GPU memory" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith("  layer")]
+    assert rows == [
+        ["layer", "0", "1,500", "on", "the", "GPU"],
+        ["layer", "1", "0", "on", "the", "GPU"],
+    ]
+    assert text.endswith("\n1,500 of 4,000 neurons on the GPU")
+    assert inspect.describe(path) == {
+        "path": str(path),
+        "gpu_split": {
+            "n_layers": 2,
+            "n_ff": 2000,
+            "vram_capacity": 12345,
+            "n_gate_up": [1500, 0],
+            "n_down": None,
+            "n_whole": [1500, 0],
+        },
+    }
+
+
+def test_inspect_shows_qinfers_form(tmp_path: Path) -> None:
+    path = tmp_path / "x.gpuidx"
+    GpuIndex(3, (ids(0, 2), ids(1)), (ids(2), ids())).write(path)
+    text = inspect.render(path)
+    assert "in Q-Infer's form" in text
+    assert "1 on the GPU (2 gate and up, 1 down)" in text
+    assert inspect.describe(path)["gpu_split"]["n_down"] == [1, 0]
+
+
+def test_inspect_of_a_damaged_split_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.gpuidx"
+    GpuIndex(3, (ids(0, 2),)).write(path)
+    path.write_bytes(path.read_bytes()[:-64])
+    for look in (inspect.render, inspect.describe):
+        with pytest.raises(FormatError, match=r"x\.gpuidx: .*goes beyond the end"):
+            look(path)
 
 
 def test_the_files_of_these_tests_are_sound(tmp_path: Path) -> None:
@@ -261,6 +348,8 @@ def test_the_files_of_these_tests_are_sound(tmp_path: Path) -> None:
     assert GpuIndex.read(path).gate_up[0].tolist() == [1, 2]
     path.write_bytes(file_of(SOUND, version=2))
     assert GpuIndex.read(path).n_ff == 3
+    path.write_bytes(file_of(SOUND, kind=I32_TODAY))
+    assert GpuIndex.read(path).gate_up[0].tolist() == [1, 2]
     path.write_bytes(file_of([SOUND[0], ("blk.0.gpu_bucket", [2, 1])]))
     assert GpuIndex.read(path).gate_up[0].tolist() == [1, 2]
 
@@ -298,6 +387,7 @@ CAPACITY = key("split.vram_capacity", U64, struct.pack("<Q", 9))
             ),
             "general.alignment' is 0",
         ),
+        (file_of(SOUND, kind=16), "'blk.0.gpu_idx' has the type 16; it should be I32, which is 18"),
         (file_of(SOUND, kind=0), "'blk.0.gpu_idx' has the type 0; it should be I32"),
         (file_of(SOUND, dims=2), "has the dimensions"),
         (file_of(SOUND, dims=5), "5 dimensions"),

@@ -180,12 +180,13 @@ def test_silu_stays_silu_and_it_is_said(
 
 
 def test_the_activation_is_that_of_the_source(tmp_path: Path) -> None:
-    """A PowerInfer llama without a key means ReLU, and a key keeps its spelling."""
-    path = as_powerinfer(write_tiny(tmp_path / "p.gguf", tiny_shape("llama"), "f16", rank=21))
+    """What an architecture implies is written down, and a key keeps its spelling."""
+    shape = tiny_shape("opt", n_head_kv=6)
+    path = write_tiny(tmp_path / "p.gguf", shape, "f16", rank=21)
     out = tmp_path / "out.gguf"
     neuron_major(path, out)
     assert GGUF(out).metadata["qinfer.hidden_act"] == "relu"
-    assert GGUF(out).info.is_powerinfer
+    assert not GGUF(out).info.is_powerinfer
     with Model(out) as model:
         assert model.info.hidden_act == "relu"
         assert model.info.predictor_rank == 21
@@ -194,6 +195,13 @@ def test_the_activation_is_that_of_the_source(tmp_path: Path) -> None:
     )
     neuron_major(path, out)
     assert GGUF(out).metadata["qinfer.hidden_act"] == "fatrelu:0.0100"
+
+
+def test_what_is_ordinary_and_says_it_is_powerinfers_is_refused(tmp_path: Path) -> None:
+    path = as_powerinfer(write_tiny(tmp_path / "p.gguf", tiny_shape("llama"), "f16", rank=21))
+    with pytest.raises(FormatError, match=r"p\.gguf: .*blk\.0\.ffn_down\.weight.* PWRI"):
+        neuron_major(path, tmp_path / "out.gguf")
+    assert [each.name for each in tmp_path.iterdir()] == ["p.gguf"]
 
 
 def test_quantising_the_twin_of_floats_loses_once(tmp_path: Path) -> None:
@@ -262,6 +270,28 @@ def test_values_that_cannot_be_stored_are_named(value: float, tmp_path: Path) ->
     says = r"in\.gguf: tensor 'blk\.0\.ffn_down\.weight' holds \S+ at row 2, column 150"
     with pytest.raises(FormatError, match=says):
         neuron_major(path, tmp_path / "out.gguf", down="Q8_0")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "at"),
+    [
+        ("blk.0.ffn_up.weight", (160, 96), (7, 95)),
+        ("blk.0.attn_norm.weight", (96,), (3,)),
+        ("token_embd.weight", (301, 96), (300, 0)),
+    ],
+)
+def test_other_tensors_are_looked_at_too(
+    name: str, shape: tuple[int, ...], at: tuple[int, ...], tmp_path: Path
+) -> None:
+    values = np.ones(shape)
+    values[at] = np.nan
+    model = make_model.Shape("llama", 96, 160, 1, 6, 2, 301, 64, tied_head=False)
+    path = write_tiny(tmp_path / "in.gguf", model, "f32", extra=RELU)
+    replace_tensor(path, name, values)
+    says = rf"in\.gguf: tensor '{name}' holds nan at row {(0, *at)[-2]}, column {at[-1]};"
+    with pytest.raises(FormatError, match=says):
+        neuron_major(path, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from oracle import Numerics, errors, forward, read_gguf
 from oracle.tiny import as_powerinfer, tiny_shape, write_tiny
-from qinfer import ArgumentError, Model
+from qinfer import ArgumentError, FormatError, Model
 from test_architectures import instruction_sets
 
 Logits = npt.NDArray[np.floating]
@@ -217,6 +217,49 @@ def test_powerinfer_files_are_relu(tmp_path: Path) -> None:
         assert np.median(errors(logits_of(model, TOKENS, 1), expected)) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("case", "found"),
+    [
+        ("llama", "blk.0.ffn_down_t.weight"),
+        ("llama-ordinary", "blk.0.fc1.weight"),
+        ("falcon", "blk.0.ffn_down_t.weight"),
+    ],
+)
+def test_powerinfers_tensors_under_another_magic(case: str, found: str, tmp_path: Path) -> None:
+    """It would compute SiLU or GELU with weights that were trained with ReLU."""
+    path = CASES[case].write(tmp_path, extra={})
+    with pytest.raises(FormatError) as caught:
+        Model(path)
+    message = str(caught.value)
+    for part in (str(path), found, "PWRI", "qinfer.hidden_act", "hidden_act given by the caller"):
+        assert part in message
+    with Model(path, hidden_act="silu", sparsity="off") as model:
+        assert model.info.hidden_act == "silu"
+    if CASES[case].by_neuron:
+        with Model(as_powerinfer(path), sparsity="off") as model:
+            assert model.info.hidden_act == "relu"
+
+
+@pytest.mark.parametrize("case", ["bamboo", "opt"])
+def test_a_magic_that_does_not_matter(case: str, tmp_path: Path) -> None:
+    """These architectures have one activation in all files."""
+    with Model(CASES[case].write(tmp_path, extra={}), sparsity="off") as model:
+        assert model.info.has_sparse_act
+
+
+def test_powerinfer_files_have_down_by_neuron(tmp_path: Path) -> None:
+    path = as_powerinfer(CASES["llama-ordinary"].write(tmp_path))
+    with pytest.raises(FormatError) as caught:
+        Model(path)
+    message = str(caught.value)
+    for part in (str(path), "blk.0.ffn_down.weight", "blk.0.ffn_down_t.weight", "begins with GGUF"):
+        assert part in message
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"ffn_down.weight", b"ffn_done.weight"))
+    with pytest.raises(FormatError, match=r"blk\.0\.ffn_down_t\.weight is missing"):
+        Model(path)
+
+
 def test_statistics(tmp_path: Path) -> None:
     """Counters against the reference's own activations."""
     path = CASES["llama"].write(tmp_path)
@@ -322,9 +365,43 @@ def test_faulty_predictors_are_left_out(
     with caplog.at_level(logging.WARNING, "qinfer"), Model(path, sparsity="off") as model:
         assert model.info.predictor_rank == 0
         logits_of(model, TOKENS, 30, sparsity="exact")
-    warnings = [record.getMessage() for record in caplog.records if "predictor" in record.message]
-    assert len(warnings) == 1
-    assert any(part in warnings[0] for part in said.split("|"))
+    # One warning: that these tensors are not used either goes without saying.
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert str(path) in warning
+    assert any(part in warning for part in said.split("|"))
+    assert "exact" not in warning
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({}, "0 of 3 layers have a predictor"),
+        ({"blk.2.fc1.weight": np.zeros((21, 59))}, "blk.2.fc1.weight has shape"),
+    ],
+)
+def test_powerinfer_files_without_predictors_are_exact(
+    tensors: dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("QINFER_CACHE_DIR", str(tmp_path / "cache"))
+    path = as_powerinfer(CASES["llama"].write(tmp_path, rank=0, extra={}, extra_tensors=tensors))
+    with caplog.at_level(logging.WARNING, "qinfer"), Model(path) as model:
+        assert model.policy.mode == "exact"
+        logits_of(model, TOKENS, 30)
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert str(path) in warning
+    assert said in warning
+    assert "runs in the mode exact" in warning
+    assert not (tmp_path / "cache" / "sparsity.json").exists()  # nothing was timed
+    with Model(path, sparsity="off") as model:
+        assert model.policy.mode == "off"
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "qinfer"), Model(path, hidden_act="silu") as model:
+        assert model.policy.mode == "off"
+    assert "exact" not in caplog.text
 
 
 def test_auto_chooses_once(
@@ -362,6 +439,21 @@ def test_auto_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (seconds,) = found.values()
     assert set(seconds) == {"off", "exact", "predict"}
     assert all(0 < value < 10 for value in seconds.values())
+
+
+def test_auto_predicts_nothing_where_no_activation_is_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qinfer import sparsity
+
+    monkeypatch.setenv("QINFER_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(sparsity, "_measure", lambda *_: {"off": 1.0, "predict": 0.1})
+    path = CASES["llama"].write(tmp_path, extra={"qinfer.hidden_act": "silu"})
+    with Model(path) as model:
+        assert model.info.predictor_rank == 21
+        assert model.policy.mode == "off"
+    with Model(path, sparsity="predict") as model:
+        assert model.policy.mode == "predict"
 
 
 def test_generated_tokens_are_no_prompt(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def make_demo_model(checkpoint: Path, out: Path) -> None:
                 "general.license": ("mit", "string"),
                 "tokenizer.ggml.eot_token_id": (_BOS, "u32"),
             }
-            rewrite(file, out, [copied(tensor) for tensor in file.tensors], metadata=keys)
+            rewrite(file, out, [copied(file, tensor) for tensor in file.tensors], metadata=keys)
 
 
 @click.command(help=__doc__)

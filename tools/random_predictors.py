@@ -62,10 +62,10 @@ def write(source: Path, out: Path, named: list[Bools], rng: np.random.Generator)
     for neurons that are named and -1 for the others, so that scores are their sum, or minus that.
     """
 
-    def replaced(tensor: TensorInfo) -> NewTensor:
+    def replaced(file: GGUF, tensor: TensorInfo) -> NewTensor:
         match = _PREDICTOR.fullmatch(tensor.name)
         if match is None:
-            return copied(tensor)
+            return copied(file, tensor)
         if match[2] == "fc1":
             values = rng.standard_normal(tensor.shape, np.float32)
         else:
@@ -74,7 +74,7 @@ def write(source: Path, out: Path, named: list[Bools], rng: np.random.Generator)
         return made(tensor, encode(values, tensor.type).reshape(-1))
 
     with GGUF(source) as file:
-        tensors = [replaced(tensor) for tensor in file.tensors]
+        tensors = [replaced(file, tensor) for tensor in file.tensors]
         rewrite(file, out, tensors, metadata={"powerinfer.sparse_threshold": (0.0, "f32")})
 
 

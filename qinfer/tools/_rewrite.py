@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -50,8 +50,14 @@ class NewTensor:
         return prod(self.shape) // kind.block_size * kind.block_bytes
 
 
-def copied(tensor: TensorInfo, name: str | None = None) -> NewTensor:
-    """A tensor as it is, perhaps under another name."""
+def copied(source: GGUF, tensor: TensorInfo, name: str | None = None) -> NewTensor:
+    """A tensor as it is, perhaps under another name.
+
+    The pieces raise FormatError, naming the tensor, at a value that is not finite. Types that the
+    runtime cannot decode are not looked at.
+    """
+    if tensor_type(tensor.type).can_decode:
+        return replace(encoded(source, tensor, tensor.type), name=name or tensor.name)
 
     def pieces() -> Iterator[Piece]:
         step = 4 * PIECE_WEIGHTS

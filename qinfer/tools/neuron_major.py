@@ -80,12 +80,11 @@ def neuron_major(
 ) -> Twin:
     """Writes a model with every `ffn_down` (n_embd, n_ff) as an `ffn_down_t` (n_ff, n_embd).
 
-    Other tensors, the magic and the metadata stay as they are, and `qinfer.hidden_act` records the
-    activation that the source is computed with. No other program than qinfer loads the result,
-    unless it is a PowerInfer file with predictors.
+    Other tensors and the metadata stay as they are, and `qinfer.hidden_act` records the activation
+    that the source is computed with. No other program than qinfer loads the result.
 
     Args:
-        source: a GGUF or PowerInfer file; of a split one, its first part.
+        source: a GGUF file; of a split one, its first part.
         out: the file to write; it takes its name when it is complete.
         down: the type of `ffn_down_t`, or "same". None keeps F32, F16 and BF16, and takes Q8_0 in
             place of quantised types. Where n_embd is not whole blocks of the type, the nearest
@@ -95,8 +94,8 @@ def neuron_major(
 
     Raises:
         ArgumentError: the type is unknown, `out` is the source, or the source is neuron-major.
-        FormatError: the source is damaged or lacks a tensor, or a down projection holds a value
-            that is not finite; the message names the tensor.
+        FormatError: the source is damaged or lacks a tensor, or a tensor holds a value that is not
+            finite or too large for its type; the message names the tensor.
         UnsupportedError: an architecture or tensor type that is not known.
         FileError: a file cannot be read or written.
     """
@@ -149,10 +148,10 @@ def _is_matrix(tensor: TensorInfo) -> bool:
 def _new_tensor(file: GGUF, tensor: TensorInfo, down: str | None) -> NewTensor:
     match = _DOWN.fullmatch(tensor.name)
     if match is None:
-        return copied(tensor)
+        return copied(file, tensor)
     name = f"{match[1]}_t.{match[2]}"
     if match[2] == "bias":
-        return copied(tensor, name)
+        return copied(file, tensor, name)
     kind = fitting_type(_wanted(tensor, down), tensor.shape[0], tensor.type)
     return transposed(file, tensor, name, kind)
 

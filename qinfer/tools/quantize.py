@@ -337,9 +337,8 @@ def _some(names: list[str]) -> str:
 def _new_tensor(
     file: GGUF, tensor: TensorInfo, new: str, columns: NDArray[np.float32] | None
 ) -> NewTensor:
-    # What the runtime cannot decode, it cannot look at either.
-    if new == tensor.type and not tensor_type(new).can_decode:
-        return copied(tensor)
+    if new == tensor.type:
+        return copied(file, tensor)
     return encoded(file, tensor, new, columns)
 
 

@@ -1,14 +1,18 @@
 // Temporary file, fsync, rename.
 #include "base/output_file.h"
 
+#include <dirent.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
+#include <string_view>
 
 #include "base/error.h"
+#include "base/log.h"
 #include "base/text.h"
 
 namespace qi {
@@ -23,6 +27,52 @@ std::string folder_of(const std::string& path) {
     return slash == 0 ? "/" : path.substr(0, slash);
 }
 
+// Whether name is `target.<digits>-<digits>.part`.
+bool is_part_of(std::string_view name, std::string_view target) {
+    constexpr std::string_view digits = "0123456789", end = ".part";
+    if (name.size() <= target.size() + 1 + end.size() || !name.starts_with(target) ||
+        name[target.size()] != '.' || !name.ends_with(end))
+        return false;
+    name.remove_prefix(target.size() + 1);
+    name.remove_suffix(end.size());
+    const size_t dash = name.find_first_not_of(digits);
+    return dash != 0 && dash != std::string_view::npos && name[dash] == '-' &&
+           dash + 1 < name.size() &&
+           name.find_first_not_of(digits, dash + 1) == std::string_view::npos;
+}
+
+// Removes a temporary file unless a process still writes it. Writers hold a lock, which goes with
+// them however they end, and, unlike a process id, is known in every container.
+void remove_if_abandoned(const std::string& part) {
+    const int descriptor = ::open(part.c_str(), O_WRONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    if (descriptor < 0) return;
+    struct stat status;
+    if (fstat(descriptor, &status) == 0 && S_ISREG(status.st_mode) &&
+        flock(descriptor, LOCK_EX | LOCK_NB) == 0 && unlink(part.c_str()) == 0)
+        log(LogLevel::info, format("%s: removed, its writer is gone", part.c_str()));
+    close(descriptor);
+}
+
+// Removes what writers of the same path left when they were killed.
+void remove_abandoned_parts(const std::string& path) {
+    const std::string folder = folder_of(path);
+    const std::string target = path.substr(path.rfind('/') + 1);
+    DIR* entries = opendir(folder.c_str());
+    if (!entries) return;
+    while (const dirent* entry = readdir(entries)) {
+        if (is_part_of(entry->d_name, target)) remove_if_abandoned(folder + "/" + entry->d_name);
+    }
+    closedir(entries);
+}
+
+// Whether the file, just made, is ours: another writer may have found it before it was locked, and
+// taken it for abandoned. Where there are no locks nobody does.
+bool keep_locked(int descriptor) {
+    struct stat status;
+    if (flock(descriptor, LOCK_EX | LOCK_NB) != 0) return errno != EWOULDBLOCK;
+    return fstat(descriptor, &status) == 0 && status.st_nlink > 0;
+}
+
 }  // namespace
 
 OutputFile::OutputFile(const std::string& path) : path_(path) {
@@ -30,6 +80,7 @@ OutputFile::OutputFile(const std::string& path) : path_(path) {
     if (stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode))
         fail(QI_IO, "cannot write %s: it exists and is not a regular file",
              quoted(path, path.size()).c_str());
+    remove_abandoned_parts(path);
     // The process id and a number keep writers of the same path apart. The mode leaves the rest to
     // the umask.
     for (int number = 0; descriptor_ < 0; number++) {
@@ -37,6 +88,10 @@ OutputFile::OutputFile(const std::string& path) : path_(path) {
         descriptor_ =
             ::open(temporary_path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
         if (descriptor_ < 0 && errno != EEXIST) fail_with_errno("create");
+        if (descriptor_ >= 0 && !keep_locked(descriptor_)) {
+            close(descriptor_);
+            descriptor_ = -1;
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 #include <array>
 #include <charconv>
 #include <cmath>
+#include <cstring>
 
 #include "base/error.h"
 #include "base/text.h"
@@ -113,16 +114,36 @@ const Architecture& find_architecture(const std::string& name, const char* path)
          quoted(name).c_str(), known.c_str());
 }
 
+// Refuses a file that holds what only PowerInfer's files do and begins as others, where the
+// architecture's name means another activation than there: one of the two is wrong.
+void refuse_other_magic(const gguf::File& file, const Architecture& arch) {
+    if (file.is_powerinfer() || std::strcmp(arch.hidden_act, arch.sparse_act) == 0) return;
+    for (const gguf::TensorInfo& tensor : file.tensors()) {
+        if (!tensor.name.starts_with("blk.")) continue;
+        for (const char* kind : {".ffn_down_t.weight", ".fc1.weight", ".fc2.weight"}) {
+            if (tensor.name.ends_with(kind))
+                fail(QI_FORMAT,
+                     "%s: tensor %s belongs to PowerInfer's files, which begin with PWRI and where "
+                     "%s has the activation %s; this one begins with GGUF, where that is %s, and "
+                     "has no key qinfer.hidden_act: either would be right, or hidden_act given by "
+                     "the caller",
+                     file.path().c_str(), std::string(tensor.name).c_str(), arch.name,
+                     arch.sparse_act, arch.hidden_act);
+        }
+    }
+}
+
 // The activation that the caller asks for, else the file, else the architecture. What is wrong with
 // it is told of whoever named it: QI_ARGUMENT of the caller, QI_UNSUPPORTED of the file.
 HiddenAct choose_hidden_act(const gguf::File& file, const Architecture& arch,
                             const std::string& asked) {
     const qi_status status = asked.empty() ? QI_UNSUPPORTED : QI_ARGUMENT;
     const std::string source = asked.empty() ? file.path() + ": qinfer.hidden_act" : "hidden_act";
+    std::optional<std::string> given = asked;
+    if (asked.empty()) given = file.get_string("qinfer.hidden_act");
+    if (!given) refuse_other_magic(file, arch);
     const std::string text =
-        !asked.empty() ? asked
-                       : file.get_string("qinfer.hidden_act")
-                             .value_or(file.is_powerinfer() ? arch.sparse_act : arch.hidden_act);
+        given.value_or(file.is_powerinfer() ? arch.sparse_act : arch.hidden_act);
     const auto act = parse_hidden_act(text);
     if (!act)
         fail(status,

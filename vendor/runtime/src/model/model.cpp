@@ -24,7 +24,14 @@ class TensorBinder {
   public:
     explicit TensorBinder(const gguf::File& file) : file_(file) {}
 
+    const char* path() const { return file_.path().c_str(); }
+    bool is_powerinfer() const { return file_.is_powerinfer(); }
     bool has(const std::string& name) const { return file_.find_tensor(name) != nullptr; }
+
+    // Counts a tensor, if it is there, as used.
+    void know(const std::string& name) {
+        if (const gguf::TensorInfo* info = file_.find_tensor(name)) used_.insert(info->name);
+    }
 
     // rows 0 takes any number of rows.
     Weight matrix(const std::string& name, int64_t cols, int64_t rows) {
@@ -140,6 +147,7 @@ class Builder {
     void down(const std::string& prefix, FeedForward& ffn) {
         ffn.down_by_neuron = bind_.has(prefix + "ffn_down_t.weight");
         if (!ffn.down_by_neuron) {
+            if (bind_.is_powerinfer()) refuse_down(prefix);
             ffn.down = linear(prefix + "ffn_down", hp_.n_ff, hp_.n_embd);
             return;
         }
@@ -150,15 +158,31 @@ class Builder {
                                                   : bind_.optional_vector(bias, hp_.n_embd);
     }
 
+    // Of a PowerInfer file that has no ffn_down_t.
+    [[noreturn]] void refuse_down(const std::string& prefix) const {
+        const char* path = bind_.path();
+        if (!bind_.has(prefix + "ffn_down.weight"))
+            fail(QI_FORMAT, "%s: tensor %sffn_down_t.weight is missing", path, prefix.c_str());
+        fail(QI_FORMAT,
+             "%s: holds the tensor %sffn_down.weight, but begins with PWRI, and such files have "
+             "%sffn_down_t.weight, a row per neuron; an ordinary model begins with GGUF, and "
+             "qinfer.tools.neuron_major writes its twin by neuron",
+             path, prefix.c_str(), prefix.c_str());
+    }
+
     // Predictors of all layers. A model runs without them as well: a faulty one is left out with a
-    // warning, and one layer without makes all do without.
-    void predictors(std::vector<Layer>& layers, const char* path) {
+    // warning, and one layer without makes all do without. PowerInfer files are made for them, so
+    // there their absence is said, too.
+    void predictors(std::vector<Layer>& layers) {
         std::string problem;
         size_t n_found = 0;
-        for (size_t i = 0; i < layers.size() && problem.empty(); ++i) {
+        for (size_t i = 0; i < layers.size(); ++i) {
             const std::string fc1 = format("blk.%zu.fc1.weight", i),
                               fc2 = format("blk.%zu.fc2.weight", i);
-            if (!bind_.has(fc1) && !bind_.has(fc2)) continue;
+            // Also of what is left out: the one warning is enough.
+            bind_.know(fc1);
+            bind_.know(fc2);
+            if (!problem.empty() || (!bind_.has(fc1) && !bind_.has(fc2))) continue;
             try {
                 Predictor predictor;
                 predictor.fc1.weight = bind_.matrix(fc1, hp_.n_embd, 0);
@@ -169,11 +193,16 @@ class Builder {
                 problem = error.what();
             }
         }
-        if (n_found == layers.size() || (n_found == 0 && problem.empty())) return;
+        if (n_found == layers.size()) return;
+        const bool was_due = bind_.is_powerinfer();
+        if (n_found == 0 && problem.empty() && !was_due) return;
         if (problem.empty())
-            problem =
-                format("%s: %zu of %zu layers have a predictor", path, n_found, layers.size());
-        log(LogLevel::warning, format("no predictors will be used: %s", problem.c_str()));
+            problem = format("%s: %zu of %zu layers have a predictor (blk.N.fc1.weight and fc2)",
+                             bind_.path(), n_found, layers.size());
+        const bool is_exact = was_due && is_sparse(hp_.act);
+        log(LogLevel::warning,
+            format("no predictors will be used: %s%s", problem.c_str(),
+                   is_exact ? "; it runs in the mode exact unless another is asked for" : ""));
         for (Layer& layer : layers)
             layer.ffn.predictor.reset();
     }
@@ -233,7 +262,7 @@ Model::Model(std::shared_ptr<const gguf::File> file, const ModelOptions& options
         rope_ = Rope(hp_, bind.optional_vector("rope_freqs.weight", hp_.n_rot / 2));
     for (int64_t i = 0; i < hp_.n_layer; ++i)
         layers_.push_back(build.layer(i));
-    build.predictors(layers_, file_->path().c_str());
+    build.predictors(layers_);
     output_norm_ = build.norm("output_norm");
     tied_head_ = !bind.has("output.weight");
     if (tied_head_)
