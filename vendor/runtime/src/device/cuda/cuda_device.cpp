@@ -546,7 +546,8 @@ void CudaDevice::compute_resident(const FeedForward& ffn, const DeviceFfn& kept,
         args.list = kept.whole() ? nullptr : &kept.list;
         if (predicting) {
             args.masks = masks_ + size_t(first * words_of(n_ff)) * sizeof(uint32_t);
-            if (n <= few_tokens) {
+            // Columns of an ordinary down are those of all slots.
+            if (n <= few_tokens && ffn.down_by_neuron) {
                 kernels.compact(stream_, named_, kept.slot_of_neuron, n_ff, list_);
                 args.list = &list_;
             }
