@@ -37,12 +37,15 @@ class Accelerator {
     virtual size_t budget() const = 0;
     virtual size_t used() const = 0;
 
-    // Bytes that a copy takes, alignment included.
+    // Bytes that a copy takes, alignment included, once reserve() has made room for it.
     virtual size_t bytes_of(const Linear& linear) const = 0;
     virtual size_t bytes_of(const Norm& norm) const = 0;
     virtual size_t bytes_of(const FeedForward& ffn, int64_t n_neurons) const = 0;
     virtual size_t bytes_of(const DeviceNeeds& needs) const = 0;
 
+    // Takes memory for copies of so many bytes in all, and what reserving costs beyond them.
+    virtual void reserve(size_t n_bytes) = 0;
+    virtual size_t reserve_overhead() const = 0;
     // Takes copies; they are found by the address of what they were made from.
     virtual void keep(const Linear& linear) = 0;
     virtual void keep(const Norm& norm) = 0;

@@ -21,9 +21,8 @@ KvCache::KvCache(std::span<const Stage> stages, const KvLayout& layout, int64_t 
         KvLayout part = layout;
         part.n_layer = stage.end_layer - stage.first_layer;
         stage.device->reserve_kv(part, n_pages);
-        parts_.push_back({stage.device,
-                          size_t(part.n_layer * part.n_head_kv) *
-                              kernels::kv_head_bytes(part.type, part.head_dim)});
+        parts_.push_back({stage.device, size_t(part.n_layer * part.n_head_kv) *
+                                            kernels::kv_head_bytes(part.type, part.head_dim)});
     }
     owners_.resize(size_t(n_pages));
 }

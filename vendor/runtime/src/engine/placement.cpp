@@ -9,7 +9,12 @@ namespace qi {
 
 namespace {
 
-constexpr double gib = 1024.0 * 1024.0 * 1024.0;
+constexpr double gib = 1024.0 * 1024.0 * 1024.0, mib = 1024.0 * 1024.0;
+
+std::string size_text(size_t n_bytes) {
+    return double(n_bytes) < gib ? format("%.1f MiB", double(n_bytes) / mib)
+                                 : format("%.2f GiB", double(n_bytes) / gib);
+}
 
 // Neurons that move together: where down is stored by neuron one by one, else as many as the host
 // can leave out of its part of down.
@@ -100,7 +105,8 @@ std::vector<std::vector<int32_t>> choose(const Model& model, const Accelerator& 
 Placement place(const Model& model, const Accelerator& accelerator, const DeviceNeeds& needs,
                 const SplitChoice& split) {
     const HyperParams& hp = model.hyper_params();
-    const size_t room = accelerator.budget() - std::min(accelerator.budget(), accelerator.used());
+    const size_t taken = accelerator.used() + accelerator.reserve_overhead();
+    const size_t room = accelerator.budget() - std::min(accelerator.budget(), taken);
     Placement result;
     size_t used = 0;
     const auto fits = [&](size_t bytes) { return bytes <= room - used; };
@@ -114,9 +120,9 @@ Placement place(const Model& model, const Accelerator& accelerator, const Device
         if (attention + device > room) {
             if (result.n_layers == 0)
                 fail(QI_MEMORY,
-                     "one layer's attention, its keys and values and the working space take %.2f "
-                     "GiB, %.2f GiB of device memory are left for them",
-                     double(attention + device) / gib, double(room) / gib);
+                     "one layer's attention, its keys and values and the working space take %s, "
+                     "of the device's memory %s are left for them",
+                     size_text(attention + device).c_str(), size_text(room).c_str());
             break;
         }
         result.attention_bytes = attention;
@@ -146,10 +152,11 @@ Placement place(const Model& model, const Accelerator& accelerator, const Device
 
     const size_t head =
         accelerator.bytes_of(model.output_norm()) + accelerator.bytes_of(model.head());
-    if (!fits(head)) return host_keeps_all();
-    result.head = true;
-    result.head_bytes = head;
-    used += head;
+    if (fits(head)) {
+        result.head = true;
+        result.head_bytes = head;
+        used += head;
+    }
 
     const auto chosen = split.neurons.empty()
                             ? choose(model, accelerator, split.counts, room - used)
@@ -163,13 +170,14 @@ Placement place(const Model& model, const Accelerator& accelerator, const Device
         result.rest.emplace_back(complement(neurons, hp.n_ff), hp.n_ff);
     }
     if (!fits(result.neuron_bytes))
-        fail(QI_MEMORY,
-             "the given split puts %.2f GiB of neurons on the device, %.2f GiB are left for them",
-             double(result.neuron_bytes) / gib, double(room - used) / gib);
+        fail(QI_MEMORY, "the given split puts %s of neurons on the device, %s are left for them",
+             size_text(result.neuron_bytes).c_str(), size_text(room - used).c_str());
     return result;
 }
 
 void keep(const Model& model, const Placement& placement, Accelerator& accelerator) {
+    accelerator.reserve(placement.attention_bytes + placement.predictor_bytes +
+                        placement.head_bytes + placement.neuron_bytes);
     for (int64_t l = 0; l < placement.n_layers; ++l) {
         const Layer& layer = model.layers()[size_t(l)];
         accelerator.keep(layer.attn_norm);
@@ -200,12 +208,12 @@ std::string describe(const Placement& placement, const Model& model,
     for (const NeuronShard& shard : placement.resident)
         n_resident += shard.neurons().size();
     const auto n_layer = double(model.layers().size());
-    return format("%lld of %zu layers' attention%s%s, %.0f %% of the neurons; %.2f of %.2f GiB",
+    return format("%lld of %zu layers' attention%s%s, %.0f %% of the neurons; %s of %s",
                   (long long)placement.n_layers, model.layers().size(),
                   placement.predictors && model.predictor_rank() ? ", predictors" : "",
                   placement.head ? ", head" : "",
                   100.0 * double(n_resident) / (n_layer * double(model.hyper_params().n_ff)),
-                  double(accelerator.used()) / gib, double(accelerator.budget()) / gib);
+                  size_text(accelerator.used()).c_str(), size_text(accelerator.budget()).c_str());
 }
 
 }  // namespace qi

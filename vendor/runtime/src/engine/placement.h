@@ -1,8 +1,9 @@
 // What of a model an accelerator keeps, under a budget of its memory.
 //
 // In PowerInfer's order: the attention of each layer with its norms, keys and values; predictors;
-// the head; then neurons, those first that are active most often for their bytes. The first thing
-// that does not fit ends the list, but for neurons, which are taken while any fits.
+// the head; then neurons, those first that are active most often for their bytes. Unlike there, a
+// head that does not fit leaves its room to neurons. Neurons go only where all attention and the
+// predictors are.
 #pragma once
 
 #include <cstdint>

@@ -42,7 +42,8 @@ void Context::save_state(int32_t seq, std::span<std::byte> out) const {
     if (out.size() != state_size(seq))
         fail(QI_ARGUMENT, "the state of sequence %d takes %llu bytes, room was given for %zu", seq,
              (unsigned long long)state_size(seq), out.size());
-    const StateHeader header = header_for(*model_, options_.kv_type, kv_.content_bytes(), length(seq));
+    const StateHeader header =
+        header_for(*model_, options_.kv_type, kv_.content_bytes(), length(seq));
     std::memcpy(out.data(), &header, sizeof header);
     for (int64_t p = 0; p < pages_for(header.length); ++p)
         kv_.read_page(seq, p, out.data() + sizeof header + size_t(p) * header.page_bytes);

@@ -34,6 +34,10 @@ class CudaAccelerator final : public Accelerator {
         return working_bytes(share_, needs);
     }
 
+    void reserve(size_t n_bytes) override { share_.weights->reserve(n_bytes); }
+    // The last page of the driver's that the copies do not fill.
+    size_t reserve_overhead() const override { return DeviceMemory::counted_bytes(1 << 21) - 1; }
+
     void keep(const Linear& linear) override { share_.weights->keep(linear); }
     void keep(const Norm& norm) override { share_.weights->keep(norm); }
     void keep(const FeedForward& ffn, NeuronShard resident, NeuronShard rest) override {

@@ -495,9 +495,8 @@ void CudaDevice::attend(int64_t layer, const AttentionShape& shape, const float*
 void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) {
     const Current current = enter();
     const DeviceFfn& kept = share_.weights->find(ffn);
-    const bool wanted = std::any_of(batch_.rules.begin(), batch_.rules.end(), [](NeuronRule rule) {
-        return rule == NeuronRule::predict;
-    });
+    const bool wanted = std::any_of(batch_.rules.begin(), batch_.rules.end(),
+                                    [](NeuronRule rule) { return rule == NeuronRule::predict; });
     const bool predicting = wanted && kept.n_slots() > 0;
     if (predicting) predict(ffn, batch);
     if (kept.n_slots() > 0) compute_resident(ffn, kept, batch, predicting, y);
@@ -578,7 +577,8 @@ void CudaDevice::compute_resident(const FeedForward& ffn, const DeviceFfn& kept,
 // What the neurons that the host keeps add.
 void CudaDevice::add_of_host(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
                              bool predicting, float* y) {
-    const size_t n_values = size_t(batch_.n_tokens * needs_.n_embd), bytes = n_values * sizeof(float);
+    const size_t n_values = size_t(batch_.n_tokens * needs_.n_embd),
+                 bytes = n_values * sizeof(float);
     float* x = host_x_.reserve(n_values);
     float* out = host_y_.reserve(n_values);
     FfnBatch of_host = batch;

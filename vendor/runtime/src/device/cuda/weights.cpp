@@ -14,8 +14,15 @@ namespace {
 
 constexpr size_t staging_bytes = size_t(4) << 20;
 
+// Arrays begin at multiples of this, as the driver's own allocations do.
+constexpr size_t alignment = 256;
+
+size_t aligned(size_t n_bytes) {
+    return (n_bytes + alignment - 1) / alignment * alignment;
+}
+
 size_t floats_bytes(size_t n) {
-    return n == 0 ? 0 : DeviceMemory::counted_bytes(n * sizeof(float));
+    return aligned(n * sizeof(float));
 }
 
 NeuronLayout layout_of(const FeedForward& ffn) {
@@ -37,8 +44,17 @@ Weights::Weights(std::shared_ptr<Gpu> gpu, std::shared_ptr<Budget> budget)
       staging_{{gpu_, staging_bytes, "staging"}, {gpu_, staging_bytes, "staging"}},
       sent_{Event(gpu_), Event(gpu_)} {}
 
-CUdeviceptr Weights::allocate(size_t n_bytes, const char* what) {
-    return memory_.emplace_back(gpu_, budget_, n_bytes, what).address();
+void Weights::reserve(size_t n_bytes) {
+    memory_.emplace_back(gpu_, budget_, n_bytes, "weights");
+    used_ = 0;
+}
+
+CUdeviceptr Weights::allocate(size_t n_bytes) {
+    if (memory_.empty() || aligned(n_bytes) > memory_.back().n_bytes() - used_)
+        fail(QI_INTERNAL, "more weights are kept on the GPU than memory was reserved for");
+    const CUdeviceptr at = memory_.back().address() + used_;
+    used_ += aligned(n_bytes);
+    return at;
 }
 
 void Weights::upload(CUdeviceptr to, int64_t n, size_t stride, const WriteItem& write) {
@@ -61,30 +77,28 @@ void Weights::upload(CUdeviceptr to, int64_t n, size_t stride, const WriteItem& 
         sent_[side].synchronize();
         std::byte* out = staging_[side].data();
         constexpr int64_t per_chunk = 16;
-        parallel_for(n_threads, (end - first + per_chunk - 1) / per_chunk,
-                     [&](int64_t chunk, int) {
-                         const int64_t begin = first + chunk * per_chunk;
-                         for (int64_t i = begin; i < std::min(end, begin + per_chunk); ++i)
-                             write(i, out + size_t(i - first) * stride);
-                     });
+        parallel_for(n_threads, (end - first + per_chunk - 1) / per_chunk, [&](int64_t chunk, int) {
+            const int64_t begin = first + chunk * per_chunk;
+            for (int64_t i = begin; i < std::min(end, begin + per_chunk); ++i)
+                write(i, out + size_t(i - first) * stride);
+        });
         stream_.copy_to_device(to + size_t(first) * stride, out, size_t(end - first) * stride);
         sent_[side].record(stream_);
     }
     stream_.synchronize();
 }
 
-CUdeviceptr Weights::upload_floats(const std::vector<float>& values, const char* what) {
+CUdeviceptr Weights::upload_floats(const std::vector<float>& values) {
     if (values.empty()) return 0;
-    const CUdeviceptr at = allocate(values.size() * sizeof(float), what);
-    upload(at, int64_t(values.size()), sizeof(float), [&](int64_t i, std::byte* out) {
-        std::memcpy(out, &values[size_t(i)], sizeof(float));
-    });
+    const CUdeviceptr at = allocate(values.size() * sizeof(float));
+    upload(at, int64_t(values.size()), sizeof(float),
+           [&](int64_t i, std::byte* out) { std::memcpy(out, &values[size_t(i)], sizeof(float)); });
     return at;
 }
 
-CUdeviceptr Weights::upload_ints(const std::vector<int32_t>& values, const char* what) {
+CUdeviceptr Weights::upload_ints(const std::vector<int32_t>& values) {
     if (values.empty()) return 0;
-    const CUdeviceptr at = allocate(values.size() * sizeof(int32_t), what);
+    const CUdeviceptr at = allocate(values.size() * sizeof(int32_t));
     upload_ints_to(at, values);
     return at;
 }
@@ -97,7 +111,7 @@ void Weights::upload_ints_to(CUdeviceptr at, const std::vector<int32_t>& values)
 
 size_t Weights::bytes_of(const Linear& linear) {
     const Weight& w = linear.weight;
-    return DeviceMemory::counted_bytes(size_t(w.n_rows) * device_row_bytes(w.type, w.n_cols)) +
+    return aligned(size_t(w.n_rows) * device_row_bytes(w.type, w.n_cols)) +
            floats_bytes(linear.bias.size());
 }
 
@@ -106,42 +120,38 @@ size_t Weights::bytes_of(const Norm& norm) {
 }
 
 size_t Weights::bytes_of(const FeedForward& ffn, int64_t n_neurons) {
-    if (n_neurons == 0) return floats_bytes(ffn.down.bias.size());
+    if (n_neurons == 0) return 0;
     const auto n = size_t(n_neurons);
-    size_t bytes = DeviceMemory::counted_bytes(n * layout_of(ffn).stride) +
-                   DeviceMemory::counted_bytes(NeuronList::n_bytes(n_neurons)) +
-                   DeviceMemory::counted_bytes(size_t(ffn.up.weight.n_rows) * sizeof(int32_t)) +
+    size_t bytes = aligned(n * layout_of(ffn).stride) + aligned(NeuronList::n_bytes(n_neurons)) +
+                   aligned(size_t(ffn.up.weight.n_rows) * sizeof(int32_t)) +
                    floats_bytes(ffn.gate.bias.size()) + floats_bytes(ffn.up.bias.size()) +
                    floats_bytes(ffn.down.bias.size());
     if (!ffn.down_by_neuron)
-        bytes += DeviceMemory::counted_bytes(size_t(ffn.down.weight.n_rows) *
-                                             device_row_bytes(ffn.down.weight.type, n_neurons));
+        bytes += aligned(size_t(ffn.down.weight.n_rows) *
+                         device_row_bytes(ffn.down.weight.type, n_neurons));
     return bytes;
 }
 
 void Weights::keep(const Linear& linear) {
     const Weight& w = linear.weight;
     const size_t stride = device_row_bytes(w.type, w.n_cols);
-    DeviceLinear kept{{w.type, allocate(size_t(w.n_rows) * stride, "weights"), w.n_rows, w.n_cols,
-                       stride},
-                      0};
-    upload(kept.weight.data, w.n_rows, stride, [&](int64_t row, std::byte* out) {
-        repack_row(w, row, out);
-    });
-    kept.bias = upload_floats(linear.bias, "biases");
+    DeviceLinear kept{{w.type, allocate(size_t(w.n_rows) * stride), w.n_rows, w.n_cols, stride}, 0};
+    upload(kept.weight.data, w.n_rows, stride,
+           [&](int64_t row, std::byte* out) { repack_row(w, row, out); });
+    kept.bias = upload_floats(linear.bias);
     linears_[&linear] = kept;
 }
 
 void Weights::keep(const Norm& norm) {
-    norms_[&norm] = {upload_floats(norm.weight, "norms"), upload_floats(norm.bias, "norms")};
+    norms_[&norm] = {upload_floats(norm.weight), upload_floats(norm.bias)};
 }
 
 void Weights::keep(const FeedForward& ffn, NeuronShard resident, NeuronShard rest) {
     const Weight &gate = ffn.gate.weight, &up = ffn.up.weight, &down = ffn.down.weight;
     DeviceFfn kept;
-    kept.down_bias = upload_floats(ffn.down.bias, "biases");
     const std::span<const int32_t> neurons = resident.neurons();
     if (!neurons.empty()) {
+        kept.down_bias = upload_floats(ffn.down.bias);
         const auto n_slots = int64_t(neurons.size());
         NeuronWeights& w = kept.weights;
         w.gate_type = gate.type;
@@ -151,15 +161,15 @@ void Weights::keep(const FeedForward& ffn, NeuronShard resident, NeuronShard res
         w.layout = layout_of(ffn);
         w.n_embd = up.n_cols;
         w.n_ff = up.n_rows;
-        w.records = allocate(neurons.size() * w.layout.stride, "neurons");
+        w.records = allocate(neurons.size() * w.layout.stride);
         upload(w.records, n_slots, w.layout.stride, [&](int64_t slot, std::byte* out) {
             const int32_t j = neurons[size_t(slot)];
             if (ffn.gated) repack_row(gate, j, out + w.layout.gate_offset);
             repack_row(up, j, out + w.layout.up_offset);
             if (ffn.down_by_neuron) repack_row(down, j, out + w.layout.down_offset);
         });
-        w.gate_bias = upload_floats(ffn.gate.bias, "biases");
-        w.up_bias = upload_floats(ffn.up.bias, "biases");
+        w.gate_bias = upload_floats(ffn.gate.bias);
+        w.up_bias = upload_floats(ffn.up.bias);
         keep_list(neurons, up.n_rows, kept);
         if (!ffn.down_by_neuron) keep_down(down, neurons, kept);
     }
@@ -173,17 +183,17 @@ void Weights::keep_list(std::span<const int32_t> neurons, int64_t n_ff, DeviceFf
     std::vector<int32_t> slots(size_t(n_ff), -1);
     for (size_t s = 0; s < neurons.size(); ++s)
         slots[size_t(neurons[s])] = int32_t(s);
-    kept.slot_of_neuron = upload_ints(slots, "neuron numbers");
+    kept.slot_of_neuron = upload_ints(slots);
 
     constexpr int64_t n_runs = n_list_bounds - 1;
     std::vector<int32_t> bounds;
     for (int64_t run = 0; run <= n_runs; ++run)
-        bounds.push_back(int32_t(
-            std::lower_bound(neurons.begin(), neurons.end(), n_ff * run / n_runs) -
-            neurons.begin()));
+        bounds.push_back(
+            int32_t(std::lower_bound(neurons.begin(), neurons.end(), n_ff * run / n_runs) -
+                    neurons.begin()));
     std::iota(slots.begin(), slots.begin() + n_slots, 0);
     slots.resize(size_t(n_slots));
-    kept.list = NeuronList::at(allocate(NeuronList::n_bytes(n_slots), "neuron numbers"), n_slots);
+    kept.list = NeuronList::at(allocate(NeuronList::n_bytes(n_slots)), n_slots);
     upload_ints_to(kept.list.ids, {neurons.begin(), neurons.end()});
     upload_ints_to(kept.list.slots, slots);
     upload_ints_to(kept.list.n, {int32_t(n_slots)});
@@ -196,8 +206,7 @@ void Weights::keep_down(const Weight& down, std::span<const int32_t> neurons, De
     const int64_t block = traits(down.type).block_size;
     const auto block_bytes = size_t(traits(down.type).block_bytes);
     const size_t stride = device_row_bytes(down.type, n_slots);
-    kept.down = {down.type, allocate(size_t(down.n_rows) * stride, "neurons"), down.n_rows, n_slots,
-                 stride};
+    kept.down = {down.type, allocate(size_t(down.n_rows) * stride), down.n_rows, n_slots, stride};
     upload(kept.down.data, down.n_rows, stride, [&](int64_t row, std::byte* out) {
         std::vector<std::byte> blocks(size_t(n_slots / block) * block_bytes);
         for (int64_t s = 0; s < n_slots; s += block)

@@ -41,10 +41,12 @@ class Weights {
   public:
     Weights(std::shared_ptr<Gpu> gpu, std::shared_ptr<Budget> budget);
 
+    // Takes memory that copies of so many bytes in all will fill.
+    void reserve(size_t n_bytes);
     void keep(const Linear& linear);
     void keep(const Norm& norm);
     void keep(const FeedForward& ffn, NeuronShard resident, NeuronShard rest);
-    // What keep() takes of the budget.
+    // What keep() takes of the memory reserved.
     static size_t bytes_of(const Linear& linear);
     static size_t bytes_of(const Norm& norm);
     static size_t bytes_of(const FeedForward& ffn, int64_t n_neurons);
@@ -58,12 +60,12 @@ class Weights {
     // Writes item `i` of an array into pinned memory at `out`.
     using WriteItem = std::function<void(int64_t i, std::byte* out)>;
 
-    CUdeviceptr allocate(size_t n_bytes, const char* what);
+    CUdeviceptr allocate(size_t n_bytes);
     // Brings n items of `stride` bytes to the GPU, a few MiB at a time: threads write one part
     // while another is on its way.
     void upload(CUdeviceptr to, int64_t n, size_t stride, const WriteItem& write);
-    CUdeviceptr upload_floats(const std::vector<float>& values, const char* what);
-    CUdeviceptr upload_ints(const std::vector<int32_t>& values, const char* what);
+    CUdeviceptr upload_floats(const std::vector<float>& values);
+    CUdeviceptr upload_ints(const std::vector<int32_t>& values);
     void upload_ints_to(CUdeviceptr at, const std::vector<int32_t>& values);
     void keep_list(std::span<const int32_t> neurons, int64_t n_ff, DeviceFfn& kept);
     void keep_down(const Weight& down, std::span<const int32_t> neurons, DeviceFfn& kept);
@@ -74,6 +76,7 @@ class Weights {
     PinnedMemory staging_[2];
     Event sent_[2];
     std::vector<DeviceMemory> memory_;
+    size_t used_ = 0;  // of the last of them
     std::unordered_map<const void*, DeviceLinear> linears_;
     std::unordered_map<const void*, DeviceNorm> norms_;
     std::unordered_map<const void*, DeviceFfn> ffns_;
