@@ -351,7 +351,14 @@ def test_what_cannot_be_had_is_refused(tmp_path: Path) -> None:
     ("tensors", "said"),
     [
         ({"blk.1.fc1.weight": np.zeros((21, 60))}, "1 of 3 layers|fc2.weight is missing"),
-        ({"blk.0.fc1.weight": np.zeros((21, 59))}, "blk.0.fc1.weight has shape"),
+        (
+            {
+                "blk.0.fc1.weight": np.zeros((21, 59)),
+                "blk.0.fc2.weight": np.zeros((101, 21)),
+                "blk.2.fc1.weight": np.zeros((21, 60)),
+            },
+            "blk.0.fc1.weight has shape",
+        ),
         (
             {"blk.0.fc1.weight": np.zeros((9, 60)), "blk.0.fc2.weight": np.zeros((101, 8))},
             "blk.0.fc2.weight has shape",
