@@ -1,0 +1,242 @@
+"""What test_cuda_model.py runs on the stand-in, each function in a process of its own.
+
+A function takes and returns what JSON can say.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qinfer import Model, QInferError
+
+N_TOKENS = 40
+TOKENS = np.random.default_rng(5).integers(0, 301, N_TOKENS).tolist()
+
+
+def _cuda() -> ctypes.CDLL:
+    library = ctypes.CDLL("libcuda.so.1")
+    for name in ("standin_calls", "standin_allocated", "standin_live_objects"):
+        getattr(library, name).restype = ctypes.c_uint64
+    library.standin_fail_at.argtypes = [ctypes.c_int64, ctypes.c_int]
+    library.standin_fail_at.restype = None
+    library.standin_kill.restype = None
+    return library
+
+
+def _log() -> list[str]:
+    lines: list[str] = []
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger = logging.getLogger("qinfer")
+    logger.addHandler(Lines())
+    logger.setLevel(logging.INFO)
+    return lines
+
+
+def _keep_half(model: Model) -> None:
+    """Every other run of neurons goes to the GPU: single ones, or blocks of an ordinary down."""
+    info, share = model.info, model._weights.offload
+    assert share is not None
+    run = 1 if info.down_by_neuron else 32
+    if not info.down_by_neuron and info.n_ff % 256 == 0:
+        run = 256
+    ids = np.arange(info.n_ff)
+    ids = ids[ids // run % 2 == 0] if info.n_ff >= 2 * run else ids
+    whole = ids[ids < info.n_ff // run * run]
+    for layer in range(info.n_layer):
+        share.choose_neurons(layer, whole)
+
+
+def _logits(
+    context: Any, tokens: list[int], step: int, *, apart: bool = False
+) -> npt.NDArray[np.floating]:
+    """Logits of tokens fed as generated ones, `step` at a time, or each as a text of its own."""
+    rows = []
+    context.truncate(0)
+    for begin in range(0, len(tokens), step):
+        if apart:
+            context.truncate(0)
+        context.feed(tokens[begin : begin + step], logits="all", generated=True)
+        rows.append(context.all_logits.copy())
+    return np.concatenate(rows)
+
+
+def _errors(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> list[float]:
+    distance = np.linalg.norm(found - expected, axis=1)
+    return [float(x) for x in distance / np.linalg.norm(expected, axis=1)]
+
+
+def compare(path: str, share: str, modes: list[str], kv_type: str = "f16") -> dict[str, Any]:
+    """The GPU's logits against the processor's: relative errors by mode and tokens per step."""
+    options: dict[str, Any] = {"n_ctx": 64, "kv_type": kv_type, "sparsity": "off"}
+    found: dict[str, Any] = {}
+    with (
+        Model(path, device="cpu", **options) as cpu,
+        Model(
+            path, device="cuda", gpu_split="none" if share == "none" else "auto", **options
+        ) as gpu,
+    ):
+        if share == "half":
+            _keep_half(gpu)
+        for mode in modes:
+            with cpu.context(sparsity=mode) as a, gpu.context(sparsity=mode, n_batch=32) as b:
+                alone = _errors(
+                    _logits(b, TOKENS, 1, apart=True), _logits(a, TOKENS, 1, apart=True)
+                )
+                found[mode] = {"alone": alone}
+                for step in (1, 7, N_TOKENS):
+                    found[mode][str(step)] = _errors(
+                        _logits(b, TOKENS, step), _logits(a, TOKENS, step)
+                    )
+        placement = gpu.placement
+        assert placement is not None
+        found["n_neurons"] = placement.n_neurons
+        found["used"], found["budget"] = placement.used_bytes, placement.budget_bytes
+    found["left"] = int(_cuda().standin_allocated())
+    return found
+
+
+def budgets(path: str, sizes: list[str]) -> list[dict[str, Any]]:
+    """What is kept under each budget, and the error of the logits."""
+    rows: list[dict[str, Any]] = []
+    with Model(path, device="cpu", n_ctx=64, sparsity="off") as cpu, cpu.context() as context:
+        expected = _logits(context, TOKENS, 7)
+    for size in sizes:
+        before = int(_cuda().standin_allocated())
+        try:
+            with Model(path, device="cuda", vram_budget=size, n_ctx=64, sparsity="off") as model:
+                with model.context(n_batch=32) as context:
+                    errors = _errors(_logits(context, TOKENS, 7), expected)
+                    placement = model.placement
+                    held = int(_cuda().standin_allocated()) - before
+                assert placement is not None
+                rows.append(
+                    {
+                        "error": float(np.median(errors)),
+                        "n_layers": placement.n_layers,
+                        "has_head": placement.has_head,
+                        "n_neurons": placement.n_neurons,
+                        "used": placement.used_bytes,
+                        "budget": placement.budget_bytes,
+                        "held": held,
+                    }
+                )
+        except QInferError as error:
+            rows.append({"refused": type(error).__name__, "message": str(error)})
+    return rows
+
+
+def texts(path: str, prompt: str, n: int) -> list[str]:
+    """The greedy continuation by the processor and by the GPU."""
+    found = []
+    for device in ("cpu", "cuda"):
+        with Model(path, device=device) as model:
+            found.append(model.generate(prompt, max_tokens=n, temperature=0).text)
+    return found
+
+
+def states(path: str) -> list[float]:
+    """A sequence begun on one device and continued on the other: errors of its next logits."""
+    found = []
+    with (
+        Model(path, device="cpu", n_ctx=128, sparsity="off") as cpu,
+        Model(path, device="cuda", n_ctx=128, sparsity="off", vram_budget="12MiB") as gpu,
+    ):
+        for one, other in ((cpu, gpu), (gpu, cpu)):
+            with one.context() as a, other.context() as b:
+                a.feed(TOKENS)
+                _through_file(a, b)
+                a.feed([7], logits="last")
+                b.feed([7], logits="last")
+                found += _errors(b.logits[None], a.logits[None])
+    return found
+
+
+def _through_file(a: Any, b: Any) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state"
+        a.save_state(path)
+        b.load_state(path)
+
+
+def failures(path: str, code: int, every: int) -> dict[str, Any]:
+    """A failure injected into one driver call after the other, from opening a model to a step.
+
+    Afterwards the same process opens the model and computes. `every` passes over calls, for time.
+    """
+    cuda = _cuda()
+
+    def run() -> list[float]:
+        with Model(path, device="cuda", n_ctx=64, sparsity="off") as model, model.context() as c:
+            c.feed(TOKENS[:3])
+            return [float(x) for x in c.logits[:8]]
+
+    expected = run()  # compiles what has to be
+    start = int(cuda.standin_calls())
+    run()
+    n_calls = int(cuda.standin_calls()) - start
+    kinds: dict[str, int] = {}
+    for number in range(0, n_calls, every):
+        cuda.standin_fail_at(number, code)
+        try:
+            run()
+            kinds["none"] = kinds.get("none", 0) + 1
+        except QInferError as error:
+            kinds[type(error).__name__] = kinds.get(type(error).__name__, 0) + 1
+            assert str(error)
+        finally:
+            cuda.standin_fail_at(-1, 0)
+        if int(cuda.standin_allocated()) != 0:
+            kinds["leaks"] = kinds.get("leaks", 0) + 1
+    return {"n_calls": n_calls, "kinds": kinds, "same": run() == expected}
+
+
+def lost(path: str) -> dict[str, str]:
+    """The device is lost between two steps."""
+    with Model(path, device="cuda", n_ctx=64, sparsity="off") as model:
+        context = model.context()
+        context.feed(TOKENS[:3])
+        _cuda().standin_kill()
+        try:
+            context.feed(TOKENS[:1])
+            return {"error": "none"}
+        except QInferError as error:
+            return {"error": type(error).__name__, "message": str(error)}
+
+
+def together(path: str) -> list[list[float]]:
+    """Two models on one GPU, and two contexts of one, taking turns."""
+    with (
+        Model(path, device="cpu", n_ctx=64, sparsity="off") as cpu,
+        Model(path, device="cuda", vram_budget="200MiB", n_ctx=64, sparsity="off") as one,
+        Model(path, device="cuda", vram_budget="200MiB", n_ctx=64, sparsity="off") as other,
+        cpu.context() as expected,
+        one.context() as a,
+        one.context() as b,
+        other.context() as c,
+    ):
+        rows = []
+        for token in TOKENS[:5]:
+            for context in (expected, a, b, c):
+                context.feed([token])
+            rows += [_errors(x.logits[None], expected.logits[None])[0] for x in (a, b, c)]
+        return [rows]
+
+
+def automatic(path: str) -> dict[str, Any]:
+    """What device="auto" does here."""
+    lines = _log()
+    with Model(path, n_ctx=64) as model:
+        placement = model.placement
+        return {"log": lines, "device": None if placement is None else placement.device}

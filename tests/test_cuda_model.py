@@ -1,0 +1,151 @@
+"""Models computed by a GPU, wholly and in part, against the processor; the stand-in is the GPU.
+
+What it cannot show is speed, and the rounding of a card's own instructions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cuda_standin
+from test_sparsity import CASES, QUANTISED
+
+DATA = Path(__file__).parent / "data"
+STORIES = Path(__file__).parents[1] / "qinfer" / "data" / "relu-stories-15M.gguf"
+PROGRAM = """
+import json, sys
+import cuda_cases
+name, arguments = json.loads(sys.argv[1])
+print(json.dumps(getattr(cuda_cases, name)(*arguments)))
+"""
+
+
+@cache
+def kernel_cache() -> str:
+    """Compiled kernels, kept from one process to the next."""
+    return str(cuda_standin.FOLDER / "qinfer-cache")
+
+
+def on_gpu(name: str, *arguments: Any, **settings: object) -> Any:
+    """What a function of cuda_cases answers in a process that has the stand-in for a GPU."""
+    words = json.dumps([name, [str(a) if isinstance(a, Path) else a for a in arguments]])
+    environment = cuda_standin.environment(**settings)
+    environment["QINFER_CACHE_DIR"] = kernel_cache()
+    environment["PYTHONPATH"] = os.pathsep.join([str(DATA.parent), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", PROGRAM, words],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def modes_of(name: str) -> list[str]:
+    return ["off", "exact", "predict"] if name.startswith(("llama", "opt")) else ["off", "predict"]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("share", ["whole", "half", "none"])
+def test_float_weights(name: str, share: str, tmp_path: Path) -> None:
+    """Every architecture and mode, with all, half or none of the neurons on the GPU."""
+    path = CASES[name].write(tmp_path)
+    found = on_gpu("compare", path, share, modes_of(name))
+    total = found["n_neurons"]
+    assert (total > 0) == (share != "none")
+    for mode in modes_of(name):
+        for how, errors in found[mode].items():
+            # Keys and values are rounded to F16 on both sides, from sums of another order.
+            assert np.median(errors) < 2e-5, (mode, how)
+            assert np.max(errors) < 1e-3 or mode == "predict", (mode, how)
+    assert 0 < found["used"] <= found["budget"]
+    assert found["left"] == 0
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("share", ["whole", "half"])
+def test_quantised_weights(name: str, share: str, tmp_path: Path) -> None:
+    """A sum that differs in its last bit may fall on the other side of an int8 code."""
+    path = QUANTISED[name].write(tmp_path)
+    found = on_gpu("compare", path, share, ["off", "predict"])
+    for mode in ("off", "predict"):
+        assert np.median(found[mode]["alone"]) < 1e-5
+        for how in ("1", "7", "40"):
+            assert np.median(found[mode][how]) < 2e-2, (mode, how)
+
+
+def test_q8_0_keys_and_values(tmp_path: Path) -> None:
+    sizes = {"n_embd": 128, "n_head": 4, "n_ff": 256}
+    case = type(CASES["llama"])("llama", "f32", sizes=sizes)
+    path = case.write(tmp_path)
+    found = on_gpu("compare", path, "whole", ["off"], "q8_0")
+    for errors in found["off"].values():
+        assert np.median(errors) < 1e-4
+
+
+def test_budgets() -> None:
+    """From nothing to everything: what fits is kept, and no budget is exceeded."""
+    rows = on_gpu("budgets", STORIES, ["0", "4MiB", "7MiB", "10MiB", "14MiB", "18MiB", "60MiB"])
+    kept = [row for row in rows if "refused" not in row]
+    for row in rows[:1]:
+        assert row["refused"] == "OutOfMemory"
+        assert "one layer's attention" in row["message"]
+    assert len(kept) >= 4
+    for row in kept:
+        assert row["used"] <= row["budget"]
+        assert row["held"] <= row["budget"]
+        assert row["error"] < 0.03  # int8 codes that flip; see test_quantised_weights
+    layers = [row["n_layers"] for row in kept]
+    assert layers == sorted(layers)
+    assert 0 < layers[0] < layers[-1] == 6
+    assert kept[-1]["has_head"]
+    assert kept[-1]["n_neurons"] == 6 * 768
+    assert any(0 < row["n_neurons"] < 6 * 768 for row in kept)
+
+
+def test_texts() -> None:
+    """Both tell the published story."""
+    first, second = on_gpu("texts", DATA / "stories260K.F32.gguf", "Once upon a time", 60)
+    assert first == second
+    assert len(first) > 100
+
+
+def test_states_move_between_devices() -> None:
+    assert max(on_gpu("states", STORIES)) < 1e-2
+
+
+def test_models_share_a_gpu() -> None:
+    (errors,) = on_gpu("together", DATA / "stories260K.F32.gguf")
+    assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize("code", [2, 999])
+def test_any_call_may_fail(code: int) -> None:
+    """Out of memory, or an unknown error: a typed exception, nothing leaked, and it goes on."""
+    found = on_gpu("failures", DATA / "stories260K.F32.gguf", code, 7)
+    kinds = found["kinds"]
+    assert found["n_calls"] > 100
+    assert kinds.get("DeviceError", 0) + kinds.get("OutOfMemory", 0) > 10
+    assert "leaks" not in kinds
+    assert found["same"]
+
+
+def test_a_lost_device_is_an_error() -> None:
+    found = on_gpu("lost", DATA / "stories260K.F32.gguf")
+    assert found["error"] == "DeviceError"
+
+
+def test_auto_uses_a_gpu_that_is_there(tmp_path: Path) -> None:
+    found = on_gpu("automatic", DATA / "stories260K.F32.gguf")
+    assert found["device"] == "Stand-in GPU 0 (cuda:0)"
+    hidden = on_gpu("automatic", DATA / "stories260K.F32.gguf", devices=0)
+    assert hidden["device"] is None
+    assert sum("no GPU is used" in line for line in hidden["log"]) == 1
