@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from qinfer import Model, QInferError
 
-N_TOKENS = 40
+N_TOKENS = 24
 TOKENS = np.random.default_rng(5).integers(0, 301, N_TOKENS).tolist()
 
 
@@ -56,16 +56,14 @@ def _keep_half(model: Model) -> None:
         share.choose_neurons(layer, whole)
 
 
-def _logits(
-    context: Any, tokens: list[int], step: int, *, apart: bool = False
-) -> npt.NDArray[np.floating]:
-    """Logits of tokens fed as generated ones, `step` at a time, or each as a text of its own."""
+def _logits(context: Any, step: int, tokens: list[int] = TOKENS) -> npt.NDArray[np.floating]:
+    """Logits of tokens fed as generated ones, `step` at a time; 0: each a text of its own."""
     rows = []
     context.truncate(0)
-    for begin in range(0, len(tokens), step):
-        if apart:
+    for begin in range(0, len(tokens), step or 1):
+        if step == 0:
             context.truncate(0)
-        context.feed(tokens[begin : begin + step], logits="all", generated=True)
+        context.feed(tokens[begin : begin + (step or 1)], logits="all", generated=True)
         rows.append(context.all_logits.copy())
     return np.concatenate(rows)
 
@@ -75,47 +73,69 @@ def _errors(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> list[float]:
     return [float(x) for x in distance / np.linalg.norm(expected, axis=1)]
 
 
-def compare(path: str, share: str, modes: list[str], kv_type: str = "f16") -> dict[str, Any]:
-    """The GPU's logits against the processor's: relative errors by mode and tokens per step."""
+def compare(
+    path: str, shares: list[str], modes: list[str], steps: list[int], kv_type: str = "f16"
+) -> dict[str, Any]:
+    """The GPU's logits against the processor's: relative errors by share, mode and step.
+
+    A step is how many tokens are fed together; with 0 each token is a text of its own.
+    """
     options: dict[str, Any] = {"n_ctx": 64, "kv_type": kv_type, "sparsity": "off"}
-    found: dict[str, Any] = {}
-    with (
-        Model(path, device="cpu", **options) as cpu,
-        Model(
-            path, device="cuda", gpu_split="none" if share == "none" else "auto", **options
-        ) as gpu,
-    ):
-        if share == "half":
-            _keep_half(gpu)
+    expected = {}
+    with Model(path, device="cpu", **options) as cpu:
         for mode in modes:
-            with cpu.context(sparsity=mode) as a, gpu.context(sparsity=mode, n_batch=32) as b:
-                alone = _errors(
-                    _logits(b, TOKENS, 1, apart=True), _logits(a, TOKENS, 1, apart=True)
-                )
-                found[mode] = {"alone": alone}
-                for step in (1, 7, N_TOKENS):
-                    found[mode][str(step)] = _errors(
-                        _logits(b, TOKENS, step), _logits(a, TOKENS, step)
-                    )
-        placement = gpu.placement
-        assert placement is not None
-        found["n_neurons"] = placement.n_neurons
-        found["used"], found["budget"] = placement.used_bytes, placement.budget_bytes
+            with cpu.context(sparsity=mode) as context:
+                for step in steps:
+                    expected[mode, step] = _logits(context, step)
+    found: dict[str, Any] = {}
+    for share in shares:
+        split = "none" if share == "none" else "auto"
+        with Model(path, device="cuda", gpu_split=split, **options) as gpu:
+            if share == "half":
+                _keep_half(gpu)
+            found[share] = {}
+            for mode in modes:
+                with gpu.context(sparsity=mode, n_batch=32) as context:
+                    found[share][mode] = {
+                        str(step): _errors(_logits(context, step), expected[mode, step])
+                        for step in steps
+                    }
+            placement = gpu.placement
+            assert placement is not None
+            found[share] |= {
+                "n_neurons": placement.n_neurons,
+                "used": placement.used_bytes,
+                "budget": placement.budget_bytes,
+            }
     found["left"] = int(_cuda().standin_allocated())
     return found
+
+
+def replayed(path: str) -> dict[str, Any]:
+    """Steps that are computed, recorded and replayed: their logits, and the graphs there are."""
+    counts = (ctypes.c_uint64 * 7)()
+    with Model(path, device="cuda", n_ctx=64, sparsity="off") as model, model.context() as context:
+        rows = []
+        for _ in range(4):
+            context.truncate(0)
+            for token in TOKENS[:3]:
+                context.feed([token], generated=True)
+            rows.append([float(x) for x in context.logits])
+        _cuda().standin_live_objects(counts)
+    return {"rows": rows, "n_graphs": int(counts[4])}
 
 
 def budgets(path: str, sizes: list[str]) -> list[dict[str, Any]]:
     """What is kept under each budget, and the error of the logits."""
     rows: list[dict[str, Any]] = []
     with Model(path, device="cpu", n_ctx=64, sparsity="off") as cpu, cpu.context() as context:
-        expected = _logits(context, TOKENS, 7)
+        expected = _logits(context, 7)
     for size in sizes:
         before = int(_cuda().standin_allocated())
         try:
             with Model(path, device="cuda", vram_budget=size, n_ctx=64, sparsity="off") as model:
                 with model.context(n_batch=32) as context:
-                    errors = _errors(_logits(context, TOKENS, 7), expected)
+                    errors = _errors(_logits(context, 7), expected)
                     placement = model.placement
                     held = int(_cuda().standin_allocated()) - before
                 assert placement is not None

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -169,6 +170,12 @@ class Device {
 
     // The tokens that all steps until the next begin() are about.
     virtual void begin(const BatchInputs& inputs) = 0;
+    // Runs `steps`, or does again what earlier steps of the same key did: they are the same ones,
+    // with the same arguments and the same number of tokens; only what begin() brings differs.
+    virtual void repeat(uint64_t key, const std::function<void()>& steps) {
+        (void)key;
+        steps();
+    }
     // out[i] = the sum of the lookups' rows i.
     virtual void embed(std::span<const Lookup> lookups, float* out) = 0;
     virtual void copy(const float* from, size_t n, float* to) = 0;

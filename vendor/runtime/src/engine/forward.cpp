@@ -60,10 +60,15 @@ void ForwardPass::run(const Batch& batch, FfnMonitor& monitor, std::atomic<int64
             device.write(
                 before->stage.device->host_view(before->residual.data(), n_values, crossing_),
                 n_values, x);
-        for (int64_t i = part.stage.first_layer; i < part.stage.end_layer; ++i) {
-            run_layer(part, i, n, monitor, x);
-            layers_done->store(i + 1, std::memory_order_relaxed);
-        }
+        // Counting asks for other steps than computing alone.
+        const uint64_t key = uint64_t(monitor.check) | uint64_t(!monitor.activations.empty()) << 1;
+        device.repeat(key, [&] {
+            for (int64_t i = part.stage.first_layer; i < part.stage.end_layer; ++i) {
+                run_layer(part, i, n, monitor, x);
+                layers_done->store(i + 1, std::memory_order_relaxed);
+            }
+        });
+        layers_done->store(part.stage.end_layer, std::memory_order_relaxed);
         before = &part;
     }
 }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <map>
+#include <tuple>
 #include <unordered_map>
 
 #include "base/cpu.h"
@@ -15,6 +17,7 @@ namespace {
 
 // Tokens that one launch of the matrix kernels takes.
 constexpr int64_t few_tokens = 8;
+constexpr size_t recordings_max = 32;
 
 CUdeviceptr address(const float* array) {
     return reinterpret_cast<CUdeviceptr>(array);
@@ -119,6 +122,7 @@ class CudaDevice final : public Device {
     void set_threads(int) override {}
 
     void begin(const BatchInputs& inputs) override;
+    void repeat(uint64_t key, const std::function<void()>& steps) override;
     void embed(std::span<const Lookup> lookups, float* out) override;
     void copy(const float* from, size_t n, float* to) override;
     void norm(const Norm& norm, const float* x, int64_t n_rows, float* out) override;
@@ -137,6 +141,7 @@ class CudaDevice final : public Device {
     Current enter() const;
     CUdeviceptr input(size_t word) const { return inputs_ + word * sizeof(uint32_t); }
     KvArgs kv_of(int64_t layer) const;
+    int64_t launch_positions() const;
 
     // x in the form that weights of that type want: quantised at most once while x does not change.
     Input prepared(Type type, CUdeviceptr x, int64_t n_rows, int64_t n_cols);
@@ -181,6 +186,14 @@ class CudaDevice final : public Device {
 
     CUdeviceptr prepared_from_ = 0;
     int64_t prepared_rows_ = 0, prepared_cols_ = 0;
+
+    // Steps recorded, by all that their launches depend on.
+    struct Recording {
+        int n_runs = 0;
+        Graph graph;
+    };
+    using RecordingKey = std::tuple<uint64_t, int64_t, int64_t, bool>;
+    std::map<RecordingKey, Recording> recordings_;
 };
 
 CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& host)
@@ -252,6 +265,7 @@ float* CudaDevice::allocate(size_t n) {
 
 void CudaDevice::release(float* array) {
     forget_prepared(array);
+    recordings_.clear();  // they may use it
     arrays_.erase(array);
 }
 
@@ -337,6 +351,30 @@ void CudaDevice::begin(const BatchInputs& inputs) {
         stream_.copy_to_device(input(layout_.cos_sin), words + layout_.cos_sin, n * sizeof(float));
     }
     staged_sent_.record(stream_);
+}
+
+// A pass of few tokens is hundreds of launches of microseconds each: recorded, they are one. The
+// first run loads the kernels, the second is recorded.
+void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
+    if (batch_.n_tokens > few_tokens || !share_.weights->all_resident()) return steps();
+    const bool predicting = std::find(batch_.rules.begin(), batch_.rules.end(),
+                                      NeuronRule::predict) != batch_.rules.end();
+    // Recordings take memory; a context that grows needs one per doubling of its length.
+    if (recordings_.size() >= recordings_max) recordings_.clear();
+    Recording& recording = recordings_[{key, batch_.n_tokens, launch_positions(), predicting}];
+    if (recording.n_runs++ == 0) return steps();
+    const Current current = enter();
+    prepared_from_ = 0;
+    if (!recording.graph) recording.graph = Graph(stream_, steps);
+    recording.graph.launch(stream_);
+    prepared_from_ = 0;
+}
+
+// The bound on positions that attention is launched for: it doubles, so that a growing context
+// needs few shapes.
+int64_t CudaDevice::launch_positions() const {
+    return std::min(int64_t(std::bit_ceil(uint64_t(max_positions_))),
+                    needs_.n_pages * kernels::page_size);
 }
 
 void CudaDevice::embed(std::span<const Lookup> lookups, float* out) {
@@ -476,9 +514,7 @@ void CudaDevice::attend(int64_t layer, const AttentionShape& shape, const float*
         share_.kernels->attend_tiles(stream_, args);
         return;
     }
-    // Launch shapes double, so that a growing context needs few of them.
-    args.max_positions = std::min(int64_t(std::bit_ceil(uint64_t(max_positions_))),
-                                  needs_.n_pages * kernels::page_size);
+    args.max_positions = launch_positions();
     for (int64_t first = 0; first < n; first += few_tokens) {
         AttendArgs some = args;
         some.n_tokens = std::min(few_tokens, n - first);

@@ -173,6 +173,7 @@ void Weights::keep(const FeedForward& ffn, NeuronShard resident, NeuronShard res
         keep_list(neurons, up.n_rows, kept);
         if (!ffn.down_by_neuron) keep_down(down, neurons, kept);
     }
+    all_resident_ = all_resident_ && rest.neurons().empty();
     kept.resident = std::move(resident);
     kept.rest = std::move(rest);
     ffns_[&ffn] = std::move(kept);

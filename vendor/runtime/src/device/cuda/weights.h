@@ -51,6 +51,9 @@ class Weights {
     static size_t bytes_of(const Norm& norm);
     static size_t bytes_of(const FeedForward& ffn, int64_t n_neurons);
 
+    // Whether nothing of the networks kept is left to the host.
+    bool all_resident() const { return all_resident_; }
+
     // Throw QI_INTERNAL when it was never kept.
     const DeviceLinear& find(const Linear& linear) const;
     const DeviceNorm& find(const Norm& norm) const;
@@ -77,6 +80,7 @@ class Weights {
     Event sent_[2];
     std::vector<DeviceMemory> memory_;
     size_t used_ = 0;  // of the last of them
+    bool all_resident_ = true;
     std::unordered_map<const void*, DeviceLinear> linears_;
     std::unordered_map<const void*, DeviceNorm> norms_;
     std::unordered_map<const void*, DeviceFfn> ffns_;
