@@ -184,6 +184,12 @@ STANDIN_API void standin_kill() {
     driver().gpu.kill();
 }
 
+// The GPU process, or -1.
+STANDIN_API int standin_process() {
+    std::lock_guard lock(driver().mutex);
+    return driver().gpu.process();
+}
+
 // What the last failure was, where a CUresult does not say: a crash, or a misuse.
 STANDIN_API const char* standin_report() {
     thread_local std::string text;

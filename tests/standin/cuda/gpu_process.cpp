@@ -165,19 +165,31 @@ uint64_t mapped_bytes(const Range& range) {
     return (range.address + range.bytes + page - 1) / page * page - first_page(range);
 }
 
+// New memory reads as 0xff everywhere: NaN, and integers far outside of anything. It is mapped from
+// one small file of that, privately, so that real memory is taken only for what is written.
 void allocate(const Range& range) {
-    auto* at = reinterpret_cast<std::byte*>(first_page(range));
-    if (mprotect(at, mapped_bytes(range), PROT_READ | PROT_WRITE) != 0)
-        fail(CUDA_ERROR_OPERATING_SYSTEM, "device memory cannot be mapped");
-    std::memset(at, 0xff, mapped_bytes(range));  // NaN, and integers far outside of anything
+    constexpr uint64_t pattern_bytes = 4 << 20;
+    static const int pattern = [] {
+        const int fd = memfd_create("poison", MFD_CLOEXEC);
+        const std::vector<unsigned char> bytes(pattern_bytes, 0xff);
+        if (fd < 0 || write(fd, bytes.data(), bytes.size()) != static_cast<ssize_t>(bytes.size()))
+            fail(CUDA_ERROR_OPERATING_SYSTEM, "no memory for the pattern of new memory");
+        return fd;
+    }();
+    const uint64_t start = first_page(range), bytes = mapped_bytes(range);
+    for (uint64_t at = 0; at < bytes; at += pattern_bytes) {
+        if (mmap(reinterpret_cast<void*>(start + at), std::min(pattern_bytes, bytes - at),
+                 PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, pattern,
+                 0) == MAP_FAILED)
+            fail(CUDA_ERROR_OPERATING_SYSTEM, "device memory cannot be mapped");
+    }
     std::lock_guard lock(allocations_mutex);
     allocations[range.address] = {range.bytes, false};
 }
 
 void release(const Range& range) {
-    auto* at = reinterpret_cast<std::byte*>(first_page(range));
-    mprotect(at, mapped_bytes(range), PROT_NONE);
-    madvise(at, mapped_bytes(range), MADV_DONTNEED);
+    mmap(reinterpret_cast<void*>(first_page(range)), mapped_bytes(range), PROT_NONE,
+         MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
     std::lock_guard lock(allocations_mutex);
     allocations[range.address].freed = true;
 }
