@@ -206,7 +206,7 @@ STANDIN_API CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
                 if (!alive)
                     d.complain(CUDA_ERROR_ILLEGAL_STATE,
                                "cuGraphLaunch of a kernel whose module was unloaded");
-                node.module->uses[stream.slot] = d.last[stream.slot] + 2;
+                node.module->uses[stream.slot] = d.last[stream.slot] + 1;
             }
             const Header header = {node.kind, stream.slot, 0, node.payload.size()};
             const auto* bytes = reinterpret_cast<const std::byte*>(&header);
