@@ -170,6 +170,9 @@ def test_settings_describe_the_device() -> None:
     first = cu.start(0)  # another device's memory is its own
     assert first != context
     cu.allocate(free.value)
+    lane = cu.stream()
+    cu.call("cuCtxSetCurrent", context)
+    cu.raises(cu.INVALID_HANDLE, "cuStreamSynchronize", lane)  # a stream of the other's
 
 
 def test_visible_devices_are_chosen_as_the_driver_does() -> None:
@@ -417,6 +420,24 @@ def test_use_after_free_is_named() -> None:
 
 
 @on_standin()
+def test_freed_pinned_memory_is_out_of_a_kernels_reach() -> None:
+    import client as cu
+
+    cu.start()
+    module = cu.Module(cu.SAXPY)
+    host = cu.pinned(4, "float32")
+    address = cu.Address(host.ctypes.data)
+    host[:] = 1
+    module.launch("saxpy", address, address, 1.0, 4, block=4)
+    cu.synchronize()
+    assert host.tolist() == [2] * 4
+    cu.call("cuMemFreeHost", address)
+    module.launch("saxpy", address, address, 1.0, 4, block=4)
+    cu.raises(cu.ILLEGAL_ADDRESS, "cuCtxSynchronize")
+    assert "pinned host memory" in cu.report()
+
+
+@on_standin()
 def test_a_lost_device_is_an_error_and_no_hang() -> None:
     import client as cu
 
@@ -532,6 +553,24 @@ def test_programs_are_compiled_as_nvrtc_compiles_them() -> None:
     module.function("seen")
 
 
+@on_standin()
+def test_libraries_of_both_versions_are_there() -> None:
+    import client as cu
+
+    for major, minor in ((12, 9), (13, 0)):
+        nvrtc = cu.ctypes.CDLL(f"libnvrtc.so.{major}")
+        blas = cu.ctypes.CDLL(f"libcublas.so.{major}")
+        found = [cu.c_int() for _ in range(3)]
+        assert nvrtc.nvrtcVersion(cu.byref(found[0]), cu.byref(found[1])) == 0
+        assert blas.cublasGetProperty(0, cu.byref(found[2])) == 0
+        assert [value.value for value in found] == [major, minor, major]
+        assert nvrtc.nvrtcGetNumSupportedArchs(cu.byref(found[0])) == 0
+        architectures = (cu.c_int * found[0].value)()
+        assert nvrtc.nvrtcGetSupportedArchs(architectures) == 0
+        assert {75, 80, 86, 89, 90, 100, 120} <= set(architectures)
+        assert (70 in architectures) == (major == 12)
+
+
 # ---- cuBLAS ----
 
 
@@ -583,8 +622,15 @@ def test_matrix_products_in_all_orientations() -> None:
     assert gemm(0, 0, 0, lda=m - 1) == 7
     assert gemm(0, 0, 0, m=-1) == 7
     assert gemm(0, 0, 14) == 15
+    cu.CUDA.standin_fail_at(cu.ctypes.c_int64(1), cu.OUT_OF_MEMORY)
+    assert gemm(0, 0, 0) == 3
     dc = cu.allocate(n * (m + 1) * 4)  # not a number, and with beta 0 not read
+    graph = cu.c_void_p()
+    cu.call("cuStreamBeginCapture_v2", lane, 0)
     assert gemm(1, 1, 0) == 0
+    cu.call("cuStreamEndCapture", lane, cu.byref(graph))
+    assert np.isnan(cu.download(dc, np.empty((n, m + 1), np.float32))).all()
+    cu.call("cuGraphLaunch", cu.made("cuGraphInstantiateWithFlags", graph, 0), lane)
     cu.synchronize(lane)
     assert np.isfinite(cu.download(dc, np.empty((n, m + 1), np.float32))[:, :m]).all()
     assert blas.cublasDestroy_v2(handle) == 0
