@@ -139,17 +139,19 @@ uint64_t Driver::allocate(uint64_t bytes) {
 }
 
 uint64_t Driver::take_arena(uint64_t bytes) {
-    const uint64_t start = take(free_arena, round_up(bytes, page) + page);
-    mprotect(reinterpret_cast<void*>(start), round_up(bytes, page), PROT_READ | PROT_WRITE);
-    return start;
+    const Range range = {take(free_arena, round_up(bytes, page) + page), round_up(bytes, page)};
+    gpu.send(Kind::open, 0, 0, {{&range, sizeof range}});
+    mprotect(reinterpret_cast<void*>(range.address), range.bytes, PROT_READ | PROT_WRITE);
+    return range.address;
 }
 
 void Driver::give_arena(uint64_t start, uint64_t bytes) {
-    const uint64_t length = round_up(bytes, page);
-    mprotect(reinterpret_cast<void*>(start), length, PROT_NONE);
+    const Range range = {start, round_up(bytes, page)};
+    mprotect(reinterpret_cast<void*>(start), range.bytes, PROT_NONE);
     fallocate(gpu.arena_file(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-              static_cast<off_t>(start - to_number(gpu.arena())), static_cast<off_t>(length));
-    give(free_arena, start, length + page);
+              static_cast<off_t>(start - to_number(gpu.arena())), static_cast<off_t>(range.bytes));
+    give(free_arena, start, range.bytes + page);
+    if (gpu.error() == CUDA_SUCCESS) gpu.send(Kind::close, 0, 0, {{&range, sizeof range}});
 }
 
 namespace {
@@ -295,7 +297,8 @@ STANDIN_API CUresult cuMemHostAlloc(void** pointer, size_t bytes, unsigned flags
         // It ends at the guard page, as nearly as its alignment allows.
         const uint64_t host =
             address + round_up(bytes, page) - round_up(bytes, allocation_alignment);
-        std::memset(reinterpret_cast<void*>(host), 0xff, bytes);
+        // The rest of a large one stays untaken, and reads as 0.
+        std::memset(reinterpret_cast<void*>(host), 0xff, std::min<size_t>(bytes, 64 << 20));
         d.pinned[host] = {bytes, host, round_up(bytes, page), address, false, {}};
         d.pinned_bytes += bytes;
         *pointer = reinterpret_cast<void*>(host);

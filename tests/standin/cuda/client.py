@@ -43,6 +43,21 @@ UNKNOWN = 999
 NON_BLOCKING = 1
 
 
+SAXPY = """
+extern "C" __global__ void saxpy(float* y, const float* x, float a, int n) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) y[i] += a * x[i];
+}
+"""
+
+SPIN = """
+extern "C" __global__ void wait_for(volatile int* flag, int value, int* out) {
+    while (*flag != value) qi_standin_yield();
+    out[blockIdx.x] = value;
+}
+"""
+
+
 class CudaError(Exception):
     """A driver call that did not return CUDA_SUCCESS."""
 
@@ -69,6 +84,12 @@ def call(name: str, *arguments: Any) -> None:
     """A driver call that has to succeed."""
     if code := code_of(name, *arguments):
         raise CudaError(name, code)
+
+
+def raises(code: int, name: str, *arguments: Any) -> None:
+    """A driver call that has to fail with a code."""
+    got = code_of(name, *arguments)
+    assert got == code, f"{name} returned {got}, not {code}: {report()}"
 
 
 def made(name: str, *arguments: Any) -> int:

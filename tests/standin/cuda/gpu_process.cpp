@@ -83,6 +83,8 @@ std::string describe_address(uint64_t address) {
         }
         return "device memory never allocated";
     }
+    if (address >= places.arena && address < places.arena + places.arena_bytes)
+        return "pinned host memory outside of every allocation";
     snprintf(text, sizeof text, "address %#llx, which is not of the device",
              static_cast<unsigned long long>(address));
     return text;
@@ -165,21 +167,38 @@ uint64_t mapped_bytes(const Range& range) {
     return (range.address + range.bytes + page - 1) / page * page - first_page(range);
 }
 
+// New memory reads as 0xff everywhere: NaN, and integers far outside of anything. It is mapped from
+// one small file of that, privately, so that real memory is taken only for what is written.
 void allocate(const Range& range) {
-    auto* at = reinterpret_cast<std::byte*>(first_page(range));
-    if (mprotect(at, mapped_bytes(range), PROT_READ | PROT_WRITE) != 0)
-        fail(CUDA_ERROR_OPERATING_SYSTEM, "device memory cannot be mapped");
-    std::memset(at, 0xff, mapped_bytes(range));  // NaN, and integers far outside of anything
+    constexpr uint64_t pattern_bytes = 4 << 20;
+    static const int pattern = [] {
+        const int fd = memfd_create("poison", MFD_CLOEXEC);
+        const std::vector<unsigned char> bytes(pattern_bytes, 0xff);
+        if (fd < 0 || write(fd, bytes.data(), bytes.size()) != static_cast<ssize_t>(bytes.size()))
+            fail(CUDA_ERROR_OPERATING_SYSTEM, "no memory for the pattern of new memory");
+        return fd;
+    }();
+    const uint64_t start = first_page(range), bytes = mapped_bytes(range);
+    for (uint64_t at = 0; at < bytes; at += pattern_bytes) {
+        if (mmap(reinterpret_cast<void*>(start + at), std::min(pattern_bytes, bytes - at),
+                 PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, pattern,
+                 0) == MAP_FAILED)
+            fail(CUDA_ERROR_OPERATING_SYSTEM, "device memory cannot be mapped");
+    }
     std::lock_guard lock(allocations_mutex);
     allocations[range.address] = {range.bytes, false};
 }
 
 void release(const Range& range) {
-    auto* at = reinterpret_cast<std::byte*>(first_page(range));
-    mprotect(at, mapped_bytes(range), PROT_NONE);
-    madvise(at, mapped_bytes(range), MADV_DONTNEED);
+    mmap(reinterpret_cast<void*>(first_page(range)), mapped_bytes(range), PROT_NONE,
+         MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
     std::lock_guard lock(allocations_mutex);
     allocations[range.address].freed = true;
+}
+
+void protect(const Range& range, int protection) {
+    if (mprotect(reinterpret_cast<void*>(range.address), range.bytes, protection) != 0)
+        fail(CUDA_ERROR_OPERATING_SYSTEM, "pinned memory cannot be mapped");
 }
 
 // ---- modules ----
@@ -282,6 +301,12 @@ void serve() {
             case Kind::release:
                 release(payload_as<Range>(payload));
                 break;
+            case Kind::open:
+                protect(payload_as<Range>(payload), PROT_READ | PROT_WRITE);
+                break;
+            case Kind::close:
+                protect(payload_as<Range>(payload), PROT_NONE);
+                break;
             case Kind::load_module:
                 load_module(payload);
                 break;
@@ -310,8 +335,8 @@ bool start(char** arguments) {
     for (uint64_t* field : fields)
         *field = std::strtoull(*arguments++, nullptr, 10);
     control = static_cast<Control*>(
-        map_at(places.arena, places.arena_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, arena_fd));
-    if (!control) return false;
+        map_at(places.arena, places.arena_bytes, PROT_NONE, MAP_SHARED, arena_fd));
+    if (!control || mprotect(control, control_bytes, PROT_READ | PROT_WRITE) != 0) return false;
     const bool mapped = map_at(places.device, places.device_bytes, PROT_NONE,
                                MAP_PRIVATE | MAP_ANONYMOUS, -1) != nullptr;
     control->ready.store(mapped ? 1 : 2);
