@@ -235,8 +235,8 @@ void Kernels::norm(const Stream& stream, const NormArgs& args) {
     const auto threads = unsigned(std::clamp<int64_t>(ceil_div(quads, warp) * warp, warp, 1024));
     function(Source::norm, Type::f32, names::norm)
         .launch(stream, {unsigned(args.n_tokens)}, {threads}, 0, args.x, args.weight, args.bias,
-                args.epsilon, int(args.layer), int(args.n), args.out, args.q8.codes,
-                args.q8.scales, args.q8.sums);
+                args.epsilon, int(args.layer), int(args.n), args.out, args.q8.codes, args.q8.scales,
+                args.q8.sums);
 }
 
 // Threads of elementwise kernels, each with four values.
@@ -256,8 +256,7 @@ void Kernels::act_mul(const Stream& stream, const ActMulArgs& args) {
                 args.q8.codes, args.q8.scales, args.q8.sums);
 }
 
-void Kernels::add(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n,
-                  CUdeviceptr y) {
+void Kernels::add(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n, CUdeviceptr y) {
     function(Source::norm, Type::f32, names::add)
         .launch(stream, {blocks(n, 4 * row_threads), unsigned(n_tokens)}, {row_threads}, 0, x,
                 int(n), y);
@@ -370,6 +369,8 @@ size_t Kernels::attend_room_bytes(const AttendArgs& args) const {
 
 void Kernels::attend(const Stream& stream, const AttendArgs& args) {
     const KvArgs& kv = args.kv;
+    if (args.q8 && kv.head_dim % 32 != 0)
+        fail(QI_INTERNAL, "heads of %lld have no q8 copy", (long long)kv.head_dim);
     const int64_t group = args.n_head / kv.n_head_kv, runs = attend_runs(args);
     const int heads = heads_per_block(group);
     // q, scores by warp and in all, maximum, total and factor by head, sums by thread.
@@ -379,10 +380,10 @@ void Kernels::attend(const Stream& stream, const AttendArgs& args) {
     function(Source::attend, kv.type, names::attend[names::power_index(heads)])
         .launch(stream, {unsigned(runs), unsigned(attend_blocks_y(args)), unsigned(args.n_tokens)},
                 {attend_threads}, unsigned(shared), args.q, (long long)args.q_stride, args.out,
-                int(args.n_head), int(kv.n_head_kv), int(kv.head_dim), args.scale,
-                int(args.window), int(runs), args.room + attend_ticket_bytes(args), args.room,
-                kv.positions, kv.tables, kv.pool, (long long)kv.page_stride,
-                (long long)kv.layer_offset, (long long)kv.head_bytes, kv.pages);
+                int(args.n_head), int(kv.n_head_kv), int(kv.head_dim), args.scale, int(args.window),
+                int(runs), args.room + attend_ticket_bytes(args), args.room, kv.positions,
+                kv.tables, kv.pool, (long long)kv.page_stride, (long long)kv.layer_offset,
+                (long long)kv.head_bytes, kv.pages, args.q8.codes, args.q8.scales, args.q8.sums);
 }
 
 int64_t Kernels::attend_tile_tokens(const AttendArgs& args) {
@@ -398,8 +399,7 @@ void Kernels::attend_tiles(const Stream& stream, const AttendArgs& args) {
     const int64_t half_bytes = kv.type == Type::f16
                                    ? kv.head_dim * attend_page * 2
                                    : kv.head_dim * attend_page + kv.head_dim / 32 * attend_page * 2;
-    const int64_t shared =
-        rows * (kv.head_dim + attend_page) * int64_t(sizeof(float)) + half_bytes;
+    const int64_t shared = rows * (kv.head_dim + attend_page) * int64_t(sizeof(float)) + half_bytes;
     const Function& kernel =
         function(Source::attend_tile, kv.type, names::attend_tile[rows == 32 ? 0 : 1]);
     if (shared > 48 * 1024) kernel.allow_dynamic_shared(int(shared));
@@ -459,8 +459,8 @@ void Kernels::ffn_rows(const Stream& stream, const FfnArgs& args) {
                     (long long)w.layout.up_offset, int(w.gated), list.slots, list.ids, list.n,
                     int(w.n_ff), w.gate_bias, w.up_bias, int(args.act), args.threshold, gates,
                     (long long)w.n_ff, masks, int(n_words), h, (long long)args.h_stride,
-                    int(args.by_neuron), in.x, in.q8.codes, in.q8.scales, in.q8.sums,
-                    int(w.n_embd), int(n));
+                    int(args.by_neuron), in.x, in.q8.codes, in.q8.scales, in.q8.sums, int(w.n_embd),
+                    int(n));
     }
 }
 
@@ -530,12 +530,12 @@ size_t Kernels::argmax_room_bytes(int64_t n, int64_t n_vocab) {
 void Kernels::argmax(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab,
                      CUdeviceptr room, CUdeviceptr ids) {
     function(Source::logits, Type::f32, names::argmax)
-        .launch(stream, {blocks(n_vocab, argmax_cols), unsigned(n)}, {256}, 0, logits,
-                int(n_vocab), room + argmax_ticket_bytes(n), room, ids);
+        .launch(stream, {blocks(n_vocab, argmax_cols), unsigned(n)}, {256}, 0, logits, int(n_vocab),
+                room + argmax_ticket_bytes(n), room, ids);
 }
 
-void Kernels::top_k(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab,
-                    int64_t k, CUdeviceptr values, CUdeviceptr ids) {
+void Kernels::top_k(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab, int64_t k,
+                    CUdeviceptr values, CUdeviceptr ids) {
     function(Source::logits, Type::f32, names::top_k)
         .launch(stream, {unsigned(n)}, {1024}, 0, logits, int(n_vocab), int(k), values, ids);
 }

@@ -141,6 +141,7 @@ struct AttendArgs {
     float scale = 0;
     int64_t window = 0;   // 0: none
     CUdeviceptr out = 0;  // [n_tokens][n_head · head_dim]
+    Q8 q8;                // of out, or none; attend only, head_dim a multiple of 32
     int64_t n_tokens = 0;
     // Few tokens: no position is at or beyond this, which fixes the launch; room of
     // attend_room_bytes, whose first attend_ticket_bytes were zeroed once.
@@ -171,10 +172,10 @@ struct FfnArgs {
     Input in;
     const NeuronList* list = nullptr;  // null: all n_ff neurons, each in the slot of its number
     DeviceAct act{};
-    float threshold = 0;       // fatrelu's
-    CUdeviceptr gates = 0;     // [n_tokens][n_ff] already known (by neuron, bias included), or 0
-    CUdeviceptr masks = 0;     // uint32 [n_tokens][n_words], or 0: every token uses all
-    CUdeviceptr h = 0;         // [n_tokens][h_stride]
+    float threshold = 0;    // fatrelu's
+    CUdeviceptr gates = 0;  // [n_tokens][n_ff] already known (by neuron, bias included), or 0
+    CUdeviceptr masks = 0;  // uint32 [n_tokens][n_words], or 0: every token uses all
+    CUdeviceptr h = 0;      // [n_tokens][h_stride]
     int64_t h_stride = 0;
     bool by_neuron = false;  // h stands at the neuron's number, not at its place in the list
 };
@@ -284,7 +285,18 @@ class Kernels {
         std::shared_ptr<Module> module;
         std::vector<std::pair<const char*, Function>> functions;
     };
-    enum class Source { norm, matvec, ffn, down, rows, append, attend, attend_tile, select, logits };
+    enum class Source {
+        norm,
+        matvec,
+        ffn,
+        down,
+        rows,
+        append,
+        attend,
+        attend_tile,
+        select,
+        logits
+    };
     static constexpr size_t n_sources = 10;
 
     const Function& function(Source source, Type type, const char* name);

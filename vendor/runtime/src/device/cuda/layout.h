@@ -19,8 +19,8 @@
 //   Q6_K           low bits [b][16] · two high bits [b][8] · scales of halves [b][2] · d f16 [s]
 //
 // Inside a block: nibbles, byte i holds codes i and 16 + i. Two bits, byte i of word h holds at 2·q
-// those of code 16·h + 4·q + i. One bit, byte i holds at q that of code 4·q + i. So shifts and masks
-// give four neighbouring codes in one word, as __dp4a wants them.
+// those of code 16·h + 4·q + i. One bit, byte i holds at q that of code 4·q + i. So shifts and
+// masks give four neighbouring codes in one word, as __dp4a wants them.
 #pragma once
 
 #include <cstddef>

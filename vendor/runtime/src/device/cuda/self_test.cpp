@@ -32,9 +32,9 @@ struct BlockFields {
     int codes_begin, codes_end;
 };
 constexpr BlockFields block_fields[] = {
-    {Type::q4_0, 0, -1, 2, 18},   {Type::q4_1, 0, 2, 4, 20},    {Type::q5_0, 0, -1, 2, 22},
-    {Type::q5_1, 0, 2, 4, 24},    {Type::q8_0, 0, -1, 2, 34},   {Type::q2_k, 80, 82, 16, 80},
-    {Type::q3_k, 108, -1, 0, 96}, {Type::q4_k, 0, 2, 16, 144},  {Type::q5_k, 0, 2, 16, 176},
+    {Type::q4_0, 0, -1, 2, 18},    {Type::q4_1, 0, 2, 4, 20},   {Type::q5_0, 0, -1, 2, 22},
+    {Type::q5_1, 0, 2, 4, 24},     {Type::q8_0, 0, -1, 2, 34},  {Type::q2_k, 80, 82, 16, 80},
+    {Type::q3_k, 108, -1, 0, 96},  {Type::q4_k, 0, 2, 16, 144}, {Type::q5_k, 0, 2, 16, 176},
     {Type::q6_k, 208, -1, 0, 192},
 };
 

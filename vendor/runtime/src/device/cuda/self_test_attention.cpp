@@ -167,8 +167,8 @@ Wanted attend_slowly(const std::vector<float>& keys, const std::vector<float>& v
     for (int64_t d = 0; d < head_dim; ++d) {
         double sum = 0, size = 0;
         for (int64_t i = first; i <= last; ++i) {
-            const double term = scores[size_t(i - first)] / total *
-                                double(values[size_t(i * head_dim + d)]);
+            const double term =
+                scores[size_t(i - first)] / total * double(values[size_t(i * head_dim + d)]);
             sum += term;
             size += std::fabs(term);
         }
@@ -260,11 +260,26 @@ void test_attend(Bench& bench, const AttendCase& c) {
     } else {
         args.max_positions = n_stored;
         args.room = bench.zeros(bench.kernels.attend_room_bytes(args));
+        if (head_dim % 32 == 0)
+            args.q8 = Q8::at(bench.room(Q8::n_bytes(n, width)), n, width);
         // Twice: tickets must be as they were.
         bench.kernels.attend(bench.stream, args);
         bench.kernels.attend(bench.stream, args);
     }
     const auto got = bench.download<float>(args.out, size_t(n * width));
+    if (args.q8) {
+        // Rows of tokens that are none stay as they were.
+        const TestInput q8(bench, got, n, width);
+        const auto codes = bench.download<int8_t>(args.q8.codes, q8.codes.size());
+        const auto scales = bench.download<float>(args.q8.scales, q8.scales.size());
+        const auto sums = bench.download<float>(args.q8.sums, q8.sums.size());
+        for (size_t i = 0; i < codes.size(); ++i) {
+            if (tokens[i / size_t(width)].position < 0) continue;
+            bench.expect(codes[i] == q8.codes[i]);
+            bench.compare(double(scales[i / 32]), double(q8.scales[i / 32]), 0.0);
+            bench.compare(double(sums[i / 16]), double(q8.sums[i / 16]), 0.0);
+        }
+    }
 
     std::vector<std::byte> scratch(kernels::attention_scratch_bytes(head_dim, 1) + 64);
     std::vector<float> keys, values;
@@ -280,17 +295,16 @@ void test_attend(Bench& bench, const AttendCase& c) {
             std::vector<const std::byte*> pages;
             for (int64_t p = 0; p < n_pages; ++p)
                 pages.push_back(cache.head(token.table, p * page, kv_head));
-            const int64_t first = c.window > 0 ? std::max<int64_t>(
-                                                     token.position - c.window + 1, 0)
-                                               : 0;
+            const int64_t first =
+                c.window > 0 ? std::max<int64_t>(token.position - c.window + 1, 0) : 0;
             for (int64_t g = 0; g < group; ++g) {
                 const int64_t head = kv_head * group + g;
                 const float* query = &q[size_t(t * stride + head * head_dim)];
                 std::vector<float> twin(size_t(head_dim), 0.0f);
                 const kernels::AttentionQuery asked{query, twin.data(), token.position};
-                kernels::attend({shape.type, head_dim, args.scale, c.window, pages.data(), &asked,
-                                 1},
-                                scratch.data());
+                kernels::attend(
+                    {shape.type, head_dim, args.scale, c.window, pages.data(), &asked, 1},
+                    scratch.data());
                 const Wanted wanted = attend_slowly(keys, values, query, head_dim, first,
                                                     token.position, double(args.scale));
                 for (int64_t d = 0; d < head_dim; ++d) {
@@ -313,10 +327,10 @@ void add_attention_tests(std::vector<SelfTest>& tests) {
         for (const bool neox : {false, true})
             for (const int64_t n_rot : {int64_t(0), shape.head_dim / 2 / 2 * 2, shape.head_dim}) {
                 if (neox && n_rot == 0) continue;
-                tests.push_back({format("append %s, head_dim %lld, n_rot %lld%s",
-                                        traits(shape.type).name, (long long)shape.head_dim,
-                                        (long long)n_rot, neox ? ", neox" : ""),
-                                 [=](Bench& bench) { test_append(bench, shape, n_rot, neox); }});
+                tests.push_back(
+                    {format("append %s, head_dim %lld, n_rot %lld%s", traits(shape.type).name,
+                            (long long)shape.head_dim, (long long)n_rot, neox ? ", neox" : ""),
+                     [=](Bench& bench) { test_append(bench, shape, n_rot, neox); }});
             }
 
     const auto add = [&](const AttendCase& c) {
@@ -342,8 +356,8 @@ void add_attention_tests(std::vector<SelfTest>& tests) {
             add({{type, 2, 1, head_dim}, {3, 129}, 0, false});
             add({{type, 2, 1, head_dim}, {3, 4, 5, 129}, 70, true});
         }
-        add({{type, 1, 1, 32}, {2047, 2048, 2500}, 0, false});   // a page per run, then four
-        add({{type, 1, 1, 32}, {8191, 8192, 9000}, 0, false});   // then sixteen
+        add({{type, 1, 1, 32}, {2047, 2048, 2500}, 0, false});  // a page per run, then four
+        add({{type, 1, 1, 32}, {8191, 8192, 9000}, 0, false});  // then sixteen
         add({{type, 1, 1, 32}, {2600}, 2100, false});
         add({{type, 40, 1, 32}, run, 0, true});  // a group larger than a tile
     }

@@ -76,9 +76,9 @@ std::vector<std::byte> random_rows(std::mt19937& random, Type type, int64_t n_ro
 struct TestInput {
     int64_t n_tokens, n_cols;
     std::vector<float> x;
-    std::vector<int8_t> codes;   // [n_tokens][width]
-    std::vector<float> scales;   // [n_tokens][width/32]
-    std::vector<float> sums;     // [n_tokens][width/16]
+    std::vector<int8_t> codes;  // [n_tokens][width]
+    std::vector<float> scales;  // [n_tokens][width/32]
+    std::vector<float> sums;    // [n_tokens][width/16]
     Input device;
 
     TestInput(Bench& bench, std::vector<float> values, int64_t n_tokens, int64_t n_cols);

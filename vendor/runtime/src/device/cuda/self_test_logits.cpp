@@ -52,7 +52,8 @@ void test_best(Bench& bench, int64_t n, int64_t n_vocab) {
     }
     for (int64_t k : {int64_t(1), int64_t(40), int64_t(100), Kernels::top_k_max}) {
         k = std::min(k, n_vocab);
-        const CUdeviceptr top = bench.room(size_t(n * k) * 4), values = bench.room(size_t(n * k) * 4);
+        const CUdeviceptr top = bench.room(size_t(n * k) * 4),
+                          values = bench.room(size_t(n * k) * 4);
         bench.kernels.top_k(bench.stream, at, n, n_vocab, k, values, top);
         const auto got = bench.download<int32_t>(top, size_t(n * k));
         const auto got_values = bench.download<float>(values, size_t(n * k));
@@ -95,8 +96,9 @@ void test_log_terms(Bench& bench, int64_t n, int64_t n_vocab) {
 
 void add_logit_tests(std::vector<SelfTest>& tests) {
     for (const int64_t n_vocab : {1, 11, 1000, 8193, 32003}) {
-        tests.push_back({format("best of %lld", (long long)n_vocab),
-                         [=](Bench& bench) { test_best(bench, n_vocab > 10000 ? 1 : 3, n_vocab); }});
+        tests.push_back({format("best of %lld", (long long)n_vocab), [=](Bench& bench) {
+                             test_best(bench, n_vocab > 10000 ? 1 : 3, n_vocab);
+                         }});
         tests.push_back({format("log-probabilities of %lld", (long long)n_vocab),
                          [=](Bench& bench) { test_log_terms(bench, 3, n_vocab); }});
     }

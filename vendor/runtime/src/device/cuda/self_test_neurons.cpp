@@ -162,10 +162,16 @@ struct Layer {
             put(up, layout.up_offset);
             put(down, layout.down_offset);
         }
-        device = {c.type,   c.type,   c.type,
-                  c.gated,  bench.upload(records),
-                  layout,   c.n_embd, c.n_ff,
-                  bench.upload(gate_bias), bench.upload(up_bias)};
+        device = {c.type,
+                  c.type,
+                  c.type,
+                  c.gated,
+                  bench.upload(records),
+                  layout,
+                  c.n_embd,
+                  c.n_ff,
+                  bench.upload(gate_bias),
+                  bench.upload(up_bias)};
     }
 };
 
@@ -214,8 +220,8 @@ void check_down(Bench& bench, const Layer& layer, const FfnCase& c, const DownAr
             for (int64_t j = 0; j < c.n_ff; ++j)
                 size += std::fabs(double(h[size_t(t * c.n_ff + j)]) *
                                   double(layer.down.values[size_t(j * c.n_embd + i)]));
-            const double value = double(want[at]) + double(bias[size_t(i)]) + double(other[at]) +
-                                 double(before[at]);
+            const double value =
+                double(want[at]) + double(bias[size_t(i)]) + double(other[at]) + double(before[at]);
             bench.compare(double(got[at]), value, roundings * float_rounding * size);
         }
     }
@@ -291,7 +297,8 @@ void test_ffn(Bench& bench, const FfnCase& c) {
             for (size_t place = 0; place < ids.size(); ++place) {
                 const int32_t j = ids[place];
                 const auto at = size_t(t * n_ff + j);
-                const float value = got[size_t(t * args.h_stride) + size_t(by_neuron ? j : int(place))];
+                const float value =
+                    got[size_t(t * args.h_stride) + size_t(by_neuron ? j : int(place))];
                 h[at] = value;
                 const bool masked = !(mask_words[size_t(t * n_words + j / 32)] >> j % 32 & 1u);
                 const TestProduct& first = c.gated ? gate : up;
@@ -305,14 +312,19 @@ void test_ffn(Bench& bench, const FfnCase& c) {
                     continue;
                 const double u = c.gated ? std::fabs(double(up.y[at])) : 1.0;
                 const double slope = 1.2;  // the steepest that an activation gets
-                bench.compare(double(value), double(want),
-                              slope * g_tolerance * u +
-                                  (c.gated ? (std::fabs(double(g)) + g_tolerance) * up.tolerance[at]
-                                           : 0.0) +
-                                  16 * float_rounding * std::fabs(double(want)));
+                bench.compare(
+                    double(value), double(want),
+                    slope * g_tolerance * u +
+                        (c.gated ? (std::fabs(double(g)) + g_tolerance) * up.tolerance[at] : 0.0) +
+                        16 * float_rounding * std::fabs(double(want)));
             }
         }
-        const DownArgs down{layer.device, args.list, args.h, args.h_stride, by_neuron, n,
+        const DownArgs down{layer.device,
+                            args.list,
+                            args.h,
+                            args.h_stride,
+                            by_neuron,
+                            n,
                             bench.room(size_t(n_partitions * n * c.n_embd) * sizeof(float))};
         check_down(bench, layer, c, down, h);
     }

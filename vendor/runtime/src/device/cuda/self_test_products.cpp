@@ -44,8 +44,8 @@ void test_product(Bench& bench, Type type, const Shape& shape) {
             if (accumulate) {
                 const double added = double(bias[i % size_t(shape.n_rows)]);
                 value += added + double(before[i]);
-                size = std::fabs(added) + std::fabs(double(before[i])) +
-                       std::fabs(double(want.y[i]));
+                size =
+                    std::fabs(added) + std::fabs(double(before[i])) + std::fabs(double(want.y[i]));
             }
             bench.compare(double(got[i]), value, want.tolerance[i] + 3 * float_rounding * size);
         }
@@ -76,8 +76,8 @@ void test_alone(Bench& bench, Type type) {
 void test_three(Bench& bench, Type type) {
     const int64_t n_cols = columns_of(type, 5), n = 2;
     const TestInput in(bench, bench.normal(size_t(n * n_cols)), n, n_cols);
-    const TestWeight w[3] = {{bench, type, 11, n_cols}, {bench, type, 4, n_cols},
-                             {bench, type, 5, n_cols}};
+    const TestWeight w[3] = {
+        {bench, type, 11, n_cols}, {bench, type, 4, n_cols}, {bench, type, 5, n_cols}};
     std::vector<Product> products;
     for (const TestWeight& weight : w)
         products.push_back({weight.device, 0,
@@ -166,18 +166,18 @@ void test_widen(Bench& bench, Type type) {
 
 void add_product_tests(std::vector<SelfTest>& tests) {
     // Odd counts of blocks, rows and tokens; long rows are shared by several warps.
-    constexpr Shape small[] = {{1, 1, 1}, {5, 3, 2},  {37, 8, 3}, {3, 9, 4},
-                               {6, 17, 5}, {2, 33, 6}, {9, 2, 7},  {4, 5, 8}, {10, 3, 17}};
-    constexpr Shape large[] = {{1, 1, 1}, {5, 3, 2}, {9, 2, 3}, {3, 1, 4}, {6, 9, 5},
-                               {9, 1, 7}, {4, 2, 8}, {10, 1, 17}};
+    constexpr Shape small[] = {{1, 1, 1},  {5, 3, 2}, {37, 8, 3}, {3, 9, 4},  {6, 17, 5},
+                               {2, 33, 6}, {9, 2, 7}, {4, 5, 8},  {10, 3, 17}};
+    constexpr Shape large[] = {{1, 1, 1}, {5, 3, 2}, {9, 2, 3}, {3, 1, 4},
+                               {6, 9, 5}, {9, 1, 7}, {4, 2, 8}, {10, 1, 17}};
     for (const TypeTraits& traits : all_types()) {
         const Type type = traits.type;
         const bool super = traits.block_size == 256;
         for (const Shape& shape : super ? std::span<const Shape>(large) : std::span(small))
-            tests.push_back({"product " + shape_text(type, shape.n_rows,
-                                                     columns_of(type, shape.n_blocks),
-                                                     shape.n_tokens),
-                             [=](Bench& bench) { test_product(bench, type, shape); }});
+            tests.push_back(
+                {"product " + shape_text(type, shape.n_rows, columns_of(type, shape.n_blocks),
+                                         shape.n_tokens),
+                 [=](Bench& bench) { test_product(bench, type, shape); }});
         const Shape split = {3, super ? 17 : 136, 2};
         tests.push_back({"product " + shape_text(type, split.n_rows,
                                                  columns_of(type, split.n_blocks), split.n_tokens),
@@ -185,8 +185,7 @@ void add_product_tests(std::vector<SelfTest>& tests) {
         const std::string name = traits.name;
         tests.push_back({"products alone and together " + name,
                          [=](Bench& bench) { test_alone(bench, type); }});
-        tests.push_back(
-            {"three products " + name, [=](Bench& bench) { test_three(bench, type); }});
+        tests.push_back({"three products " + name, [=](Bench& bench) { test_three(bench, type); }});
         tests.push_back(
             {"not finite " + name, [=](Bench& bench) { test_not_finite(bench, type); }});
         tests.push_back({"gather " + name, [=](Bench& bench) { test_gather(bench, type); }});

@@ -40,9 +40,8 @@ void test_norm(Bench& bench, bool layer, int64_t n, int64_t n_tokens) {
     }
     const CUdeviceptr x_at = bench.upload(x), out = bench.room(x.size() * sizeof(float));
     const Q8 q8 = Q8::at(bench.room(Q8::n_bytes(n_tokens, n)), n_tokens, n);
-    bench.kernels.norm(bench.stream,
-                       {layer, 1e-5f, bench.upload(weight), biased ? bench.upload(bias) : 0, x_at,
-                        n_tokens, n, out, q8});
+    bench.kernels.norm(bench.stream, {layer, 1e-5f, bench.upload(weight),
+                                      biased ? bench.upload(bias) : 0, x_at, n_tokens, n, out, q8});
     const auto got = bench.download<float>(out, x.size());
     // The sum of squares (and the mean) may each be off by the roundings of its longest chain, a
     // quarter of the row in the narrowest kernel of the CPU's, and the root halves that; then come
@@ -112,8 +111,8 @@ void test_act_mul(Bench& bench, DeviceAct act, bool gated, int64_t n, int64_t n_
 
     const CUdeviceptr h = bench.upload(gate);
     const Q8 q8 = Q8::at(bench.room(Q8::n_bytes(n_tokens, n)), n_tokens, n);
-    bench.kernels.act_mul(bench.stream, {act, threshold, h, gated ? bench.upload(up) : 0, n_tokens,
-                                         n, h, q8});
+    bench.kernels.act_mul(bench.stream,
+                          {act, threshold, h, gated ? bench.upload(up) : 0, n_tokens, n, h, q8});
     const auto got = bench.download<float>(h, gate.size());
     for (size_t i = 0; i < got.size(); ++i) {
         // Exponentials of two libraries, 2 ulp each, whose argument's rounding grows with |x| (x³
@@ -122,9 +121,9 @@ void test_act_mul(Bench& bench, DeviceAct act, bool gated, int64_t n, int64_t n_
         const double x = std::isnan(gate[i]) ? 0.0 : std::fabs(double(gate[i]));
         const double argument = 1.0 + x + x * x + 0.1 * x * x * x;
         const double scale = gated ? std::fabs(double(up[i])) : 1.0;
-        bench.compare(double(got[i]), double(want[i]),
-                      (12.0 + argument) * float_rounding * std::fabs(double(want[i])) +
-                          x * scale * 0x1p-140);
+        bench.compare(
+            double(got[i]), double(want[i]),
+            (12.0 + argument) * float_rounding * std::fabs(double(want[i])) + x * scale * 0x1p-140);
     }
     compare_q8(bench, q8, TestInput(bench, got, n_tokens, n));
 }
@@ -152,14 +151,15 @@ void add_row_tests(std::vector<SelfTest>& tests) {
                          [=](Bench& bench) { test_add(bench, n, n_tokens); }});
     }
     constexpr std::pair<DeviceAct, const char*> acts[] = {
-        {DeviceAct::silu, "silu"},           {DeviceAct::relu, "relu"},
-        {DeviceAct::gelu_erf, "gelu_erf"},   {DeviceAct::gelu_tanh, "gelu_tanh"},
-        {DeviceAct::fatrelu, "fatrelu"},     {DeviceAct::relu_relu, "relu_relu"}};
+        {DeviceAct::silu, "silu"},         {DeviceAct::relu, "relu"},
+        {DeviceAct::gelu_erf, "gelu_erf"}, {DeviceAct::gelu_tanh, "gelu_tanh"},
+        {DeviceAct::fatrelu, "fatrelu"},   {DeviceAct::relu_relu, "relu_relu"}};
     for (const auto& [act, name] : acts)
         for (const bool gated : {true, false}) {
             if (!gated && act == DeviceAct::relu_relu) continue;
-            tests.push_back({std::string(gated ? "gated " : "plain ") + name,
-                             [=, act = act](Bench& bench) { test_act_mul(bench, act, gated, 1030, 2); }});
+            tests.push_back(
+                {std::string(gated ? "gated " : "plain ") + name,
+                 [=, act = act](Bench& bench) { test_act_mul(bench, act, gated, 1030, 2); }});
         }
 }
 
