@@ -260,8 +260,7 @@ void test_attend(Bench& bench, const AttendCase& c) {
     } else {
         args.max_positions = n_stored;
         args.room = bench.zeros(bench.kernels.attend_room_bytes(args));
-        if (head_dim % 32 == 0)
-            args.q8 = Q8::at(bench.room(Q8::n_bytes(n, width)), n, width);
+        if (head_dim % 32 == 0) args.q8 = Q8::at(bench.room(Q8::n_bytes(n, width)), n, width);
         // Twice: tickets must be as they were.
         bench.kernels.attend(bench.stream, args);
         bench.kernels.attend(bench.stream, args);

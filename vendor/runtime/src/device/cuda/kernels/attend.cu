@@ -256,9 +256,20 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
     QI_KERNEL name(const f32* q, i64 q_stride, f32* out, int n_head, int n_head_kv, int head_dim, \
                    f32 scale, int window, int max_runs, f32* partial, u32* tickets,               \
                    const i32* positions, const i32* tables, u8* pool, i64 page_stride,            \
-                   i64 layer_offset, i64 head_bytes, const i32* pages, i8* codes, f32* scales, f32* sums) {                          \
-        attend<QI_KV, heads>({q, q_stride, out, n_head, n_head_kv, head_dim, scale, window,       \
-                              max_runs, partial, tickets, {codes, scales, sums, n_head * head_dim}},                                        \
+                   i64 layer_offset, i64 head_bytes, const i32* pages, i8* codes, f32* scales,    \
+                   f32* sums) {                                                                   \
+        attend<QI_KV, heads>({q,                                                                  \
+                              q_stride,                                                           \
+                              out,                                                                \
+                              n_head,                                                             \
+                              n_head_kv,                                                          \
+                              head_dim,                                                           \
+                              scale,                                                              \
+                              window,                                                             \
+                              max_runs,                                                           \
+                              partial,                                                            \
+                              tickets,                                                            \
+                              {codes, scales, sums, n_head * head_dim}},                          \
                              {pool, page_stride, layer_offset, head_bytes, pages},                \
                              {positions, tables});                                                \
     }
