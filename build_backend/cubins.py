@@ -64,6 +64,7 @@ def compile_job(job: Job, library: Path, kernels: Path = KERNELS) -> Result:
         f"--gpu-architecture=sm_{job.architecture}",
         "--std=c++17",
         "-default-device",
+        "--fmad=false",
         *(f"-D{definition}" for definition in definitions),
         *job.options,
     ]

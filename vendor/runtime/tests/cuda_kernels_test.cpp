@@ -153,8 +153,8 @@ void check_repacking() {
             std::vector<std::byte> rows(size_t(n_rows) * stride, untouched);
             // Two threads' worth of rows.
             repack_rows(traits.type, n_cols, file.data(), 1, rows.data(), stride);
-            repack_rows(traits.type, n_cols, file.data() + packed, n_rows - 1,
-                        rows.data() + stride, stride);
+            repack_rows(traits.type, n_cols, file.data() + packed, n_rows - 1, rows.data() + stride,
+                        stride);
             for (int64_t r = 0; r < n_rows; ++r) {
                 const std::byte* row = rows.data() + size_t(r) * stride;
                 const DeviceRow read(traits.type, n_cols, row);

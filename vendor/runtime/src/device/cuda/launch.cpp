@@ -142,7 +142,7 @@ double Kernels::LogTerms::log_probability() const {
 
 const Function& Kernels::function(Source source, Type type, const char* name) {
     static constexpr const char* files[n_sources] = {
-        "norm.cu",   "matvec.cu", "ffn.cu",         "down.cu",   "rows.cu",
+        "norm.cu",   "matvec.cu", "matmul.cu",      "ffn.cu",    "down.cu",  "rows.cu",
         "append.cu", "attend.cu", "attend_tile.cu", "select.cu", "logits.cu"};
     Unit& unit = units_[{source, type}];
     for (const auto& [known, found] : unit.functions)
@@ -181,6 +181,7 @@ constexpr const char* act_mul = "qi_act_mul";
 constexpr const char* add = "qi_add";
 constexpr const char* matvec[] = {"qi_matvec_1", "qi_matvec_1x2", "qi_matvec_2", "qi_matvec_3",
                                   "qi_matvec_4", "qi_matvec_6",   "qi_matvec_8"};
+constexpr const char* matmul[] = {"qi_matmul_128x64", "qi_matmul_32x32", "qi_matmul_32x16"};
 constexpr const char* ffn[] = {"qi_ffn_1", "qi_ffn_2", "qi_ffn_4", "qi_ffn_8"};
 constexpr const char* down[] = {"qi_down_1", "qi_down_2", "qi_down_4", "qi_down_8"};
 constexpr const char* gather = "qi_gather";
@@ -206,6 +207,8 @@ int power_index(int64_t n) {
 void Kernels::load_weight_kernels(Type type) {
     for (const char* name : names::matvec)
         function(Source::matvec, type, name);
+    for (const char* name : names::matmul)
+        function(Source::matmul, type, name);
     for (const char* name : names::ffn)
         function(Source::ffn, type, name);
     for (const char* name : names::down)
@@ -317,12 +320,65 @@ void Kernels::launch_product(const Stream& stream, const Input& in,
                 int(accumulate), warps_per_row);
 }
 
+namespace {
+
+struct TileShape {
+    int64_t rows, tokens;
+};
+TileShape tile_shape(Type type, ProductKernel kernel) {
+    if (!wants_q8(type)) return {64, 64};
+    return kernel == ProductKernel::tile_128x64  ? TileShape{128, 64}
+           : kernel == ProductKernel::tile_32x32 ? TileShape{32, 32}
+                                                 : TileShape{32, 16};
+}
+
+// What matmul.cu keeps of a step: codes of rows and tokens (padded by 16 bytes), factors of rows,
+// scales and sums of tokens.
+int64_t matmul_shared(Type type, const TileShape& tile) {
+    if (!wants_q8(type)) return 2 * 32 * (64 + 4) * int64_t(sizeof(float));
+    const int64_t blocks = tile.rows == 128 ? 4 : 8;
+    const bool halves = type == Type::q2_k || type == Type::q3_k || type == Type::q6_k;
+    return (tile.rows + tile.tokens) * (32 * blocks + 16) + blocks * tile.rows * (halves ? 16 : 8) +
+           blocks * tile.tokens * 12;
+}
+
+}  // namespace
+
+// The widest tile that still makes enough blocks to fill the SMs.
+ProductKernel Kernels::tile_for(const DeviceWeight& w, int64_t n_tokens) const {
+    if (n_tokens <= 16) return ProductKernel::tile_32x16;
+    const int64_t n_blocks = ceil_div(w.n_rows, 128) * ceil_div(n_tokens, 64);
+    return n_tokens > 32 && n_blocks >= gpu_->attributes().n_sm ? ProductKernel::tile_128x64
+                                                                : ProductKernel::tile_32x32;
+}
+
+void Kernels::launch_tiles(const Stream& stream, const Input& in, const Product& product,
+                           bool accumulate, ProductKernel kernel) {
+    const DeviceWeight& w = product.w;
+    const TileShape tile = tile_shape(w.type, kernel);
+    const int variant = int(kernel) - int(ProductKernel::tile_128x64);
+    function(Source::matmul, w.type, names::matmul[variant])
+        .launch(stream, {blocks(w.n_rows, tile.rows), blocks(in.n_tokens, tile.tokens)}, {256},
+                unsigned(matmul_shared(w.type, tile)), w.data, (long long)w.row_stride,
+                int(w.n_rows), in.x, in.q8.codes, in.q8.scales, in.q8.sums, int(w.n_cols),
+                int(in.n_tokens), product.bias, product.y, (long long)product.y_stride,
+                int(accumulate));
+}
+
 void Kernels::multiply(const Stream& stream, const Input& in, std::span<const Product> products,
-                       bool accumulate) {
+                       bool accumulate, ProductKernel kernel) {
     for (const Product& product : products)
         if (product.w.type != products[0].w.type || product.w.n_cols != products[0].w.n_cols ||
             product.w.row_stride != products[0].w.row_stride || products.size() > 3)
             fail(QI_INTERNAL, "products of one launch have one type and width, and are at most 3");
+    if (kernel == ProductKernel::automatic)
+        kernel = in.n_tokens > launch_tokens ? tile_for(products[0].w, in.n_tokens)
+                                             : ProductKernel::rows;
+    if (kernel != ProductKernel::rows) {
+        for (const Product& product : products)
+            launch_tiles(stream, in, product, accumulate, kernel);
+        return;
+    }
     for (int64_t token = 0; token < in.n_tokens; token += launch_tokens) {
         const int64_t n = std::min(launch_tokens, in.n_tokens - token);
         std::array<Product, 3> parts{};
@@ -369,6 +425,8 @@ size_t Kernels::attend_room_bytes(const AttendArgs& args) const {
 
 void Kernels::attend(const Stream& stream, const AttendArgs& args) {
     const KvArgs& kv = args.kv;
+    if (args.q8 && kv.head_dim % 32 != 0)
+        fail(QI_INTERNAL, "heads of %lld have no q8 copy", (long long)kv.head_dim);
     const int64_t group = args.n_head / kv.n_head_kv, runs = attend_runs(args);
     const int heads = heads_per_block(group);
     // q, scores by warp and in all, maximum, total and factor by head, sums by thread.
@@ -381,7 +439,7 @@ void Kernels::attend(const Stream& stream, const AttendArgs& args) {
                 int(args.n_head), int(kv.n_head_kv), int(kv.head_dim), args.scale, int(args.window),
                 int(runs), args.room + attend_ticket_bytes(args), args.room, kv.positions,
                 kv.tables, kv.pool, (long long)kv.page_stride, (long long)kv.layer_offset,
-                (long long)kv.head_bytes, kv.pages);
+                (long long)kv.head_bytes, kv.pages, args.q8.codes, args.q8.scales, args.q8.sums);
 }
 
 int64_t Kernels::attend_tile_tokens(const AttendArgs& args) {

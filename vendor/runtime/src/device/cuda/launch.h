@@ -69,6 +69,11 @@ struct Product {
     int64_t y_stride = 0;
 };
 
+// How a product is computed. `automatic` takes rows for up to 8 tokens and the tile that suits the
+// shape for more. With `rows` a token's result is the same whatever is in the batch; a tile's also
+// depends on which tile it is.
+enum class ProductKernel { automatic, rows, tile_128x64, tile_32x32, tile_32x16 };
+
 // Rows chosen by a list in device memory, as `compact` makes it.
 struct NeuronList {
     CUdeviceptr ids = 0;     // int32, neurons, ascending
@@ -141,6 +146,7 @@ struct AttendArgs {
     float scale = 0;
     int64_t window = 0;   // 0: none
     CUdeviceptr out = 0;  // [n_tokens][n_head · head_dim]
+    Q8 q8;                // of out, or none; attend only, head_dim a multiple of 32
     int64_t n_tokens = 0;
     // Few tokens: no position is at or beyond this, which fixes the launch; room of
     // attend_room_bytes, whose first attend_ticket_bytes were zeroed once.
@@ -207,10 +213,10 @@ class Kernels {
     void add(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n, CUdeviceptr y);
 
     // ---- products ----
-    // Products of one input with up to three matrices of one type and width, in one launch for up
-    // to 8 tokens, one more for each further 8.
+    // Products of one input with up to three matrices of one type and width: by rows one launch for
+    // each 8 tokens, by tiles one for each matrix.
     void multiply(const Stream& stream, const Input& in, std::span<const Product> products,
-                  bool accumulate);
+                  bool accumulate, ProductKernel kernel = ProductKernel::automatic);
     // The listed rows: y[t] at the place in the list, or at the neuron's number.
     void multiply_listed(const Stream& stream, const Input& in, const Product& product,
                          const NeuronList& list, bool by_neuron);
@@ -287,6 +293,7 @@ class Kernels {
     enum class Source {
         norm,
         matvec,
+        matmul,
         ffn,
         down,
         rows,
@@ -296,12 +303,15 @@ class Kernels {
         select,
         logits
     };
-    static constexpr size_t n_sources = 10;
+    static constexpr size_t n_sources = 11;
 
     const Function& function(Source source, Type type, const char* name);
     void load(Source source, Type type, std::initializer_list<const char*> names);
     void launch_product(const Stream& stream, const Input& in, std::span<const Product> products,
                         const NeuronList* list, bool by_neuron, bool accumulate);
+    void launch_tiles(const Stream& stream, const Input& in, const Product& product,
+                      bool accumulate, ProductKernel kernel);
+    ProductKernel tile_for(const DeviceWeight& w, int64_t n_tokens) const;
     int64_t resident_warps() const;
 
     std::shared_ptr<Gpu> gpu_;

@@ -208,16 +208,19 @@ double TestInput::seen(Type weight_type, int64_t token, int64_t k) const {
 // CPU has at most 4 per 256 columns and 8 to add chains (float types: one per 4 columns in the
 // narrowest kernel). The GPU has at most 4 per block of a lane's chain, of which there is one in
 // 32 · 32 columns (float types: one per column of the chain, 1 in 32), 5 to add lanes, 3 to add
-// warps, 2 for bias and accumulation, 3 for the factors of a term.
-static double product_roundings(Type type, int64_t n_cols) {
+// warps, 2 for bias and accumulation, 3 for the factors of a term; in a tile the chain has all
+// blocks (float types: all columns).
+static double product_roundings(Type type, int64_t n_cols, bool tiled) {
     const double n = double(n_cols);
     const double cpu = wants_q8(type) ? 4.0 * std::ceil(n / 256.0) + 8.0 : std::ceil(n / 4.0) + 8.0;
-    const double gpu =
-        wants_q8(type) ? 4.0 * std::ceil(n / 1024.0) + 13.0 : 8.0 * std::ceil(n / 256.0) + 13.0;
+    const double chain = wants_q8(type) ? 4.0 * std::ceil(tiled ? n / 32.0 : n / 1024.0)
+                         : tiled        ? n
+                                        : 8.0 * std::ceil(n / 256.0);
+    const double gpu = chain + 13.0;
     return cpu + gpu;
 }
 
-TestProduct::TestProduct(const TestWeight& w, const TestInput& in) {
+TestProduct::TestProduct(const TestWeight& w, const TestInput& in, bool tiled) {
     const kernels::Weight& weight = w.host;
     const int64_t n = in.n_tokens, n_rows = weight.n_rows, n_cols = weight.n_cols;
     y.resize(size_t(n * n_rows));
@@ -227,7 +230,7 @@ TestProduct::TestProduct(const TestWeight& w, const TestInput& in) {
     std::vector<std::byte> scratch(kernels::matmul_scratch_bytes(weight, n) + 64);
     kernels::prepare_activations(form, in.x.data(), n_cols, n_cols, n, 0, n, prepared.data());
     kernels::matmul_rows(weight, 0, n_rows, prepared.data(), n, y.data(), n_rows, scratch.data());
-    const double roundings = product_roundings(weight.type, n_cols);
+    const double roundings = product_roundings(weight.type, n_cols, tiled);
     for (int64_t t = 0; t < n; ++t) {
         for (int64_t r = 0; r < n_rows; ++r) {
             double size = 0;

@@ -260,11 +260,25 @@ void test_attend(Bench& bench, const AttendCase& c) {
     } else {
         args.max_positions = n_stored;
         args.room = bench.zeros(bench.kernels.attend_room_bytes(args));
+        if (head_dim % 32 == 0) args.q8 = Q8::at(bench.room(Q8::n_bytes(n, width)), n, width);
         // Twice: tickets must be as they were.
         bench.kernels.attend(bench.stream, args);
         bench.kernels.attend(bench.stream, args);
     }
     const auto got = bench.download<float>(args.out, size_t(n * width));
+    if (args.q8) {
+        // Rows of tokens that are none stay as they were.
+        const TestInput q8(bench, got, n, width);
+        const auto codes = bench.download<int8_t>(args.q8.codes, q8.codes.size());
+        const auto scales = bench.download<float>(args.q8.scales, q8.scales.size());
+        const auto sums = bench.download<float>(args.q8.sums, q8.sums.size());
+        for (size_t i = 0; i < codes.size(); ++i) {
+            if (tokens[i / size_t(width)].position < 0) continue;
+            bench.expect(codes[i] == q8.codes[i]);
+            bench.compare(double(scales[i / 32]), double(q8.scales[i / 32]), 0.0);
+            bench.compare(double(sums[i / 16]), double(q8.sums[i / 16]), 0.0);
+        }
+    }
 
     std::vector<std::byte> scratch(kernels::attention_scratch_bytes(head_dim, 1) + 64);
     std::vector<float> keys, values;

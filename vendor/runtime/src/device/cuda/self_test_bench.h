@@ -90,7 +90,8 @@ struct TestInput {
 struct TestProduct {
     std::vector<float> y;
     std::vector<double> tolerance;
-    TestProduct(const TestWeight& w, const TestInput& in);
+    // tiled: one chain over all blocks or columns.
+    TestProduct(const TestWeight& w, const TestInput& in, bool tiled = false);
 };
 
 struct SelfTest {

@@ -26,18 +26,19 @@ int64_t columns_of(Type type, int64_t n_blocks) {
 }
 
 // One weight with and without bias and accumulation.
-void test_product(Bench& bench, Type type, const Shape& shape) {
+void test_product(Bench& bench, Type type, const Shape& shape,
+                  ProductKernel kernel = ProductKernel::rows) {
     const int64_t n_cols = columns_of(type, shape.n_blocks), n = shape.n_tokens;
     const TestWeight w(bench, type, shape.n_rows, n_cols);
     const TestInput in(bench, bench.normal(size_t(n * n_cols)), n, n_cols);
-    const TestProduct want(w, in);
+    const TestProduct want(w, in, kernel != ProductKernel::rows);
     const std::vector<float> bias = bench.normal(size_t(shape.n_rows));
     const std::vector<float> before = bench.normal(want.y.size());
     const CUdeviceptr bias_at = bench.upload(bias);
     for (const bool accumulate : {false, true}) {
         const CUdeviceptr y = bench.upload(before);
         const Product product{w.device, accumulate ? bias_at : 0, y, shape.n_rows};
-        bench.kernels.multiply(bench.stream, in.device, {&product, 1}, accumulate);
+        bench.kernels.multiply(bench.stream, in.device, {&product, 1}, accumulate, kernel);
         const auto got = bench.download<float>(y, want.y.size());
         for (size_t i = 0; i < got.size(); ++i) {
             double value = double(want.y[i]), size = 0;
@@ -178,6 +179,22 @@ void add_product_tests(std::vector<SelfTest>& tests) {
                 {"product " + shape_text(type, shape.n_rows, columns_of(type, shape.n_blocks),
                                          shape.n_tokens),
                  [=](Bench& bench) { test_product(bench, type, shape); }});
+        constexpr std::pair<ProductKernel, const char*> tiles[] = {
+            {ProductKernel::tile_128x64, "tile 128x64 "},
+            {ProductKernel::tile_32x32, "tile 32x32 "},
+            {ProductKernel::tile_32x16, "tile 32x16 "},
+            {ProductKernel::automatic, "tile "}};
+        for (const auto& [kernel, tile_name] : tiles) {
+            Shape shape = kernel == ProductKernel::tile_128x64  ? Shape{131, 5, 65}
+                          : kernel == ProductKernel::tile_32x32 ? Shape{70, 9, 33}
+                          : kernel == ProductKernel::tile_32x16 ? Shape{5, 13, 9}
+                                                                : Shape{40, 1, 20};
+            if (super) shape.n_blocks = shape.n_blocks / 4 + 1;
+            const int64_t n_cols = columns_of(type, shape.n_blocks);
+            tests.push_back(
+                {tile_name + shape_text(type, shape.n_rows, n_cols, shape.n_tokens),
+                 [=, kernel = kernel](Bench& bench) { test_product(bench, type, shape, kernel); }});
+        }
         const Shape split = {3, super ? 17 : 136, 2};
         tests.push_back({"product " + shape_text(type, split.n_rows,
                                                  columns_of(type, split.n_blocks), split.n_tokens),

@@ -9,6 +9,7 @@
 // Order: page after page inside a run, the runs added in order by the block that comes last; so a
 // result depends on its query, position, window and on the keys and values it sees.
 #include "kv.cuh"
+#include "q8.cuh"
 
 constexpr int n_threads = 128;
 constexpr int n_warps = n_threads / warp_size;
@@ -32,6 +33,7 @@ struct Attention {
     int max_runs;
     f32* partial;  // [n_tokens][n_head][max_runs][head_dim + 2], sums, maximum and total
     u32* tickets;  // [n_tokens][grid.y], zeros
+    Q8Rows q8;     // of out; where head_dim is a multiple of 32
 };
 
 // The block's shared memory, for `heads` query heads.
@@ -46,7 +48,8 @@ struct Room {
 };
 
 template <class Kv, int heads>
-QI_DEVICE void score_page(const u8* keys, const Room& room, const Attention& a, int begin, int end) {
+QI_DEVICE void score_page(const u8* keys, const Room& room, const Attention& a, int begin,
+                          int end) {
     const int head_dim = a.head_dim, p8 = lane_id() % 8;
     f32 acc[heads][8];
 #pragma unroll
@@ -54,7 +57,7 @@ QI_DEVICE void score_page(const u8* keys, const Room& room, const Attention& a, 
 #pragma unroll
         for (int i = 0; i < 8; ++i)
             acc[h][i] = 0.0f;
-    // Eight lanes take a row of 64 keys, the block 16 rows.
+            // Eight lanes take a row of 64 keys, the block 16 rows.
 #pragma unroll loads_ahead(heads)
     for (int d = int(threadIdx.x) / 8; d < head_dim; d += n_threads / 8) {
         f32 k[8];
@@ -107,8 +110,16 @@ QI_DEVICE void score_page(const u8* keys, const Room& room, const Attention& a, 
     __syncthreads();
 }
 
+// Dimension d of a head's result; all lanes of a warp call together.
+QI_DEVICE void put(const Attention& a, i64 token, int head, int d, f32 value) {
+    const int column = head * a.head_dim + d;
+    a.out[token * a.n_head * a.head_dim + column] = value;
+    if (a.q8.codes) store_q8_lane(a.q8, token, column, value);
+}
+
 // Adds the runs of one head in order, a thread per dimension.
-QI_DEVICE void combine_runs(const Attention& a, const f32* partial, int n_runs, f32* out) {
+QI_DEVICE void combine_runs(const Attention& a, const f32* partial, int n_runs, i64 token,
+                            int head) {
     const i64 stride = a.head_dim + 2;
     f32 maximum = -largest_float;
     for (int run = 0; run < n_runs; ++run)
@@ -124,7 +135,7 @@ QI_DEVICE void combine_runs(const Attention& a, const f32* partial, int n_runs, 
             const f32* of_run = partial + run * stride;
             sum = fmaf(of_run[d], expf(of_run[a.head_dim] - maximum), sum);
         }
-        out[d] = sum / total;
+        put(a, token, head, d, sum / total);
     }
 }
 
@@ -135,13 +146,15 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
     if (position < 0) return;
     const int first = first_visible(position, a.window);
     const int run_pages = pages_per_run(position - first + 1);
-    const int first_run = first / page_size / run_pages, last_run = position / page_size / run_pages;
+    const int first_run = first / page_size / run_pages,
+              last_run = position / page_size / run_pages;
     const int n_runs = last_run - first_run + 1, run = first_run + int(blockIdx.x);
     if (run > last_run) return;
 
     const int head_dim = a.head_dim, group = a.n_head / a.n_head_kv;
     const int n_parts = ceil_div(group, heads);  // of a group too large for one block
-    const int kv_head = int(blockIdx.y) / n_parts, first_of_group = int(blockIdx.y) % n_parts * heads;
+    const int kv_head = int(blockIdx.y) / n_parts,
+              first_of_group = int(blockIdx.y) % n_parts * heads;
     const int first_head = kv_head * group + first_of_group;
     const int n_heads = min_of(heads, group - first_of_group);
 
@@ -207,7 +220,6 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
     }
 
     // The rows of threads are added in order, head by head.
-    f32* out = a.out + (i64(token) * a.n_head + first_head) * head_dim;
     const i64 stride = head_dim + 2;
     f32* partial = a.partial + (i64(token) * a.n_head + first_head) * a.max_runs * stride;
 #pragma unroll
@@ -223,7 +235,7 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
             for (int r = 0; r < n_rows; ++r)
                 sum += room.sums[(r * n_chunks + d / 8) * 8 + d % 8];
             if (n_runs == 1)
-                out[h * head_dim + d] = sum / room.total[h];
+                put(a, token, first_head + h, d, sum / room.total[h]);
             else
                 part[d] = sum;
         }
@@ -236,19 +248,30 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
     if (n_runs == 1) return;
     if (!last_block(a.tickets + i64(token) * gridDim.y + blockIdx.y, u32(n_runs))) return;
     for (int h = 0; h < n_heads; ++h)
-        combine_runs(a, partial + i64(h) * a.max_runs * stride, n_runs, out + h * head_dim);
+        combine_runs(a, partial + i64(h) * a.max_runs * stride, n_runs, token, first_head + h);
 }
 
 // grid (max_runs, n_head_kv · parts of a group, n_tokens), 128 threads.
-#define QI_ATTEND(name, heads)                                                                     \
-    QI_KERNEL name(const f32* q, i64 q_stride, f32* out, int n_head, int n_head_kv, int head_dim,  \
-                   f32 scale, int window, int max_runs, f32* partial, u32* tickets,                \
-                   const i32* positions, const i32* tables, u8* pool, i64 page_stride,             \
-                   i64 layer_offset, i64 head_bytes, const i32* pages) {                           \
-        attend<QI_KV, heads>({q, q_stride, out, n_head, n_head_kv, head_dim, scale, window,        \
-                              max_runs, partial, tickets},                                         \
-                             {pool, page_stride, layer_offset, head_bytes, pages},                 \
-                             {positions, tables});                                                 \
+#define QI_ATTEND(name, heads)                                                                    \
+    QI_KERNEL name(const f32* q, i64 q_stride, f32* out, int n_head, int n_head_kv, int head_dim, \
+                   f32 scale, int window, int max_runs, f32* partial, u32* tickets,               \
+                   const i32* positions, const i32* tables, u8* pool, i64 page_stride,            \
+                   i64 layer_offset, i64 head_bytes, const i32* pages, i8* codes, f32* scales,    \
+                   f32* sums) {                                                                   \
+        attend<QI_KV, heads>({q,                                                                  \
+                              q_stride,                                                           \
+                              out,                                                                \
+                              n_head,                                                             \
+                              n_head_kv,                                                          \
+                              head_dim,                                                           \
+                              scale,                                                              \
+                              window,                                                             \
+                              max_runs,                                                           \
+                              partial,                                                            \
+                              tickets,                                                            \
+                              {codes, scales, sums, n_head * head_dim}},                          \
+                             {pool, page_stride, layer_offset, head_bytes, pages},                \
+                             {positions, tables});                                                \
     }
 
 QI_ATTEND(qi_attend_1, 1)

@@ -27,9 +27,9 @@ QI_DEVICE void copy_bytes(u8* to, const u8* from, i64 n) {
 template <class Kv, int n_rows>
 QI_DEVICE void attend_tile(const TileAttention& a, const KvPages& kv, const Tokens& tokens) {
     extern __shared__ char shared_bytes[];
-    constexpr int per_row = n_threads / n_rows;       // threads that share a query row
-    constexpr int n_scores = page_size / per_row;     // of a thread, 8 or 4
-    constexpr int n_chunks = 2;                       // of eight dimensions, of a thread
+    constexpr int per_row = n_threads / n_rows;    // threads that share a query row
+    constexpr int n_scores = page_size / per_row;  // of a thread, 8 or 4
+    constexpr int n_chunks = 2;                    // of eight dimensions, of a thread
     const int head_dim = a.head_dim, group = a.n_head / a.n_head_kv;
     const int tile_heads = min_of(group, n_rows), n_parts = ceil_div(group, tile_heads);
     const int kv_head = int(blockIdx.y) / n_parts;
@@ -38,8 +38,8 @@ QI_DEVICE void attend_tile(const TileAttention& a, const KvPages& kv, const Toke
     const int first_token = a.tiles[2 * blockIdx.x], n_tokens = a.tiles[2 * blockIdx.x + 1];
     if (n_tokens <= 0) return;
 
-    f32* q = reinterpret_cast<f32*>(shared_bytes);                  // [n_rows][head_dim]
-    f32* weights = q + n_rows * head_dim;                           // [n_rows][page_size]
+    f32* q = reinterpret_cast<f32*>(shared_bytes);  // [n_rows][head_dim]
+    f32* weights = q + n_rows * head_dim;           // [n_rows][page_size]
     u8* page_copy = reinterpret_cast<u8*>(weights + n_rows * page_size);
 
     // Row r is token r / n_heads of the tile and head r % n_heads of the group.
@@ -163,10 +163,9 @@ QI_DEVICE void attend_tile(const TileAttention& a, const KvPages& kv, const Toke
                    f32 scale, int window, const i32* tiles, const i32* positions,                  \
                    const i32* tables, u8* pool, i64 page_stride, i64 layer_offset, i64 head_bytes, \
                    const i32* pages) {                                                             \
-        attend_tile<QI_KV, n_rows>({q, q_stride, out, n_head, n_head_kv, head_dim, scale, window,  \
-                                    tiles},                                                        \
-                                   {pool, page_stride, layer_offset, head_bytes, pages},           \
-                                   {positions, tables});                                           \
+        attend_tile<QI_KV, n_rows>(                                                                \
+            {q, q_stride, out, n_head, n_head_kv, head_dim, scale, window, tiles},                 \
+            {pool, page_stride, layer_offset, head_bytes, pages}, {positions, tables});            \
     }
 
 QI_ATTEND_TILE(qi_attend_tile_32, 32)

@@ -29,8 +29,9 @@ constexpr int loads_ahead(int n_columns) {
 }
 
 template <class Type, int n_columns, int n_rows, int n_ahead>
-QI_DEVICE void add_blocks(const typename Type::Raw (&raw)[n_ahead][n_rows], const int (&block)[n_ahead],
-                          const Activations& in, f32 (&acc)[n_columns][n_rows]) {
+QI_DEVICE void add_blocks(const typename Type::Raw (&raw)[n_ahead][n_rows],
+                          const int (&block)[n_ahead], const Activations& in,
+                          f32 (&acc)[n_columns][n_rows]) {
     const int n_blocks = in.n_cols / 32;
 #pragma unroll
     for (int u = 0; u < n_ahead; ++u) {
@@ -96,8 +97,9 @@ QI_DEVICE void load_columns(const f32* row, int first, int n_cols, bool aligned,
 }
 
 template <class Type, int n_columns, int n_rows, int n_ahead>
-QI_DEVICE void add_chunks(const typename Type::Raw (&raw)[n_ahead][n_rows], const int (&chunk)[n_ahead],
-                          const Activations& in, f32 (&acc)[n_columns][n_rows]) {
+QI_DEVICE void add_chunks(const typename Type::Raw (&raw)[n_ahead][n_rows],
+                          const int (&chunk)[n_ahead], const Activations& in,
+                          f32 (&acc)[n_columns][n_rows]) {
     constexpr int n = Type::chunk_cols;
     const bool aligned = in.n_cols % 4 == 0;
 #pragma unroll

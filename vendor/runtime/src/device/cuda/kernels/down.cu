@@ -15,8 +15,8 @@ constexpr int rows_ahead = 4;
 
 template <int n_columns>
 QI_DEVICE void down_rows(const u8* rows, i64 row_stride, int n_cols, const i32* slots,
-                         const i32* bounds, int n_neurons, const f32* h, i64 h_stride, const i32* ids,
-                         int by_id, int n_tokens, f32* partial) {
+                         const i32* bounds, int n_neurons, const f32* h, i64 h_stride,
+                         const i32* ids, int by_id, int n_tokens, f32* partial) {
     using Type = QI_WEIGHT;
     __shared__ f32 runs[n_runs][tile_cols];
     const Type type(n_cols);

@@ -24,10 +24,10 @@ struct Neurons {
 
 struct Choice {
     int act;
-    f32 threshold;      // of the activation
-    const f32* gates;   // [n_tokens][gate_stride] by neuron, or null: compute them
+    f32 threshold;     // of the activation
+    const f32* gates;  // [n_tokens][gate_stride] by neuron, or null: compute them
     i64 gate_stride;
-    const u32* masks;   // [n_tokens][n_words], neurons that a token may use; or null: all
+    const u32* masks;  // [n_tokens][n_words], neurons that a token may use; or null: all
     int n_words;
     f32* h;  // [n_tokens][h_stride], by place in the list or by neuron
     i64 h_stride;
@@ -111,18 +111,18 @@ QI_DEVICE void ffn_rows(const Neurons& neurons, const Choice& choice, const Acti
     }
 }
 
-#define QI_FFN(name, n_columns)                                                                    \
-    QI_KERNEL name(const u8* records, i64 record_stride, i64 gate_offset, i64 up_offset,           \
-                   int gated, const i32* slots, const i32* ids, const i32* n_listed,               \
-                   int n_neurons, const f32* gate_bias, const f32* up_bias, int act,               \
-                   f32 threshold, const f32* gates, i64 gate_stride, const u32* masks,             \
-                   int n_words, f32* h, i64 h_stride, int by_id, const f32* x, const i8* codes,    \
-                   const f32* scales, const f32* sums, int n_cols, int n_tokens) {                 \
-        ffn_rows<n_columns>({records, record_stride, gate_offset, up_offset, gated, slots, ids,    \
-                             n_listed, n_neurons, gate_bias, up_bias},                             \
-                            {act, threshold, gates, gate_stride, masks, n_words, h, h_stride,      \
-                             by_id},                                                               \
-                            {x, codes, scales, sums, n_cols, n_tokens});                           \
+#define QI_FFN(name, n_columns)                                                                 \
+    QI_KERNEL name(const u8* records, i64 record_stride, i64 gate_offset, i64 up_offset,        \
+                   int gated, const i32* slots, const i32* ids, const i32* n_listed,            \
+                   int n_neurons, const f32* gate_bias, const f32* up_bias, int act,            \
+                   f32 threshold, const f32* gates, i64 gate_stride, const u32* masks,          \
+                   int n_words, f32* h, i64 h_stride, int by_id, const f32* x, const i8* codes, \
+                   const f32* scales, const f32* sums, int n_cols, int n_tokens) {              \
+        ffn_rows<n_columns>(                                                                    \
+            {records, record_stride, gate_offset, up_offset, gated, slots, ids, n_listed,       \
+             n_neurons, gate_bias, up_bias},                                                    \
+            {act, threshold, gates, gate_stride, masks, n_words, h, h_stride, by_id},           \
+            {x, codes, scales, sums, n_cols, n_tokens});                                        \
     }
 
 QI_FFN(qi_ffn_1, 1)

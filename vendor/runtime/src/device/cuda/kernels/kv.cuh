@@ -50,8 +50,8 @@ struct KvF16 {
         }
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            out[i] = 8 * chunk + i < head_dim ? f16_to_f32(reinterpret_cast<const u16*>(at)[i])
-                                              : 0.0f;
+            out[i] =
+                8 * chunk + i < head_dim ? f16_to_f32(reinterpret_cast<const u16*>(at)[i]) : 0.0f;
     }
 
   private:
@@ -74,8 +74,8 @@ struct KvQ8_0 {
 
     QI_DEVICE static void keys8(const u8* keys, int head_dim, int d, int p8, f32 (&out)[8]) {
         const Pair codes = *reinterpret_cast<const Pair*>(keys + d * page_size + 8 * p8);
-        const Quad scales = *reinterpret_cast<const Quad*>(
-            keys + head_dim * page_size + (d / kv_block * page_size + 8 * p8) * 2);
+        const Quad scales = *reinterpret_cast<const Quad*>(keys + head_dim * page_size +
+                                                           (d / kv_block * page_size + 8 * p8) * 2);
 #pragma unroll
         for (int i = 0; i < 8; ++i)
             out[i] = f32(i8(codes.v[i / 4] >> 8 * (i % 4))) *
@@ -85,8 +85,8 @@ struct KvQ8_0 {
                                   f32 (&out)[8]) {
         const Pair codes = *reinterpret_cast<const Pair*>(values + position * head_dim + 8 * chunk);
         const u8* scales = values + head_dim * page_size;
-        const f32 scale = f16_to_f32(reinterpret_cast<const u16*>(
-            scales)[(position * head_dim + 8 * chunk) / kv_block]);
+        const f32 scale = f16_to_f32(
+            reinterpret_cast<const u16*>(scales)[(position * head_dim + 8 * chunk) / kv_block]);
 #pragma unroll
         for (int i = 0; i < 8; ++i)
             out[i] = f32(i8(codes.v[i / 4] >> 8 * (i % 4))) * scale;

@@ -35,8 +35,8 @@ QI_DEVICE void matvec(const Output (&outputs)[n_outputs], i64 row_stride, const 
     constexpr int n_results = n_columns * n_rows;
     __shared__ f32 parts[n_warps][n_results];
     const Type type(in.n_cols);
-    const int total = list.slots ? *list.n
-                                 : outputs[0].n_rows + outputs[1].n_rows + outputs[2].n_rows;
+    const int total =
+        list.slots ? *list.n : outputs[0].n_rows + outputs[1].n_rows + outputs[2].n_rows;
     const int warp = warp_id(), part = warp % warps_per_row;
     const int rows_per_block = n_warps / warps_per_row * n_rows;
 
@@ -54,7 +54,9 @@ QI_DEVICE void matvec(const Output (&outputs)[n_outputs], i64 row_stride, const 
             }
             row_of[r] = row;
             output_of[r] = output;
-            rows[r] = (output == 0 ? outputs[0].w : output == 1 ? outputs[1].w : outputs[2].w) +
+            rows[r] = (output == 0   ? outputs[0].w
+                       : output == 1 ? outputs[1].w
+                                     : outputs[2].w) +
                       i64(list.slots ? list.slots[row] : row) * row_stride;
         }
         f32 acc[n_columns][n_rows];
@@ -99,9 +101,9 @@ QI_DEVICE void matvec(const Output (&outputs)[n_outputs], i64 row_stride, const 
     QI_KERNEL name(const u8* w0, const u8* w1, const u8* w2, const f32* bias0, const f32* bias1,   \
                    const f32* bias2, f32* y0, f32* y1, f32* y2, i64 y_stride0, i64 y_stride1,      \
                    i64 y_stride2, int n_rows0, int n_rows1, int n_rows2, i64 row_stride,           \
-                   const i32* slots, const i32* ids, const i32* n_listed, int by_id,               \
-                   const f32* x, const i8* codes, const f32* scales, const f32* sums, int n_cols,  \
-                   int n_tokens, int accumulate, int warps_per_row) {                              \
+                   const i32* slots, const i32* ids, const i32* n_listed, int by_id, const f32* x, \
+                   const i8* codes, const f32* scales, const f32* sums, int n_cols, int n_tokens,  \
+                   int accumulate, int warps_per_row) {                                            \
         const Output outputs[n_outputs] = {{w0, bias0, y0, y_stride0, n_rows0},                    \
                                            {w1, bias1, y1, y_stride1, n_rows1},                    \
                                            {w2, bias2, y2, y_stride2, n_rows2}};                   \

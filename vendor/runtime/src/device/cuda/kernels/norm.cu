@@ -12,7 +12,7 @@
 // out[t] = x[t] / sqrt(mean(x²) + epsilon) · weight, or with layer (x - mean) / sqrt(variance +
 // epsilon) · weight + bias. out and bias may be null. grid n_tokens.
 QI_KERNEL qi_norm(const f32* x, const f32* weight, const f32* bias, f32 epsilon, int layer, int n,
-               f32* out, i8* codes, f32* scales, f32* sums) {
+                  f32* out, i8* codes, f32* scales, f32* sums) {
     __shared__ f32 room[warp_size];
     const i64 token = blockIdx.x;
     const f32* row = x + token * n;
@@ -69,8 +69,8 @@ QI_KERNEL qi_quantise(const f32* x, int n, i8* codes, f32* scales, f32* sums) {
 
 // h[t] = act(gate[t]) ⊙ up[t], or act(gate[t]) where up is null; h may be gate, or null where only
 // the q8 copy is wanted. grid (quads of a row / 256, n_tokens).
-QI_KERNEL qi_act_mul(int act, f32 threshold, const f32* gate, const f32* up, int n, f32* h, i8* codes,
-                  f32* scales, f32* sums) {
+QI_KERNEL qi_act_mul(int act, f32 threshold, const f32* gate, const f32* up, int n, f32* h,
+                     i8* codes, f32* scales, f32* sums) {
     const i64 token = blockIdx.y;
     const int quad = int(blockIdx.x * blockDim.x + threadIdx.x);
     const bool aligned = n % 4 == 0;
@@ -80,8 +80,8 @@ QI_KERNEL qi_act_mul(int act, f32 threshold, const f32* gate, const f32* up, int
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const bool inside = 4 * quad + i < n;
-        const f32 value = up ? activate_mul(act, threshold, g[i], u[i])
-                             : activate(act, threshold, g[i]);
+        const f32 value =
+            up ? activate_mul(act, threshold, g[i], u[i]) : activate(act, threshold, g[i]);
         g[i] = inside ? value : 0.0f;
     }
     if (h) store_quad(h + token * n, quad, n, aligned, g);

@@ -84,8 +84,7 @@ QI_DEVICE f32 f16_to_f32(u16 h) {
     const u32 sign = u32(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
     if (magnitude >= 0x7c00u)
         return __uint_as_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-    if (magnitude >= 0x0400u)
-        return __uint_as_float(sign | ((magnitude << 13) + (112u << 23)));
+    if (magnitude >= 0x0400u) return __uint_as_float(sign | ((magnitude << 13) + (112u << 23)));
     // Subnormal: magnitude · 2^-24
     return __uint_as_float(sign | __float_as_uint(f32(magnitude) * 5.9604644775390625e-8f));
 #endif

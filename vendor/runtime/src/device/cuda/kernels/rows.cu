@@ -28,9 +28,8 @@ QI_KERNEL qi_gather(const u8* table, i64 row_stride, int n_cols, const i32* rows
     const i32 row = rows[blockIdx.y];
     if (row < 0) return;
     f32* to = out + i64(blockIdx.y) * n_cols;
-    widen(table + row * row_stride, n_cols, [&](int column, f32 value) {
-        to[column] = accumulate ? to[column] + value : value;
-    });
+    widen(table + row * row_stride, n_cols,
+          [&](int column, f32 value) { to[column] = accumulate ? to[column] + value : value; });
 }
 
 // out[i] = rows first + i, as f16 or with `bf16` as bfloat16. grid (n_cols / 2048, n).

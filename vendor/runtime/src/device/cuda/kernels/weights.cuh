@@ -206,8 +206,7 @@ struct Q8_0 : BlockType<Q8_0> {
     };
     i64 highs, scales;
 
-    QI_DEVICE explicit Q8_0(int n_cols)
-        : highs(round16(i64(n_cols) / 2)), scales(2 * highs) {}
+    QI_DEVICE explicit Q8_0(int n_cols) : highs(round16(i64(n_cols) / 2)), scales(2 * highs) {}
     QI_DEVICE Raw load(const u8* row, int block) const {
         return {load_stream16(row + 16 * i64(block)), load_stream16(row + highs + 16 * i64(block)),
                 load_shared_line2(row + scales + 2 * block)};
@@ -383,8 +382,7 @@ struct Q5_K : BlockType<Q5_K> {
     };
     i64 highs, supers;
 
-    QI_DEVICE explicit Q5_K(int n_cols)
-        : highs(i64(n_cols) / 2), supers(highs + i64(n_cols) / 8) {}
+    QI_DEVICE explicit Q5_K(int n_cols) : highs(i64(n_cols) / 2), supers(highs + i64(n_cols) / 8) {}
     QI_DEVICE Raw load(const u8* row, int block) const {
         return {load_stream16(row + 16 * i64(block)),
                 load_stream16(row + supers + 16 * (block / 8)),
