@@ -139,6 +139,11 @@ STANDIN_API CUresult cuGetProcAddress_v2(const char* symbol, void** function, in
     });
 }
 
+// There is no table behind it, but a real NVRTC asks, and follows a null pointer where it is missing.
+STANDIN_API CUresult cuGetExportTable(const void**, const CUuuid*) {
+    return CUDA_ERROR_NOT_SUPPORTED;
+}
+
 // Counts a call of another of the stand-in's libraries; the CUresult it is to fail with.
 STANDIN_API int standin_enter(const char* name) {
     return enter(name);
@@ -182,6 +187,12 @@ STANDIN_API uint64_t standin_live_objects(uint64_t* counts) {
 STANDIN_API void standin_kill() {
     std::lock_guard lock(driver().mutex);
     driver().gpu.kill();
+}
+
+// The GPU process, or -1.
+STANDIN_API int standin_process() {
+    std::lock_guard lock(driver().mutex);
+    return driver().gpu.process();
 }
 
 // What the last failure was, where a CUresult does not say: a crash, or a misuse.

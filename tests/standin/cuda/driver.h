@@ -126,6 +126,11 @@ struct Capture {
     std::set<Stream*> streams;
 };
 
+struct FreeRanges {
+    std::map<uint64_t, uint64_t> ranges;  // address → bytes
+    uint64_t cursor = 0;                  // behind what was taken last
+};
+
 struct Context {
     int device;
     int references = 0;
@@ -188,10 +193,10 @@ struct Driver {
     std::set<std::shared_ptr<Capture>> captures;
 
     std::map<uint64_t, Allocation> memory;
-    std::map<uint64_t, uint64_t> free_memory;  // address → bytes of the device range
-    uint64_t allocated = 0;                    // bytes, on all devices
-    std::map<uint64_t, Pinned> pinned;         // by host address
-    std::map<uint64_t, uint64_t> free_arena;
+    FreeRanges free_memory;             // of the device range
+    uint64_t allocated = 0;             // bytes, on all devices
+    std::map<uint64_t, Pinned> pinned;  // by host address
+    FreeRanges free_arena;
     uint64_t pinned_bytes = 0;
 
     // ---- contexts ----
