@@ -206,6 +206,7 @@ STANDIN_API CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
                 if (!alive)
                     d.complain(CUDA_ERROR_ILLEGAL_STATE,
                                "cuGraphLaunch of a kernel whose module was unloaded");
+                node.module->uses[stream.slot] = d.last[stream.slot] + 1;
             }
             const Header header = {node.kind, stream.slot, 0, node.payload.size()};
             const auto* bytes = reinterpret_cast<const std::byte*>(&header);
@@ -219,9 +220,6 @@ STANDIN_API CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
         }
         executable.launches++;
         d.submit(stream, Kind::batch, {{batch.data(), batch.size()}});
-        for (const Node& node : executable.nodes) {
-            if (node.module) node.module->uses[stream.slot] = d.last[stream.slot];
-        }
         return CUDA_SUCCESS;
     });
 }

@@ -101,11 +101,10 @@ void Driver::submit(Stream& stream, Kind kind, std::initializer_list<Part> parts
     } else if (stream.blocking) {
         follow(*stream.context->legacy);
     }
-    if (!points.empty()) {
-        gpu.send(Kind::wait, stream.slot, last[stream.slot] + 1,
+    // Counts as no operation of its own, so that the next number is the one note_use() gave.
+    if (!points.empty())
+        gpu.send(Kind::wait, stream.slot, last[stream.slot],
                  {{points.data(), points.size() * sizeof(Point)}});
-        last[stream.slot]++;
-    }
     gpu.send(kind, stream.slot, last[stream.slot] + 1, parts);
     last[stream.slot]++;
     if (module) module->uses[stream.slot] = last[stream.slot];

@@ -27,7 +27,7 @@ inline void require(bool fact, CUresult otherwise) {
     if (!fact) throw Failure{otherwise};
 }
 
-// Read from the environment by cuInit (STANDIN_*), and changed by standin_set.
+// Of the environment: standin.h explains them.
 struct Settings {
     int capability = 90;  // 10 · major + minor
     int n_devices = 1;
@@ -209,7 +209,6 @@ struct Driver {
     // Queues an operation, or adds it to the stream's capture.
     void submit(Stream& stream, Kind kind, std::initializer_list<Part> parts,
                 Module* module = nullptr);
-    Uses mark(Stream& stream) const { return {{stream.slot, last[stream.slot] + 1}}; }
     bool pending(const Uses& uses) const;
     CUresult wait(std::unique_lock<std::mutex>& lock, uint32_t slot);
     CUresult wait_all(std::unique_lock<std::mutex>& lock, const Context& context);

@@ -1,6 +1,7 @@
 #include "executor.h"
 
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 #include <algorithm>
 #include <csignal>
@@ -231,6 +232,7 @@ Worker::Worker() {
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     void* dynamic = mmap(nullptr, max_dynamic_shared + page, PROT_READ | PROT_WRITE,
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    prctl(PR_SET_TIMERSLACK, 1000);  // naps of microseconds are to be that
     if (area == MAP_FAILED || dynamic == MAP_FAILED)
         fail(CUDA_ERROR_OPERATING_SYSTEM, "no memory for the stacks of a block");
     mprotect(area, stack_guard, PROT_NONE);
@@ -500,9 +502,12 @@ void Worker::yield() {
         launch_->spinning(1);
     }
     launch_->help();
-    // Short naps first: an answer is often near; longer ones leave the processor to the others.
-    idle_yields_++;
-    const timespec nap = {0, idle_yields_ < 64 ? 1000 : 50000};
+    // An answer is often near; if not, the processor is left to the others.
+    if (++idle_yields_ < 64) {
+        std::this_thread::yield();
+        return;
+    }
+    const timespec nap = {0, 20000};
     nanosleep(&nap, nullptr);
 }
 
