@@ -68,6 +68,7 @@ def compile_job(job: Job, library: Path, kernels: Path = KERNELS) -> Result:
         f"--gpu-architecture={'compute' if job.ptx else 'sm'}_{job.architecture}",
         "--std=c++17",
         "-default-device",
+        "--fmad=false",
         *(f"-D{definition}" for definition in definitions),
         *job.options,
     ]

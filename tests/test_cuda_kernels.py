@@ -139,3 +139,11 @@ def test_embedding_asks_for_the_compiler_and_nothing_else_does(tmp_path: Path) -
     done = call_backend(ROOT, "build_wheel", tmp_path, {"cuda": "on"})
     assert done.returncode == 1
     assert done.stderr == "-Ccuda=on: the allowed values are off, jit, embed.\n"
+
+
+def test_the_build_and_the_runtime_compile_alike() -> None:
+    sources = ["build_backend/cubins.py", "vendor/runtime/src/device/cuda/nvrtc.cpp"]
+    flag = re.compile(r'"(-default-device|--(?:std|fmad)=[^"]*)"')
+    build, runtime = (flag.findall((ROOT / source).read_text("utf-8")) for source in sources)
+    assert build == runtime
+    assert len(build) == 3
