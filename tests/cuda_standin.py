@@ -60,6 +60,10 @@ def environment(**settings: object) -> dict[str, str]:
     }
     path = [str(libraries()), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     kept["LD_LIBRARY_PATH"] = os.pathsep.join(path)
+    # Loaded from the start, so that they come before real ones that pip may have put beside Python.
+    major = int(str(settings.get("driver_version", 13000))) // 1000
+    preloaded = [str(libraries() / f"lib{name}.so.{major}") for name in ("nvrtc", "cublas")]
+    kept["LD_PRELOAD"] = " ".join([*preloaded, *filter(None, [os.environ.get("LD_PRELOAD")])])
     return kept | {f"STANDIN_{name.upper()}": str(value) for name, value in settings.items()}
 
 
