@@ -62,8 +62,8 @@ struct InputLayout {
 
 // Arrays in device memory that a context has beside those it allocates, and their bytes.
 struct WorkingSizes {
-    size_t inputs, q8, hidden, low, predictions, masks, named, list, partial, other, attend, terms,
-        kv;
+    size_t inputs, q8, hidden, lifted, low, predictions, masks, named, list, partial, other, attend,
+        terms, kv;
 
     WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, const KvArgs& kv_args) {
         const int64_t n = needs.n_batch, few = std::min(n, few_tokens), n_ff = needs.n_ff;
@@ -71,9 +71,9 @@ struct WorkingSizes {
             std::max({needs.n_embd, n_ff, needs.n_head * needs.kv.head_dim, needs.predictor_rank});
         inputs = InputLayout(needs).n_words * sizeof(uint32_t);
         q8 = Q8::n_bytes(n, widest);
-        hidden = size_t(few * n_ff) * sizeof(float);
+        hidden = lifted = size_t(n * n_ff) * sizeof(float);
         low = size_t(few * needs.predictor_rank) * sizeof(float);
-        predictions = needs.predictor_rank ? hidden : 0;
+        predictions = needs.predictor_rank ? size_t(few * n_ff) * sizeof(float) : 0;
         masks = needs.predictor_rank ? size_t(n * words_of(n_ff)) * sizeof(uint32_t) : 0;
         named = needs.predictor_rank ? size_t(words_of(n_ff)) * sizeof(uint32_t) : 0;
         list = needs.predictor_rank ? NeuronList::n_bytes(n_ff) : 0;
@@ -150,8 +150,12 @@ class CudaDevice final : public Device {
     }
 
     void predict(const FeedForward& ffn, const FfnBatch& batch);
-    void compute_resident(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
-                          bool predicting, float* y);
+    void compute_few(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
+                     bool predicting, float* y);
+    void compute_many(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
+                      float* y);
+    void add_down(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h, int64_t h_stride,
+                  int64_t n, CUdeviceptr y);
     void add_of_host(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
                      bool predicting, float* y);
 
@@ -166,7 +170,7 @@ class CudaDevice final : public Device {
     const std::atomic<bool>* cancel_ = nullptr;
 
     // Addresses of the arrays that WorkingSizes lists.
-    CUdeviceptr inputs_, q8_, hidden_, low_, predictions_, masks_, named_, partial_, other_,
+    CUdeviceptr inputs_, q8_, hidden_, lifted_, low_, predictions_, masks_, named_, partial_, other_,
         attend_room_, terms_;
     NeuronList list_;
     KvArgs kv_;
@@ -213,6 +217,7 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     inputs_ = take(sizes.inputs, "the inputs of a batch");
     q8_ = take(sizes.q8, "quantised activations");
     hidden_ = take(sizes.hidden, "activations");
+    lifted_ = take(sizes.lifted, "activations");
     low_ = take(sizes.low, "predictions");
     predictions_ = take(sizes.predictions, "predictions");
     masks_ = take(sizes.masks, "predictions");
@@ -535,7 +540,14 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
                                     [](NeuronRule rule) { return rule == NeuronRule::predict; });
     const bool predicting = wanted && kept.n_slots() > 0;
     if (predicting) predict(ffn, batch);
-    if (kept.n_slots() > 0) compute_resident(ffn, kept, batch, predicting, y);
+    if (kept.n_slots() > 0) {
+        // Biases stand by neuron, not by slot.
+        const bool by_slot = kept.whole() || (!kept.weights.gate_bias && !kept.weights.up_bias);
+        if (batch_.n_tokens > few_tokens && !predicting && by_slot)
+            compute_many(ffn, kept, batch, y);
+        else
+            compute_few(ffn, kept, batch, predicting, y);
+    }
     if (!kept.whole()) add_of_host(ffn, kept, batch, predicting, y);
     forget_prepared(y);
 }
@@ -566,15 +578,16 @@ void CudaDevice::predict(const FeedForward& ffn, const FfnBatch& batch) {
     }
 }
 
-void CudaDevice::compute_resident(const FeedForward& ffn, const DeviceFfn& kept,
-                                  const FfnBatch& batch, bool predicting, float* y) {
+// Neuron by neuron, those that no token uses left out; a few tokens at a time.
+void CudaDevice::compute_few(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
+                             bool predicting, float* y) {
     Kernels& kernels = *share_.kernels;
     const int64_t n = batch_.n_tokens, n_ff = needs_.n_ff, n_embd = needs_.n_embd;
     for (int64_t first = 0; first < n; first += few_tokens) {
         const int64_t some = std::min(few_tokens, n - first);
+        const CUdeviceptr x = address(batch.x + first * n_embd);
         FfnArgs args;
         args.w = kept.weights;
-        args.in = prepared(ffn.up.weight.type, address(batch.x + first * n_embd), some, n_embd);
         args.act = device_act(ffn.act.kind);
         args.threshold = ffn.act.threshold;
         args.h = hidden_;
@@ -588,26 +601,76 @@ void CudaDevice::compute_resident(const FeedForward& ffn, const DeviceFfn& kept,
             }
         }
         args.h_stride = args.list ? args.list->capacity : n_ff;
+        if (ffn.gated && args.w.gate_type != args.w.up_type) {
+            const ::qi::cuda::Product gates{kept.gate(), args.w.gate_bias, lifted_, n_ff};
+            const Input in = prepared(args.w.gate_type, x, some, n_embd);
+            if (args.list)
+                kernels.multiply_listed(stream_, in, gates, *args.list, true);
+            else
+                kernels.multiply(stream_, in, {&gates, 1}, false);
+            args.gates = lifted_;
+        }
+        args.in = prepared(args.w.up_type, x, some, n_embd);
         kernels.ffn_rows(stream_, args);
         const CUdeviceptr out = address(y + first * n_embd);
         if (ffn.down_by_neuron) {
-            DownArgs down;
-            down.w = kept.weights;
-            down.list = args.list;
-            down.h = hidden_;
-            down.h_stride = args.h_stride;
-            down.n_tokens = some;
-            down.partial = partial_;
-            kernels.down_rows(stream_, down);
-            kernels.add_partials(stream_, partial_, kept.down_bias, 0, some, n_embd, out);
-        } else {
-            prepared_from_ = 0;
-            const Input h = prepared(kept.down.type, hidden_, some, kept.down.n_cols);
-            const ::qi::cuda::Product down{kept.down, kept.down_bias, out, n_embd};
-            kernels.multiply(stream_, h, {&down, 1}, true);
-            prepared_from_ = 0;
+            add_down(kept, args.list, hidden_, args.h_stride, some, out);
+            continue;
         }
+        prepared_from_ = 0;
+        const Input h = prepared(kept.down.type, hidden_, some, kept.down.n_cols);
+        const ::qi::cuda::Product down{kept.down, kept.down_bias, out, n_embd};
+        kernels.multiply(stream_, h, {&down, 1}, true);
+        prepared_from_ = 0;
     }
+}
+
+// Whole matrices, for prompts.
+void CudaDevice::compute_many(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
+                              float* y) {
+    Kernels& kernels = *share_.kernels;
+    const NeuronWeights& w = kept.weights;
+    const int64_t n = batch_.n_tokens, n_embd = needs_.n_embd, n_slots = kept.n_slots();
+    const CUdeviceptr x = address(batch.x);
+    const ::qi::cuda::Product gate{kept.gate(), w.gate_bias, hidden_, n_slots};
+    const ::qi::cuda::Product up{kept.up(), w.up_bias, ffn.gated ? lifted_ : hidden_, n_slots};
+    if (ffn.gated)
+        kernels.multiply(stream_, prepared(w.gate_type, x, n, n_embd), {&gate, 1}, false);
+    kernels.multiply(stream_, prepared(w.up_type, x, n, n_embd), {&up, 1}, false);
+    const bool by_neuron = ffn.down_by_neuron;
+    ActMulArgs act;
+    act.act = device_act(ffn.act.kind);
+    act.threshold = ffn.act.threshold;
+    act.gate = act.h = hidden_;
+    act.up = ffn.gated ? lifted_ : 0;
+    act.n_tokens = n;
+    act.n = n_slots;
+    if (!by_neuron && wants_q8(kept.down.type)) act.q8 = Q8::at(q8_, n, n_slots);
+    kernels.act_mul(stream_, act);
+    prepared_from_ = 0;
+    if (!by_neuron) {
+        const ::qi::cuda::Product down{kept.down, kept.down_bias, address(y), n_embd};
+        kernels.multiply(stream_, {hidden_, act.q8, n}, {&down, 1}, true);
+        return;
+    }
+    for (int64_t first = 0; first < n; first += few_tokens)
+        add_down(kept, kept.whole() ? nullptr : &kept.list,
+                 hidden_ + size_t(first * n_slots) * sizeof(float), n_slots,
+                 std::min(few_tokens, n - first), address(y + first * n_embd));
+}
+
+// y += down of h, which stands by place in the list.
+void CudaDevice::add_down(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
+                          int64_t h_stride, int64_t n, CUdeviceptr y) {
+    DownArgs args;
+    args.w = kept.weights;
+    args.list = list;
+    args.h = h;
+    args.h_stride = h_stride;
+    args.n_tokens = n;
+    args.partial = partial_;
+    share_.kernels->down_rows(stream_, args);
+    share_.kernels->add_partials(stream_, partial_, kept.down_bias, 0, n, needs_.n_embd, y);
 }
 
 // What the neurons that the host keeps add.
@@ -659,7 +722,7 @@ void CudaDevice::log_probabilities(const float* logits, int64_t n, int64_t n_voc
 size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs) {
     const WorkingSizes s(share, needs, kv_args_for(needs));
     size_t bytes = 0;
-    for (const size_t n : {s.inputs, s.q8, s.hidden, s.low, s.predictions, s.masks, s.named, s.list,
+    for (const size_t n : {s.inputs, s.q8, s.hidden, s.lifted, s.low, s.predictions, s.masks, s.named, s.list,
                            s.partial, s.other, s.attend, s.terms, s.kv})
         if (n > 0) bytes += DeviceMemory::counted_bytes(n);
     for (const size_t n : needs.arrays)

@@ -35,6 +35,15 @@ struct DeviceFfn {
 
     int64_t n_slots() const { return int64_t(resident.neurons().size()); }
     bool whole() const { return rest.neurons().empty(); }
+    // Rows of the records as matrices.
+    DeviceWeight gate() const {
+        return {weights.gate_type, weights.records + weights.layout.gate_offset, n_slots(),
+                weights.n_embd, weights.layout.stride};
+    }
+    DeviceWeight up() const {
+        return {weights.up_type, weights.records + weights.layout.up_offset, n_slots(),
+                weights.n_embd, weights.layout.stride};
+    }
 };
 
 class Weights {
