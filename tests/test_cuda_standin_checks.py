@@ -175,6 +175,22 @@ def test_settings_describe_the_device() -> None:
     cu.raises(cu.INVALID_HANDLE, "cuStreamSynchronize", lane)  # a stream of the other's
 
 
+@on_standin()
+def test_a_program_can_make_its_streams_late() -> None:
+    import client as cu
+
+    cu.start()
+    lane, device = cu.stream(), cu.allocate(64)
+    assert cu.CUDA.standin_set(b"delay_us", cu.c_uint64(100_000))
+    assert cu.CUDA.standin_set(b"seed", cu.c_uint64(2))
+    assert not cu.CUDA.standin_set(b"capability", cu.c_uint64(80))
+    for _ in range(4):
+        cu.call("cuMemsetD8Async", device, cu.c_int(0), 64, lane)
+    assert cu.code_of("cuStreamQuery", lane) == cu.NOT_READY
+    assert cu.CUDA.standin_set(b"delay_us", cu.c_uint64(0))
+    cu.synchronize(lane)
+
+
 def test_visible_devices_are_chosen_as_the_driver_does() -> None:
     code = """
 import client as cu
