@@ -312,11 +312,11 @@ def test_a_chosen_call_fails() -> None:
 
 
 @on_standin()
-def test_every_call_of_a_session_can_fail_without_a_leak() -> None:
+def test_every_call_of_a_program_can_fail_without_a_leak() -> None:
     import client as cu
     import numpy as np
 
-    def session() -> None:
+    def work() -> None:
         """Everything is released, whatever fails; a release that fails has released."""
         undo: list[tuple[str, object]] = []
         try:
@@ -360,7 +360,7 @@ def test_every_call_of_a_session_can_fail_without_a_leak() -> None:
         cu.CUDA.standin_fail_at(cu.ctypes.c_int64(n), cu.OUT_OF_MEMORY)
         before = cu.CUDA.standin_calls()
         try:
-            session()
+            work()
         except (cu.CudaError, AssertionError):
             failed += 1
         assert set(cu.live_objects().values()) == {0}, n
