@@ -175,6 +175,22 @@ def test_settings_describe_the_device() -> None:
     cu.raises(cu.INVALID_HANDLE, "cuStreamSynchronize", lane)  # a stream of the other's
 
 
+@on_standin()
+def test_a_program_can_make_its_streams_late() -> None:
+    import client as cu
+
+    cu.start()
+    lane, device = cu.stream(), cu.allocate(64)
+    assert cu.CUDA.standin_set(b"delay_us", cu.c_uint64(100_000))
+    assert cu.CUDA.standin_set(b"seed", cu.c_uint64(2))
+    assert not cu.CUDA.standin_set(b"capability", cu.c_uint64(80))
+    for _ in range(4):
+        cu.call("cuMemsetD8Async", device, cu.c_int(0), 64, lane)
+    assert cu.code_of("cuStreamQuery", lane) == cu.NOT_READY
+    assert cu.CUDA.standin_set(b"delay_us", cu.c_uint64(0))
+    cu.synchronize(lane)
+
+
 def test_visible_devices_are_chosen_as_the_driver_does() -> None:
     code = """
 import client as cu
@@ -296,11 +312,11 @@ def test_a_chosen_call_fails() -> None:
 
 
 @on_standin()
-def test_every_call_of_a_session_can_fail_without_a_leak() -> None:
+def test_every_call_of_a_program_can_fail_without_a_leak() -> None:
     import client as cu
     import numpy as np
 
-    def session() -> None:
+    def work() -> None:
         """Everything is released, whatever fails; a release that fails has released."""
         undo: list[tuple[str, object]] = []
         try:
@@ -344,7 +360,7 @@ def test_every_call_of_a_session_can_fail_without_a_leak() -> None:
         cu.CUDA.standin_fail_at(cu.ctypes.c_int64(n), cu.OUT_OF_MEMORY)
         before = cu.CUDA.standin_calls()
         try:
-            session()
+            work()
         except (cu.CudaError, AssertionError):
             failed += 1
         assert set(cu.live_objects().values()) == {0}, n

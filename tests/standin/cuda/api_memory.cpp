@@ -1,7 +1,6 @@
 // Device memory, pinned host memory, and copies between them.
 #include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/uio.h>
 #include <algorithm>
 #include <cstring>
 
