@@ -99,7 +99,7 @@ def test_steps_are_recorded_and_replayed() -> None:
 
 def test_budgets() -> None:
     """From nothing to everything: what fits is kept, and no budget is exceeded."""
-    rows = on_gpu("budgets", STORIES, ["0", "4MiB", "7MiB", "10MiB", "14MiB", "18MiB", "60MiB"])
+    rows = on_gpu("budgets", STORIES, ["0", "7.5MiB", "9MiB", "10MiB", "12MiB", "18MiB", "60MiB"])
     kept = [row for row in rows if "refused" not in row]
     for row in rows[:1]:
         assert row["refused"] == "OutOfMemory"

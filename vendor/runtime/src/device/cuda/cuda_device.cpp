@@ -156,6 +156,7 @@ class CudaDevice final : public Device {
                       float* y);
     void add_down(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h, int64_t h_stride,
                   int64_t n, CUdeviceptr y);
+    void send_to_host(const DeviceFfn& kept, const FfnBatch& batch, bool predicting);
     void add_of_host(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
                      bool predicting, float* y);
 
@@ -180,9 +181,9 @@ class CudaDevice final : public Device {
     PinnedMemory embedded_;  // [n_batch][n_embd]
     Event embedded_sent_;
     PinnedMemory readback_;
-    Event read_;
-    std::vector<std::byte> host_names_;
-    AlignedBuffer<float> host_x_, host_z_, host_y_;
+    PinnedMemory host_x_, host_z_, host_y_;  // [n_tokens][n_embd], what the host's neurons need
+    PinnedMemory host_names_;                // [n_tokens][n_words]
+    Event sent_to_host_;
 
     BatchInputs batch_{};
     int64_t n_tiles_ = 0;
@@ -211,7 +212,7 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
       staged_sent_(share.gpu),
       embedded_(share.gpu, size_t(needs.n_batch * needs.n_embd) * sizeof(float), "embeddings"),
       embedded_sent_(share.gpu),
-      read_(share.gpu) {
+      sent_to_host_(share.gpu) {
     const Current current(*share_.gpu);
     const WorkingSizes sizes(share_, needs_, kv_);
     inputs_ = take(sizes.inputs, "the inputs of a batch");
@@ -540,6 +541,8 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
                                     [](NeuronRule rule) { return rule == NeuronRule::predict; });
     const bool predicting = wanted && kept.n_slots() > 0;
     if (predicting) predict(ffn, batch);
+    // The host begins while the GPU computes.
+    if (!kept.whole()) send_to_host(kept, batch, predicting);
     if (kept.n_slots() > 0) {
         // Biases stand by neuron, not by slot.
         const bool by_slot = kept.whole() || (!kept.weights.gate_bias && !kept.weights.up_bias);
@@ -673,30 +676,45 @@ void CudaDevice::add_down(const DeviceFfn& kept, const NeuronList* list, CUdevic
     share_.kernels->add_partials(stream_, partial_, kept.down_bias, 0, n, needs_.n_embd, y);
 }
 
+namespace {
+
+// Pinned room for n bytes; contents are lost when it grows.
+std::byte* room_of(PinnedMemory& memory, const std::shared_ptr<Gpu>& gpu, size_t n_bytes) {
+    if (memory.n_bytes() < n_bytes) memory = PinnedMemory(gpu, n_bytes, "what the host computes");
+    return memory.data();
+}
+
+}  // namespace
+
+// What the host needs for its neurons.
+void CudaDevice::send_to_host(const DeviceFfn& kept, const FfnBatch& batch, bool predicting) {
+    const size_t bytes = size_t(batch_.n_tokens * needs_.n_embd) * sizeof(float);
+    stream_.copy_to_host(room_of(host_x_, share_.gpu, bytes), address(batch.x), bytes);
+    if (kept.n_slots() == 0 && batch.z)
+        stream_.copy_to_host(room_of(host_z_, share_.gpu, bytes), address(batch.z), bytes);
+    if (predicting) {
+        const size_t n = size_t(batch_.n_tokens * words_of(needs_.n_ff)) * sizeof(uint32_t);
+        stream_.copy_to_host(room_of(host_names_, share_.gpu, n), masks_, n);
+    }
+    sent_to_host_.record(stream_);
+}
+
 // What the neurons that the host keeps add.
 void CudaDevice::add_of_host(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
                              bool predicting, float* y) {
-    const size_t n_values = size_t(batch_.n_tokens * needs_.n_embd),
-                 bytes = n_values * sizeof(float);
-    float* x = host_x_.reserve(n_values);
-    float* out = host_y_.reserve(n_values);
+    const size_t bytes = size_t(batch_.n_tokens * needs_.n_embd) * sizeof(float);
     FfnBatch of_host = batch;
-    stream_.copy_to_host(x, address(batch.x), bytes);
-    of_host.x = x;
+    of_host.x = reinterpret_cast<const float*>(host_x_.data());
+    of_host.z = nullptr;
     if (kept.n_slots() > 0) {
         of_host.shard = &kept.rest;
-        of_host.z = nullptr;
-        if (predicting) {
-            host_names_.resize(size_t(batch_.n_tokens * words_of(needs_.n_ff)) * sizeof(uint32_t));
-            stream_.copy_to_host(host_names_.data(), masks_, host_names_.size());
-            of_host.names = reinterpret_cast<const uint32_t*>(host_names_.data());
-        }
+        if (predicting) of_host.names = reinterpret_cast<const uint32_t*>(host_names_.data());
     } else if (batch.z) {
-        float* z = host_z_.reserve(n_values);
-        stream_.copy_to_host(z, address(batch.z), bytes);
-        of_host.z = z;
+        of_host.z = reinterpret_cast<const float*>(host_z_.data());
     }
-    stream_.synchronize();
+    auto* const out = reinterpret_cast<float*>(room_of(host_y_, share_.gpu, bytes));
+    // The last layer's sum has been sent by then.
+    sent_to_host_.synchronize();
     std::memset(out, 0, bytes);
     host_.begin(batch_);
     host_.feed_forward(ffn, of_host, out);
