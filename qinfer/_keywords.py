@@ -15,7 +15,7 @@ _ELSEWHERE = {
     "model_path": "the path is the first argument: Model(path)",
     "n_threads": "threads= says how many compute",
     "n_threads_batch": "threads= says how many compute, for prompts as well",
-    "n_gpu_layers": "this version computes on the CPU, and layers are not placed one by one",
+    "n_gpu_layers": "vram_budget= says how much of a GPU to use; what fits is chosen by itself",
     "verbose": "messages go to logging.getLogger('qinfer'), whose level is yours to set",
     "use_mmap": "mmap=False reads the file into memory",
     "use_mlock": "nothing is locked; mmap=False reads the file into memory",

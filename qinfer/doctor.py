@@ -42,7 +42,7 @@ def findings() -> list[tuple[str, str]]:
         ("memory", _memory()),
         ("bandwidth", f"{bandwidth / 1e9:.1f} GB/s read by {cpu.n_usable_cores} threads"),
         *_cuda_findings(),
-        ("CANN", f"not used: this version computes on the CPU only; {_ascend_driver()}"),
+        ("CANN", f"not used: this version does not compute on Ascend NPUs; {_ascend_driver()}"),
     ]
     for name, purpose in _PACKAGES.items():
         try:
