@@ -139,7 +139,8 @@ STANDIN_API CUresult cuGetProcAddress_v2(const char* symbol, void** function, in
     });
 }
 
-// There is no table behind it, but a real NVRTC asks, and follows a null pointer where it is missing.
+// There is no table behind it, but a real NVRTC asks, and follows a null pointer where it is
+// missing.
 STANDIN_API CUresult cuGetExportTable(const void**, const CUuuid*) {
     return CUDA_ERROR_NOT_SUPPORTED;
 }

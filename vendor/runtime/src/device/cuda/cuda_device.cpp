@@ -171,8 +171,8 @@ class CudaDevice final : public Device {
     const std::atomic<bool>* cancel_ = nullptr;
 
     // Addresses of the arrays that WorkingSizes lists.
-    CUdeviceptr inputs_, q8_, hidden_, lifted_, low_, predictions_, masks_, named_, partial_, other_,
-        attend_room_, terms_;
+    CUdeviceptr inputs_, q8_, hidden_, lifted_, low_, predictions_, masks_, named_, partial_,
+        other_, attend_room_, terms_;
     NeuronList list_;
     KvArgs kv_;
 
@@ -740,8 +740,8 @@ void CudaDevice::log_probabilities(const float* logits, int64_t n, int64_t n_voc
 size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs) {
     const WorkingSizes s(share, needs, kv_args_for(needs));
     size_t bytes = 0;
-    for (const size_t n : {s.inputs, s.q8, s.hidden, s.lifted, s.low, s.predictions, s.masks, s.named, s.list,
-                           s.partial, s.other, s.attend, s.terms, s.kv})
+    for (const size_t n : {s.inputs, s.q8, s.hidden, s.lifted, s.low, s.predictions, s.masks,
+                           s.named, s.list, s.partial, s.other, s.attend, s.terms, s.kv})
         if (n > 0) bytes += DeviceMemory::counted_bytes(n);
     for (const size_t n : needs.arrays)
         if (n > 0) bytes += DeviceMemory::counted_bytes(n * sizeof(float));
