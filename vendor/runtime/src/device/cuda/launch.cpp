@@ -98,7 +98,13 @@ int64_t attend_runs(const AttendArgs& args) {
     return runs + (args.window > 0);  // a window need not begin where a run does
 }
 
+// Heads that attend_mma.cu computes.
+bool fits_mma(int64_t head_dim) {
+    return head_dim % 16 == 0 && head_dim <= 128;
+}
+// Query rows of a tile of attend_mma.cu or attend_tile.cu; 0: neither.
 int tile_rows(int64_t head_dim) {
+    if (fits_mma(head_dim)) return 64;
     return head_dim <= 128 ? 32 : head_dim <= 256 ? 16 : 0;
 }
 
@@ -142,8 +148,8 @@ double Kernels::LogTerms::log_probability() const {
 
 const Function& Kernels::function(Source source, Type type, const char* name) {
     static constexpr const char* files[n_sources] = {
-        "norm.cu",   "matvec.cu", "matmul.cu",      "ffn.cu",    "down.cu",  "rows.cu",
-        "append.cu", "attend.cu", "attend_tile.cu", "select.cu", "logits.cu"};
+        "norm.cu",   "matvec.cu", "matmul.cu",      "ffn.cu",        "down.cu",   "rows.cu",
+        "append.cu", "attend.cu", "attend_tile.cu", "attend_mma.cu", "select.cu", "logits.cu"};
     Unit& unit = units_[{source, type}];
     for (const auto& [known, found] : unit.functions)
         if (known == name) return found;
@@ -157,6 +163,7 @@ const Function& Kernels::function(Source source, Type type, const char* name) {
             case Source::append:
             case Source::attend:
             case Source::attend_tile:
+            case Source::attend_mma:
                 text += std::string(" QI_KV=") + kv_name(type);
                 break;
             default:
@@ -179,6 +186,8 @@ constexpr const char* norm = "qi_norm";
 constexpr const char* quantise = "qi_quantise";
 constexpr const char* act_mul = "qi_act_mul";
 constexpr const char* add = "qi_add";
+constexpr const char* add_bias = "qi_add_bias";
+constexpr const char* narrow = "qi_narrow";
 constexpr const char* matvec[] = {"qi_matvec_1", "qi_matvec_1x2", "qi_matvec_2", "qi_matvec_3",
                                   "qi_matvec_4", "qi_matvec_6",   "qi_matvec_8"};
 constexpr const char* matmul[] = {"qi_matmul_128x64", "qi_matmul_32x32", "qi_matmul_32x16"};
@@ -190,9 +199,12 @@ constexpr const char* widen = "qi_widen";
 constexpr const char* append = "qi_append";
 constexpr const char* attend[] = {"qi_attend_1", "qi_attend_2", "qi_attend_4", "qi_attend_8"};
 constexpr const char* attend_tile[] = {"qi_attend_tile_32", "qi_attend_tile_16"};
+constexpr const char* attend_mma[] = {"qi_attend_mma_64", "qi_attend_mma_128"};
 constexpr const char* predicted_masks = "qi_predicted_masks";
 constexpr const char* gate_masks = "qi_gate_masks";
 constexpr const char* compact = "qi_compact";
+constexpr const char* count_active = "qi_count_active";
+constexpr const char* count_bits = "qi_count_bits";
 constexpr const char* add_partials = "qi_add_partials";
 constexpr const char* argmax = "qi_argmax";
 constexpr const char* top_k = "qi_top_k";
@@ -222,12 +234,17 @@ void Kernels::load_kv_kernels(Type type) {
         function(Source::attend, type, name);
     for (const char* name : names::attend_tile)
         function(Source::attend_tile, type, name);
+    for (const char* name : names::attend_mma)
+        function(Source::attend_mma, type, name);
 }
 
 void Kernels::load_common_kernels() {
-    load(Source::norm, Type::f32, {names::norm, names::quantise, names::act_mul, names::add});
+    load(
+        Source::norm, Type::f32,
+        {names::norm, names::quantise, names::act_mul, names::add, names::add_bias, names::narrow});
     load(Source::select, Type::f32,
-         {names::predicted_masks, names::gate_masks, names::compact, names::add_partials});
+         {names::predicted_masks, names::gate_masks, names::compact, names::count_active,
+          names::count_bits, names::add_partials});
     load(Source::logits, Type::f32, {names::argmax, names::top_k, names::log_terms});
 }
 
@@ -263,6 +280,20 @@ void Kernels::add(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t
     function(Source::norm, Type::f32, names::add)
         .launch(stream, {blocks(n, 4 * row_threads), unsigned(n_tokens)}, {row_threads}, 0, x,
                 int(n), y);
+}
+
+void Kernels::add_bias(const Stream& stream, CUdeviceptr bias, int64_t n_tokens, int64_t n,
+                       CUdeviceptr y) {
+    function(Source::norm, Type::f32, names::add_bias)
+        .launch(stream, {blocks(n, 4 * row_threads), unsigned(n_tokens)}, {row_threads}, 0, bias,
+                int(n), y);
+}
+
+void Kernels::narrow(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n, Type to,
+                     CUdeviceptr out) {
+    function(Source::norm, Type::f32, names::narrow)
+        .launch(stream, {blocks(n, 4 * row_threads), unsigned(n_tokens)}, {row_threads}, 0, x,
+                int(n), int(to == Type::bf16), out);
 }
 
 // ---- products ----
@@ -448,8 +479,25 @@ int64_t Kernels::attend_tile_tokens(const AttendArgs& args) {
     return rows / std::min(rows, args.n_head / args.kv.n_head_kv);
 }
 
+void Kernels::attend_mma(const Stream& stream, const AttendArgs& args) {
+    const KvArgs& kv = args.kv;
+    const int64_t rows = tile_rows(kv.head_dim), group = args.n_head / kv.n_head_kv;
+    const int64_t parts = ceil_div(group, std::min(rows, group));
+    const int64_t max_dim = kv.head_dim <= 64 ? 64 : 128;
+    // Keys and values as halves, rows padded by 8, and the scales of both.
+    const int64_t shared = (max_dim * (attend_page + 8) + attend_page * (max_dim + 8)) * 2 +
+                           2 * max_dim / 32 * attend_page * 4;
+    function(Source::attend_mma, kv.type, names::attend_mma[max_dim == 64 ? 0 : 1])
+        .launch(stream, {unsigned(args.n_tiles), unsigned(kv.n_head_kv * parts)}, {attend_threads},
+                unsigned(shared), args.q, (long long)args.q_stride, args.out, int(args.n_head),
+                int(kv.n_head_kv), int(kv.head_dim), args.scale, int(args.window), args.tiles,
+                kv.positions, kv.tables, kv.pool, (long long)kv.page_stride,
+                (long long)kv.layer_offset, (long long)kv.head_bytes, kv.pages);
+}
+
 void Kernels::attend_tiles(const Stream& stream, const AttendArgs& args) {
     const KvArgs& kv = args.kv;
+    if (fits_mma(kv.head_dim)) return attend_mma(stream, args);
     const int64_t rows = tile_rows(kv.head_dim), group = args.n_head / kv.n_head_kv;
     const int64_t parts = ceil_div(group, std::min(rows, group));
     const int64_t half_bytes = kv.type == Type::f16
@@ -534,6 +582,20 @@ void Kernels::down_rows(const Stream& stream, const DownArgs& args) {
                 int(w.n_embd), list.slots, list.bounds, int(w.n_ff), args.h,
                 (long long)args.h_stride, list.ids, int(args.by_neuron), int(args.n_tokens),
                 args.partial);
+}
+
+void Kernels::count_active(const Stream& stream, const DownArgs& args, CUdeviceptr active,
+                           CUdeviceptr total) {
+    const NeuronList none;
+    const NeuronList& list = args.list ? *args.list : none;
+    function(Source::select, Type::f32, names::count_active)
+        .launch(stream, {1}, {1024}, 0, args.h, (long long)args.h_stride, int(args.by_neuron),
+                list.ids, list.n, int(args.w.n_ff), int(args.n_tokens), active, total);
+}
+
+void Kernels::count_bits(const Stream& stream, CUdeviceptr words, int64_t n, CUdeviceptr total) {
+    function(Source::select, Type::f32, names::count_bits)
+        .launch(stream, {1}, {1024}, 0, words, int(n), total);
 }
 
 void Kernels::add_partials(const Stream& stream, CUdeviceptr partial, CUdeviceptr bias,

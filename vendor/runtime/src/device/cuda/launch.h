@@ -212,6 +212,13 @@ class Kernels {
     // y += x
     void add(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n, CUdeviceptr y);
 
+    // y += bias [n]
+    void add_bias(const Stream& stream, CUdeviceptr bias, int64_t n_tokens, int64_t n,
+                  CUdeviceptr y);
+    // out = x as f16 or bf16, what cuBLAS multiplies. Beyond 65504 f16 is infinite.
+    void narrow(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n, Type to,
+                CUdeviceptr out);
+
     // ---- products ----
     // Products of one input with up to three matrices of one type and width: by rows one launch for
     // each 8 tokens, by tiles one for each matrix.
@@ -227,7 +234,8 @@ class Kernels {
     void attend(const Stream& stream, const AttendArgs& args);
     size_t attend_room_bytes(const AttendArgs& args) const;
     static size_t attend_ticket_bytes(const AttendArgs& args);
-    // By tiles of tokens, for prompts. 0 tokens per tile: heads too wide, use attend.
+    // By tiles of tokens, for prompts: by tensor cores where heads are multiples of 16 up to 128,
+    // else by plain arithmetic. 0 tokens per tile: heads too wide, use attend.
     void attend_tiles(const Stream& stream, const AttendArgs& args);
     static int64_t attend_tile_tokens(const AttendArgs& args);
 
@@ -255,8 +263,16 @@ class Kernels {
     void add_partials(const Stream& stream, CUdeviceptr partial, CUdeviceptr bias,
                       CUdeviceptr other, int64_t n_tokens, int64_t n_embd, CUdeviceptr y);
 
+    // active uint64 [n_ff] (or 0) grows by the tokens each listed neuron was active for, total
+    // uint64 [1] by their sum; h as in DownArgs.
+    void count_active(const Stream& stream, const DownArgs& args, CUdeviceptr active,
+                      CUdeviceptr total);
+    // total uint64 [1] grows by the bits set in n words.
+    void count_bits(const Stream& stream, CUdeviceptr words, int64_t n, CUdeviceptr total);
+
     // ---- rows of a weight as numbers ----
-    // out[i] = row rows[i] (or += it); rows int32 [n], below 0 leaves out[i] alone.
+    // Float rows of activations can be gathered too, where n_cols is a multiple of 4. out[i] = row
+    // rows[i] (or += it); rows int32 [n], below 0 leaves out[i] alone.
     void gather(const Stream& stream, const DeviceWeight& w, CUdeviceptr rows, int64_t n,
                 bool accumulate, CUdeviceptr out);
     // out [n][n_cols] = rows first … first + n - 1, to f32, f16 or bf16.
@@ -300,13 +316,15 @@ class Kernels {
         append,
         attend,
         attend_tile,
+        attend_mma,
         select,
         logits
     };
-    static constexpr size_t n_sources = 11;
+    static constexpr size_t n_sources = 12;
 
     const Function& function(Source source, Type type, const char* name);
     void load(Source source, Type type, std::initializer_list<const char*> names);
+    void attend_mma(const Stream& stream, const AttendArgs& args);
     void launch_product(const Stream& stream, const Input& in, std::span<const Product> products,
                         const NeuronList* list, bool by_neuron, bool accumulate);
     void launch_tiles(const Stream& stream, const Input& in, const Product& product,

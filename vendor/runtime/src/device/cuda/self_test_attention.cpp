@@ -151,8 +151,9 @@ Wanted attend_slowly(const std::vector<float>& keys, const std::vector<float>& v
         }
         scores.push_back(dot * scale);
         maximum = std::max(maximum, scores.back());
-        // A chain of head_dim terms and the scaling, then its difference from the maximum.
-        error = std::max(error, (double(head_dim) + 4.0) * float_rounding * size * scale +
+        // A chain of head_dim terms and the scaling (twice, and 4 for two halves of 22 bits, where
+        // tensor cores cut instead of rounding), then its difference from the maximum.
+        error = std::max(error, (2.0 * double(head_dim) + 8.0) * float_rounding * size * scale +
                                     2 * float_rounding * std::fabs(dot * scale));
     }
     double total = 0;
@@ -160,10 +161,11 @@ Wanted attend_slowly(const std::vector<float>& keys, const std::vector<float>& v
         total += score = std::exp(score - maximum);
     Wanted wanted{std::vector<double>(size_t(head_dim)), std::vector<double>(size_t(head_dim))};
     // Exponentials: their arguments' errors (score and maximum), 4 ulp of the function. Sums: 64
-    // terms of a page, then some roundings for each page that is merged; the division.
+    // terms of a page (twice, as above), then some roundings for each page that is merged; the
+    // division.
     const double n_pages = double(last / page - first / page + 1);
-    const double relative =
-        2 * (2 * error + 4 * float_rounding) + (64.0 + 8.0 * n_pages + 8.0) * 2 * float_rounding;
+    const double relative = 2 * (2 * error + 4 * float_rounding) +
+                            (2 * 64.0 + 8.0 * n_pages + 12.0) * 2 * float_rounding;
     for (int64_t d = 0; d < head_dim; ++d) {
         double sum = 0, size = 0;
         for (int64_t i = first; i <= last; ++i) {
@@ -352,6 +354,7 @@ void add_attention_tests(std::vector<SelfTest>& tests) {
                 add({{type, 2 * group, 2, 64}, run, window, true});
             }
         for (const int64_t head_dim : {32, 96, 128, 160, 256}) {
+            add({{type, 4, 2, head_dim}, run, 20, true});
             add({{type, 2, 1, head_dim}, {3, 129}, 0, false});
             add({{type, 2, 1, head_dim}, {3, 4, 5, 129}, 70, true});
         }
@@ -360,7 +363,8 @@ void add_attention_tests(std::vector<SelfTest>& tests) {
         add({{type, 1, 1, 32}, {2600}, 2100, false});
         add({{type, 40, 1, 32}, run, 0, true});  // a group larger than a tile
     }
-    for (const int64_t head_dim : {1, 7, 20}) {
+    add({{Type::f16, 100, 1, 16}, run, 0, true});  // a group larger than a tile, again
+    for (const int64_t head_dim : {1, 7, 16, 20, 48, 112}) {
         add({{Type::f16, 2, 1, head_dim}, few, 0, false});
         add({{Type::f16, 2, 1, head_dim}, run, 0, true});
     }

@@ -92,6 +92,12 @@ void test_lists(Bench& bench, int64_t n_ff, int64_t n_tokens, int percent) {
             return false;
         });
         expect_words(bench, named, any);
+        const CUdeviceptr total = bench.zeros(8);
+        bench.kernels.count_bits(bench.stream, masks, n_tokens * n_words, total);
+        uint64_t n_bits = 0;
+        for (const uint32_t word : all)
+            n_bits += uint64_t(__builtin_popcount(word));
+        bench.expect(bench.download<uint64_t>(total, 1)[0] == n_bits);
         bench.kernels.compact(bench.stream, named, slots_at, n_ff, list);
         expect_list(bench, list, any, slot_of_neuron);
     };
@@ -227,6 +233,24 @@ void check_down(Bench& bench, const Layer& layer, const FfnCase& c, const DownAr
     }
 }
 
+// Counted twice, since counts grow.
+void check_counts(Bench& bench, const FfnCase& c, const DownArgs& args,
+                  const std::vector<float>& h) {
+    const CUdeviceptr active = bench.zeros(size_t(c.n_ff) * 8), total = bench.zeros(8);
+    bench.kernels.count_active(bench.stream, args, 0, total);
+    bench.kernels.count_active(bench.stream, args, active, total);
+    const auto got = bench.download<uint64_t>(active, size_t(c.n_ff));
+    uint64_t all = 0;
+    for (int64_t j = 0; j < c.n_ff; ++j) {
+        uint64_t count = 0;
+        for (int64_t t = 0; t < c.n_tokens; ++t)
+            count += h[size_t(t * c.n_ff + j)] != 0.0f;
+        bench.expect(got[size_t(j)] == count);
+        all += count;
+    }
+    bench.expect(bench.download<uint64_t>(total, 1)[0] == 2 * all);
+}
+
 void test_ffn(Bench& bench, const FfnCase& c) {
     constexpr float threshold = 0.25f;  // fatrelu's
     const int64_t n = c.n_tokens, n_ff = c.n_ff, n_words = (n_ff + 31) / 32;
@@ -327,6 +351,7 @@ void test_ffn(Bench& bench, const FfnCase& c) {
                             n,
                             bench.room(size_t(n_partitions * n * c.n_embd) * sizeof(float))};
         check_down(bench, layer, c, down, h);
+        check_counts(bench, c, down, h);
     }
 }
 

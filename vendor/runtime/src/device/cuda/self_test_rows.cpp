@@ -4,6 +4,7 @@
 #include "base/error.h"
 #include "device/cuda/self_test_bench.h"
 #include "kernels/vector_ops.h"
+#include "quant/half.h"
 
 namespace qi::cuda {
 
@@ -135,6 +136,17 @@ void test_add(Bench& bench, int64_t n, int64_t n_tokens) {
     const auto got = bench.download<float>(y_at, y.size());
     for (size_t i = 0; i < got.size(); ++i)
         bench.expect(got[i] == x[i] + y[i]);
+    bench.kernels.add_bias(bench.stream, bench.upload(x), n_tokens, n, y_at);
+    const auto biased = bench.download<float>(y_at, y.size());
+    for (size_t i = 0; i < got.size(); ++i)
+        bench.expect(biased[i] == got[i] + x[i % size_t(n)]);
+    const CUdeviceptr out = bench.room(x.size() * 2), x_at = bench.upload(x);
+    for (const Type to : {Type::f16, Type::bf16}) {
+        bench.kernels.narrow(bench.stream, x_at, n_tokens, n, to, out);
+        const auto narrowed = bench.download<uint16_t>(out, x.size());
+        for (size_t i = 0; i < x.size(); ++i)
+            bench.expect(narrowed[i] == (to == Type::f16 ? f32_to_f16(x[i]) : f32_to_bf16(x[i])));
+    }
 }
 
 }  // namespace

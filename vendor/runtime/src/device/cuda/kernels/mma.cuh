@@ -27,8 +27,9 @@ QI_DEVICE f32 word_product(u32 a, u32 b, f32 sum) {
 }
 
 // Adds the four words of K that the lanes of a quad hold; low and high are rows g and g + 8.
+// Called, not inlined: hundreds of copies would take minutes to compile.
 template <class Sum>
-QI_DEVICE void mma_by_shuffles(Sum (&d)[4], u32 a_low, u32 a_high, u32 b) {
+__device__ __noinline__ void mma_by_shuffles(Sum (&d)[4], u32 a_low, u32 a_high, u32 b) {
     const int g = lane_id() / 4, i = lane_id() % 4;
     for (int k = 0; k < 4; ++k) {
         const u32 low = __shfl_sync(QI_WARP_MASK, a_low, 4 * g + k);
@@ -97,3 +98,39 @@ QI_DEVICE void mma_f16_k16(f32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "r"(a[2]), "r"(a[3]), "r"(b1));
 #endif
 }
+
+// B fragments out of rows of halves: 16 rows of K by 16 columns from `tile` on, rows `stride`
+// halves apart. b[0] and b[1] are the words of the first 8 columns, b[2] and b[3] of the others.
+// Rows begin at multiples of 16 bytes in shared memory.
+QI_DEVICE void load_f16_k16(u32 (&b)[4], const u16* tile, int stride) {
+#ifdef QI_PLAIN
+    const int g = lane_id() / 4, i = lane_id() % 4;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const u16* at = tile + (j % 2 * 8 + 2 * i) * stride + j / 2 * 8 + g;
+        b[j] = u32(at[0]) | u32(at[stride]) << 16;
+    }
+#else
+    // Lane l points at row l % 8 of matrix l / 8; transposed, so that neighbouring rows share
+    // words.
+    const int matrix = lane_id() / 8, row = lane_id() % 8;
+    const u16* at = tile + (matrix % 2 * 8 + row) * stride + matrix / 2 * 8;
+    const u32 address = u32(__cvta_generic_to_shared(at));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                 : "r"(address)
+                 : "memory");
+#endif
+}
+
+// Two floats as words of halves: the nearest ones, and what they leave, so that high + low has 22
+// bits.
+struct SplitPair {
+    u32 high, low;
+
+    QI_DEVICE SplitPair(f32 x, f32 y) {
+        const u16 hx = f32_to_f16(x), hy = f32_to_f16(y);
+        high = u32(hx) | u32(hy) << 16;
+        low = u32(f32_to_f16(x - f16_to_f32(hx))) | u32(f32_to_f16(y - f16_to_f32(hy))) << 16;
+    }
+};

@@ -101,3 +101,30 @@ QI_KERNEL qi_add(const f32* x, int n, f32* y) {
         a[i] += b[i];
     store_quad(y + token * n, quad, n, aligned, a);
 }
+
+// y[t] += bias. grid (quads of a row / 256, n_tokens).
+QI_KERNEL qi_add_bias(const f32* bias, int n, f32* y) {
+    const i64 token = blockIdx.y;
+    const int quad = int(blockIdx.x * blockDim.x + threadIdx.x);
+    const bool aligned = n % 4 == 0;
+    f32 a[4], b[4];
+    load_quad(bias, quad, n, aligned, a);
+    load_quad(y + token * n, quad, n, aligned, b);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        a[i] += b[i];
+    store_quad(y + token * n, quad, n, aligned, a);
+}
+
+// out[t] = x[t] as f16, or with `bf16` as bfloat16, for cuBLAS. grid (quads of a row / 256,
+// n_tokens).
+QI_KERNEL qi_narrow(const f32* x, int n, int bf16, u16* out) {
+    const i64 token = blockIdx.y;
+    const int quad = int(blockIdx.x * blockDim.x + threadIdx.x);
+    f32 v[4];
+    load_quad(x + token * n, quad, n, n % 4 == 0, v);
+    u16* to = out + token * n + 4 * quad;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        if (4 * quad + i < n) to[i] = bf16 ? f32_to_bf16(v[i]) : f32_to_f16(v[i]);
+}

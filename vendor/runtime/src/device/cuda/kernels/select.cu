@@ -105,10 +105,45 @@ QI_KERNEL qi_compact(const u32* named, const i32* slot_of_neuron, int n_ff, i32*
     }
 }
 
-// Zeros an array of n floats. grid (n / 1024).
-QI_KERNEL qi_clear(f32* out, i64 n) {
-    const i64 i = i64(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i < n) out[i] = 0.0f;
+// *total grows by what all threads of the block have.
+QI_DEVICE void add_to_total(u32 mine, u32* of_warp, u64* total) {
+#pragma unroll
+    for (int step = warp_size / 2; step > 0; step /= 2)
+        mine += __shfl_xor_sync(QI_WARP_MASK, mine, step);
+    if (lane_id() == 0) of_warp[warp_id()] = mine;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    u64 sum = 0;
+    for (int w = 0; w < int(blockDim.x) / warp_size; ++w)
+        sum += of_warp[w];
+    *total += sum;
+}
+
+// What the listed neurons (all n_ff without a list) did: active[j] grows by the tokens for which
+// h is not 0, total by their sum; active may be null. One block of 1024 threads.
+QI_KERNEL qi_count_active(const f32* h, i64 h_stride, int by_id, const i32* ids,
+                          const i32* n_listed, int n_ff, int n_tokens, u64* active, u64* total) {
+    __shared__ u32 of_warp[warp_size];
+    const int n = ids ? *n_listed : n_ff;
+    u32 mine = 0;
+    for (int place = int(threadIdx.x); place < n; place += int(blockDim.x)) {
+        const int id = ids ? ids[place] : place;
+        u32 count = 0;
+        for (int t = 0; t < n_tokens; ++t)
+            count += h[t * h_stride + (by_id ? id : place)] != 0.0f;
+        if (active) active[id] += count;
+        mine += count;
+    }
+    add_to_total(mine, of_warp, total);
+}
+
+// total grows by the bits set in n words. One block of 1024 threads.
+QI_KERNEL qi_count_bits(const u32* words, int n, u64* total) {
+    __shared__ u32 of_warp[warp_size];
+    u32 mine = 0;
+    for (int i = int(threadIdx.x); i < n; i += int(blockDim.x))
+        mine += u32(__popc(words[i]));
+    add_to_total(mine, of_warp, total);
 }
 
 // y[t] += Σ_p partial[p][t] + bias + other[t]; bias and other may be null. grid (n_embd / 256,
