@@ -172,7 +172,7 @@ def states(path: str) -> list[float]:
         Model(path, device="cuda", n_ctx=128, sparsity="off", vram_budget="12MiB") as gpu,
     ):
         for one, other in ((cpu, gpu), (gpu, cpu)):
-            with one.context() as a, other.context() as b:
+            with one.context(n_batch=32) as a, other.context(n_batch=32) as b:
                 a.feed(TOKENS)
                 _through_file(a, b)
                 a.feed([7], logits="last")

@@ -190,6 +190,8 @@ class Device {
     // q [n_tokens][stride] → out [n_tokens][n_head · head_dim]
     virtual void attend(int64_t layer, const AttentionShape& shape, const float* q, int64_t stride,
                         float* out) = 0;
+    // Brings what feed_forward() has counted up to date; devices may count by themselves meanwhile.
+    virtual void collect_counters() {}
     // y += FFN(x), each token by the neurons its rule chooses. Its result depends on nothing else
     // in the batch; with down by neuron, `exact` gives the bits that `all` gives.
     virtual void feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) = 0;

@@ -143,7 +143,7 @@ void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done
     tokens_all_.store(int64_t(tokens.size()), std::memory_order_relaxed);
     tokens_done_.store(0, std::memory_order_relaxed);
     const auto start_time = Clock::now();
-    const uint64_t ffn_bytes_before = ffn_bytes_read();
+    const uint64_t ffn_bytes_before = generating ? 0 : ffn_bytes_read();
     if (generating && check_every_ > 0) {
         monitor_.check = n_until_check_ == 0;
         n_until_check_ = monitor_.check ? check_every_ - 1 : n_until_check_ - 1;
@@ -171,9 +171,9 @@ void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done
     if (generating) {
         stats_.n_generated_tokens += tokens.size();
         stats_.generated_seconds += seconds_since(start_time);
-        stats_.weight_bytes_read += model_->n_bytes_per_token() - model_->n_ffn_bytes_per_token() +
-                                    ffn_bytes_read() - ffn_bytes_before;
+        stats_.weight_bytes_read += model_->n_bytes_per_token() - model_->n_ffn_bytes_per_token();
     } else {
+        ffn_bytes_of_prompts_ += ffn_bytes_read() - ffn_bytes_before;
         stats_.n_prompt_tokens += tokens.size();
         stats_.prompt_seconds += seconds_since(start_time);
     }
@@ -380,7 +380,19 @@ void Context::set_threads(int n_threads) {
     host_->set_threads(options_.n_threads);
 }
 
+void Context::collect_counters() const {
+    if (accelerator_) accelerator_->collect_counters();
+}
+
+qi_stats Context::stats() const {
+    qi_stats stats = stats_;
+    if (stats.n_generated_tokens > 0)
+        stats.weight_bytes_read += ffn_bytes_read() - ffn_bytes_of_prompts_;
+    return stats;
+}
+
 uint64_t Context::ffn_bytes_read() const {
+    collect_counters();
     uint64_t total = 0;
     for (const FfnCounters& counters : monitor_.counters)
         total += counters.n_bytes;
@@ -388,7 +400,9 @@ uint64_t Context::ffn_bytes_read() const {
 }
 
 void Context::reset_stats() {
+    collect_counters();
     stats_ = {};
+    ffn_bytes_of_prompts_ = 0;
     std::fill(monitor_.counters.begin(), monitor_.counters.end(), FfnCounters{});
     std::fill(monitor_.activations.begin(), monitor_.activations.end(), 0);
 }
@@ -401,6 +415,7 @@ void Context::count_activations(bool on) {
 
 const FfnCounters& Context::layer_counters(int64_t layer) const {
     check_layer(layer);
+    collect_counters();
     return monitor_.counters[size_t(layer)];
 }
 

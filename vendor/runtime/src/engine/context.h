@@ -70,7 +70,7 @@ class Context {
     void set_threads(int n_threads);
     const Model& model() const { return *model_; }
     const ContextOptions& options() const { return options_; }
-    const qi_stats& stats() const { return stats_; }
+    qi_stats stats() const;
     void reset_stats();
     // Holds the predictions of every n-th generated token against all gates; 0: of none.
     void check_predictions(int64_t every) { check_every_ = every; }
@@ -92,6 +92,7 @@ class Context {
     void check_seq(int32_t seq) const;
     void check_token(int32_t token) const;
     void check_layer(int64_t layer) const;
+    void collect_counters() const;
     uint64_t ffn_bytes_read() const;
     void run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done);
     // next: by sequence, the position of its next token.
@@ -126,6 +127,7 @@ class Context {
     std::atomic<int64_t> layers_done_{0};  // of the chunk now computed
     std::atomic<int64_t> tokens_done_{0}, tokens_chunk_{0}, tokens_all_{0};
     qi_stats stats_{};
+    uint64_t ffn_bytes_of_prompts_ = 0;
 };
 
 }  // namespace qi

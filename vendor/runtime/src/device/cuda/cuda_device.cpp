@@ -27,6 +27,10 @@ int64_t words_of(int64_t n_ff) {
     return name_words(n_ff);
 }
 
+uint64_t bytes_of(const Linear& linear) {
+    return uint64_t(linear.weight.n_rows) * linear.weight.row_bytes;
+}
+
 DeviceAct device_act(HiddenAct::Kind kind) {
     switch (kind) {
         case HiddenAct::Kind::silu:
@@ -63,7 +67,7 @@ struct InputLayout {
 // Arrays in device memory that a context has beside those it allocates, and their bytes.
 struct WorkingSizes {
     size_t inputs, q8, hidden, lifted, low, predictions, masks, named, list, partial, other, attend,
-        terms, kv;
+        terms, totals, kv;
 
     WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, const KvArgs& kv_args) {
         const int64_t n = needs.n_batch, few = std::min(n, few_tokens), n_ff = needs.n_ff;
@@ -86,6 +90,7 @@ struct WorkingSizes {
         attend_args.max_positions = needs.n_pages * kernels::page_size;
         attend = share.kernels->attend_room_bytes(attend_args);
         terms = size_t(n) * (sizeof(Kernels::LogTerms) + sizeof(int32_t));
+        totals = size_t(needs.kv.n_layer) * 2 * sizeof(uint64_t);
         kv = size_t(needs.n_pages) * kv_args.page_stride;
     }
 };
@@ -131,6 +136,7 @@ class CudaDevice final : public Device {
     void append_kv(int64_t layer, const Heads& heads) override;
     void attend(int64_t layer, const AttentionShape& shape, const float* q, int64_t stride,
                 float* out) override;
+    void collect_counters() override;
     void feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) override;
     void log_probabilities(const float* logits, int64_t n, int64_t n_vocab, const int32_t* targets,
                            float* out) override;
@@ -149,13 +155,15 @@ class CudaDevice final : public Device {
         if (prepared_from_ == address(static_cast<const float*>(written))) prepared_from_ = 0;
     }
 
-    void predict(const FeedForward& ffn, const FfnBatch& batch);
+    void predict(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch);
     void compute_few(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
                      bool predicting, float* y);
     void compute_many(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
                       float* y);
     void add_down(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h, int64_t h_stride,
                   int64_t n, CUdeviceptr y);
+    void count_active(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
+                      int64_t h_stride, int64_t first, int64_t n);
     void send_to_host(const DeviceFfn& kept, const FfnBatch& batch, bool predicting);
     void add_of_host(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
                      bool predicting, float* y);
@@ -192,10 +200,27 @@ class CudaDevice final : public Device {
     CUdeviceptr prepared_from_ = 0;
     int64_t prepared_rows_ = 0, prepared_cols_ = 0;
 
+    // What a network did since the counters were last collected, as far as the host knows; active
+    // and predicted neurons are counted in device memory, [n_ffns][2].
+    struct Tally {
+        const FeedForward* ffn = nullptr;
+        const DeviceFfn* kept = nullptr;
+        FfnCounters* counters = nullptr;
+        uint64_t n_tokens = 0;     // under a rule other than `all`
+        uint64_t n_predicted = 0;  // of these, by predictors
+        uint64_t n_steps = 0;      // that predicted
+        uint64_t n_whole = 0;      // tokens that looked at every neuron kept
+    };
+    void add_tally(const Tally& more);
+    std::vector<Tally> tallies_;
+    CUdeviceptr totals_ = 0;
+    FfnCounters of_host_{};  // what its neurons did in the step now computed
+
     // Steps recorded, by all that their launches depend on.
     struct Recording {
         int n_runs = 0;
         Graph graph;
+        std::vector<Tally> tallies;  // what one run of it adds
     };
     using RecordingKey = std::tuple<uint64_t, int64_t, int64_t, bool>;
     std::map<RecordingKey, Recording> recordings_;
@@ -228,6 +253,9 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     other_ = take(sizes.other, "activations");
     attend_room_ = take(sizes.attend, "attention");
     terms_ = take(sizes.terms, "log-probabilities");
+    totals_ = take(sizes.totals, "counters");
+    tallies_.resize(share_.weights->n_ffns());
+    stream_.fill(totals_, 0, sizes.totals);
     kv_.pool = take(sizes.kv, "keys and values");
     AttendArgs tickets;
     tickets.kv = kv_;
@@ -371,9 +399,29 @@ void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
     if (recording.n_runs++ == 0) return steps();
     const Current current = enter();
     prepared_from_ = 0;
-    if (!recording.graph) recording.graph = Graph(stream_, steps);
+    if (!recording.graph) {
+        std::vector<Tally> before(tallies_.size());
+        before.swap(tallies_);
+        recording.graph = Graph(stream_, steps);
+        recording.tallies = std::move(tallies_);
+        tallies_ = std::move(before);
+    }
     recording.graph.launch(stream_);
+    for (size_t i = 0; i < tallies_.size(); ++i)
+        add_tally(recording.tallies[i]);
     prepared_from_ = 0;
+}
+
+void CudaDevice::add_tally(const Tally& more) {
+    if (!more.ffn) return;
+    Tally& tally = tallies_[more.kept->index];
+    tally.ffn = more.ffn;
+    tally.kept = more.kept;
+    tally.counters = more.counters;
+    tally.n_tokens += more.n_tokens;
+    tally.n_predicted += more.n_predicted;
+    tally.n_steps += more.n_steps;
+    tally.n_whole += more.n_whole;
 }
 
 // The bound on positions that attention is launched for: it doubles, so that a growing context
@@ -540,7 +588,15 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
     const bool wanted = std::any_of(batch_.rules.begin(), batch_.rules.end(),
                                     [](NeuronRule rule) { return rule == NeuronRule::predict; });
     const bool predicting = wanted && kept.n_slots() > 0;
-    if (predicting) predict(ffn, batch);
+    Tally tally{&ffn, &kept, batch.counters};
+    for (const NeuronRule rule : batch_.rules) {
+        tally.n_tokens += rule != NeuronRule::all;
+        tally.n_predicted += rule == NeuronRule::predict && predicting;
+        tally.n_whole += rule != NeuronRule::predict;
+    }
+    tally.n_steps += predicting;
+    add_tally(tally);
+    if (predicting) predict(ffn, kept, batch);
     // The host begins while the GPU computes.
     if (!kept.whole()) send_to_host(kept, batch, predicting);
     if (kept.n_slots() > 0) {
@@ -556,7 +612,7 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
 }
 
 // Masks of all tokens: the neurons that each may use.
-void CudaDevice::predict(const FeedForward& ffn, const FfnBatch& batch) {
+void CudaDevice::predict(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch) {
     const DeviceLinear& fc1 = share_.weights->find(ffn.predictor->fc1);
     const DeviceLinear& fc2 = share_.weights->find(ffn.predictor->fc2);
     const int64_t n = batch_.n_tokens, n_embd = fc1.weight.n_cols, rank = fc1.weight.n_rows;
@@ -579,6 +635,11 @@ void CudaDevice::predict(const FeedForward& ffn, const FfnBatch& batch) {
             stream_, predictions_, batch.threshold, input(layout_.rules) + size_t(first), some,
             needs_.n_ff, masks_ + size_t(first * words_of(needs_.n_ff)) * sizeof(uint32_t), named_);
     }
+    for (int64_t t = 0; t < n; ++t)
+        if (batch_.rules[size_t(t)] == NeuronRule::predict)
+            share_.kernels->count_bits(
+                stream_, masks_ + size_t(t * words_of(needs_.n_ff)) * sizeof(uint32_t),
+                words_of(needs_.n_ff), totals_ + (2 * kept.index + 1) * sizeof(uint64_t));
 }
 
 // Neuron by neuron, those that no token uses left out; a few tokens at a time.
@@ -615,6 +676,7 @@ void CudaDevice::compute_few(const FeedForward& ffn, const DeviceFfn& kept, cons
         }
         args.in = prepared(args.w.up_type, x, some, n_embd);
         kernels.ffn_rows(stream_, args);
+        count_active(kept, args.list, hidden_, args.h_stride, first, some);
         const CUdeviceptr out = address(y + first * n_embd);
         if (ffn.down_by_neuron) {
             add_down(kept, args.list, hidden_, args.h_stride, some, out);
@@ -650,6 +712,7 @@ void CudaDevice::compute_many(const FeedForward& ffn, const DeviceFfn& kept, con
     act.n = n_slots;
     if (!by_neuron && wants_q8(kept.down.type)) act.q8 = Q8::at(q8_, n, n_slots);
     kernels.act_mul(stream_, act);
+    count_active(kept, kept.whole() ? nullptr : &kept.list, hidden_, n_slots, 0, n);
     prepared_from_ = 0;
     if (!by_neuron) {
         const ::qi::cuda::Product down{kept.down, kept.down_bias, address(y), n_embd};
@@ -686,6 +749,62 @@ std::byte* room_of(PinnedMemory& memory, const std::shared_ptr<Gpu>& gpu, size_t
 
 }  // namespace
 
+// Neurons that contributed to tokens [first, first + n), whose values begin at h, as far as they
+// are counted.
+void CudaDevice::count_active(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
+                              int64_t h_stride, int64_t first, int64_t n) {
+    DownArgs args;
+    args.w = kept.weights;
+    args.list = list;
+    args.h_stride = h_stride;
+    for (int64_t begin = 0, end; begin < n; begin = end) {
+        // Runs of tokens that count, or do not.
+        const auto counts = [&](int64_t t) {
+            return batch_.rules[size_t(first + t)] != NeuronRule::all;
+        };
+        for (end = begin + 1; end < n && end - begin < few_tokens; ++end)
+            if (counts(end) != counts(begin)) break;
+        if (!counts(begin)) continue;
+        args.h = h + size_t(begin * h_stride) * sizeof(float);
+        args.n_tokens = end - begin;
+        share_.kernels->count_active(stream_, args, 0,
+                                     totals_ + 2 * kept.index * sizeof(uint64_t));
+    }
+}
+
+void CudaDevice::collect_counters() {
+    const bool any = std::any_of(tallies_.begin(), tallies_.end(),
+                                 [](const Tally& tally) { return tally.ffn != nullptr; });
+    if (!any) return;
+    const Current current(*share_.gpu);
+    std::vector<uint64_t> totals(2 * tallies_.size());
+    stream_.copy_to_host(totals.data(), totals_, totals.size() * sizeof(uint64_t));
+    stream_.fill(totals_, 0, totals.size() * sizeof(uint64_t));
+    stream_.synchronize();
+    for (size_t i = 0; i < tallies_.size(); ++i) {
+        const Tally& tally = tallies_[i];
+        if (!tally.ffn) continue;
+        const FeedForward& ffn = *tally.ffn;
+        const uint64_t n_active = totals[2 * i], n_predicted = totals[2 * i + 1];
+        FfnCounters& counters = *tally.counters;
+        counters.n_tokens += tally.n_tokens;
+        counters.n_active += n_active;
+        counters.n_predicted += n_predicted;
+        // Rows as if each token read its own: tokens computed together share some.
+        const size_t first_row = ffn.first().weight.row_bytes;
+        const size_t other_rows = (ffn.gated ? ffn.up.weight.row_bytes : 0) +
+                                  (ffn.down_by_neuron ? ffn.down.weight.row_bytes : 0);
+        const auto n_slots = uint64_t(tally.kept->n_slots());
+        const uint64_t n_dense = tally.n_whole - (tally.n_tokens - tally.n_predicted);
+        counters.n_bytes += (tally.n_whole * n_slots + n_predicted) * first_row +
+                            (n_dense * n_slots + n_active) * other_rows;
+        if (ffn.predictor)
+            counters.n_bytes += tally.n_steps * (bytes_of(ffn.predictor->fc1) +
+                                                 bytes_of(ffn.predictor->fc2));
+    }
+    std::fill(tallies_.begin(), tallies_.end(), Tally{});
+}
+
 // What the host needs for its neurons.
 void CudaDevice::send_to_host(const DeviceFfn& kept, const FfnBatch& batch, bool predicting) {
     const size_t bytes = size_t(batch_.n_tokens * needs_.n_embd) * sizeof(float);
@@ -704,6 +823,8 @@ void CudaDevice::add_of_host(const FeedForward& ffn, const DeviceFfn& kept, cons
                              bool predicting, float* y) {
     const size_t bytes = size_t(batch_.n_tokens * needs_.n_embd) * sizeof(float);
     FfnBatch of_host = batch;
+    of_host_ = {};
+    if (kept.n_slots() > 0) of_host.counters = &of_host_;
     of_host.x = reinterpret_cast<const float*>(host_x_.data());
     of_host.z = nullptr;
     if (kept.n_slots() > 0) {
@@ -718,6 +839,9 @@ void CudaDevice::add_of_host(const FeedForward& ffn, const DeviceFfn& kept, cons
     std::memset(out, 0, bytes);
     host_.begin(batch_);
     host_.feed_forward(ffn, of_host, out);
+    // Tokens and predictions are counted with the GPU's.
+    batch.counters->n_active += of_host_.n_active;
+    batch.counters->n_bytes += of_host_.n_bytes;
     stream_.copy_to_device(other_, out, bytes);
     share_.kernels->add(stream_, other_, batch_.n_tokens, needs_.n_embd, address(y));
 }
@@ -741,7 +865,7 @@ size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs) {
     const WorkingSizes s(share, needs, kv_args_for(needs));
     size_t bytes = 0;
     for (const size_t n : {s.inputs, s.q8, s.hidden, s.lifted, s.low, s.predictions, s.masks,
-                           s.named, s.list, s.partial, s.other, s.attend, s.terms, s.kv})
+                           s.named, s.list, s.partial, s.other, s.attend, s.terms, s.totals, s.kv})
         if (n > 0) bytes += DeviceMemory::counted_bytes(n);
     for (const size_t n : needs.arrays)
         if (n > 0) bytes += DeviceMemory::counted_bytes(n * sizeof(float));

@@ -149,6 +149,7 @@ void Weights::keep(const Norm& norm) {
 void Weights::keep(const FeedForward& ffn, NeuronShard resident, NeuronShard rest) {
     const Weight &gate = ffn.gate.weight, &up = ffn.up.weight, &down = ffn.down.weight;
     DeviceFfn kept;
+    kept.index = ffns_.size();
     const std::span<const int32_t> neurons = resident.neurons();
     if (!neurons.empty()) {
         kept.down_bias = upload_floats(ffn.down.bias);

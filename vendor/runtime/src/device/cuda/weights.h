@@ -26,6 +26,7 @@ struct DeviceNorm {
 // The neurons of one feed-forward network that are kept, in slots in ascending order of their
 // numbers.
 struct DeviceFfn {
+    size_t index = 0;  // among all that are kept
     NeuronShard resident, rest;
     NeuronWeights weights;
     NeuronList list;                 // of all that are kept
@@ -62,6 +63,7 @@ class Weights {
 
     // Whether nothing of the networks kept is left to the host.
     bool all_resident() const { return all_resident_; }
+    size_t n_ffns() const { return ffns_.size(); }
 
     // Throw QI_INTERNAL when it was never kept.
     const DeviceLinear& find(const Linear& linear) const;
