@@ -206,10 +206,10 @@ class CudaDevice final : public Device {
         const FeedForward* ffn = nullptr;
         const DeviceFfn* kept = nullptr;
         FfnCounters* counters = nullptr;
-        uint64_t n_tokens = 0;     // under a rule other than `all`
-        uint64_t n_predicted = 0;  // of these, by predictors
-        uint64_t n_steps = 0;      // that predicted
-        uint64_t n_whole = 0;      // tokens that looked at every neuron kept
+        uint64_t n_tokens = 0;  // under a rule other than `all`
+        uint64_t n_steps = 0;   // that predicted
+        uint64_t n_gates = 0;   // groups of tokens that looked at every neuron kept,
+        uint64_t n_whole = 0;   // and those that computed it
     };
     void add_tally(const Tally& more);
     std::vector<Tally> tallies_;
@@ -419,8 +419,8 @@ void CudaDevice::add_tally(const Tally& more) {
     tally.kept = more.kept;
     tally.counters = more.counters;
     tally.n_tokens += more.n_tokens;
-    tally.n_predicted += more.n_predicted;
     tally.n_steps += more.n_steps;
+    tally.n_gates += more.n_gates;
     tally.n_whole += more.n_whole;
 }
 
@@ -588,25 +588,31 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
     const bool wanted = std::any_of(batch_.rules.begin(), batch_.rules.end(),
                                     [](NeuronRule rule) { return rule == NeuronRule::predict; });
     const bool predicting = wanted && kept.n_slots() > 0;
+    // Biases stand by neuron, not by slot.
+    const bool by_slot = kept.whole() || (!kept.weights.gate_bias && !kept.weights.up_bias);
+    const bool many = batch_.n_tokens > few_tokens && !predicting && by_slot;
     Tally tally{&ffn, &kept, batch.counters};
-    for (const NeuronRule rule : batch_.rules) {
-        tally.n_tokens += rule != NeuronRule::all;
-        tally.n_predicted += rule == NeuronRule::predict && predicting;
-        tally.n_whole += rule != NeuronRule::predict;
-    }
     tally.n_steps += predicting;
+    const int64_t together = many ? batch_.n_tokens : few_tokens;
+    for (int64_t first = 0; first < batch_.n_tokens; first += together) {
+        bool gates = false, whole = false;
+        for (int64_t t = first; t < std::min(batch_.n_tokens, first + together); ++t) {
+            const NeuronRule rule = batch_.rules[size_t(t)];
+            tally.n_tokens += rule != NeuronRule::all;
+            gates |= rule != NeuronRule::predict;
+            whole |= rule == NeuronRule::all;
+        }
+        tally.n_gates += gates;
+        tally.n_whole += whole;
+    }
     add_tally(tally);
     if (predicting) predict(ffn, kept, batch);
     // The host begins while the GPU computes.
     if (!kept.whole()) send_to_host(kept, batch, predicting);
-    if (kept.n_slots() > 0) {
-        // Biases stand by neuron, not by slot.
-        const bool by_slot = kept.whole() || (!kept.weights.gate_bias && !kept.weights.up_bias);
-        if (batch_.n_tokens > few_tokens && !predicting && by_slot)
-            compute_many(ffn, kept, batch, y);
-        else
-            compute_few(ffn, kept, batch, predicting, y);
-    }
+    if (many && kept.n_slots() > 0)
+        compute_many(ffn, kept, batch, y);
+    else if (kept.n_slots() > 0)
+        compute_few(ffn, kept, batch, predicting, y);
     if (!kept.whole()) add_of_host(ffn, kept, batch, predicting, y);
     forget_prepared(y);
 }
@@ -767,8 +773,7 @@ void CudaDevice::count_active(const DeviceFfn& kept, const NeuronList* list, CUd
         if (!counts(begin)) continue;
         args.h = h + size_t(begin * h_stride) * sizeof(float);
         args.n_tokens = end - begin;
-        share_.kernels->count_active(stream_, args, 0,
-                                     totals_ + 2 * kept.index * sizeof(uint64_t));
+        share_.kernels->count_active(stream_, args, 0, totals_ + 2 * kept.index * sizeof(uint64_t));
     }
 }
 
@@ -790,17 +795,17 @@ void CudaDevice::collect_counters() {
         counters.n_tokens += tally.n_tokens;
         counters.n_active += n_active;
         counters.n_predicted += n_predicted;
-        // Rows as if each token read its own: tokens computed together share some.
+        // Active and predicted rows as if each token read its own: tokens computed together share
+        // some.
         const size_t first_row = ffn.first().weight.row_bytes;
         const size_t other_rows = (ffn.gated ? ffn.up.weight.row_bytes : 0) +
                                   (ffn.down_by_neuron ? ffn.down.weight.row_bytes : 0);
         const auto n_slots = uint64_t(tally.kept->n_slots());
-        const uint64_t n_dense = tally.n_whole - (tally.n_tokens - tally.n_predicted);
-        counters.n_bytes += (tally.n_whole * n_slots + n_predicted) * first_row +
-                            (n_dense * n_slots + n_active) * other_rows;
+        counters.n_bytes += (tally.n_gates * n_slots + n_predicted) * first_row +
+                            (tally.n_whole * n_slots + n_active) * other_rows;
         if (ffn.predictor)
-            counters.n_bytes += tally.n_steps * (bytes_of(ffn.predictor->fc1) +
-                                                 bytes_of(ffn.predictor->fc2));
+            counters.n_bytes +=
+                tally.n_steps * (bytes_of(ffn.predictor->fc1) + bytes_of(ffn.predictor->fc2));
     }
     std::fill(tallies_.begin(), tallies_.end(), Tally{});
 }
