@@ -45,7 +45,7 @@ class CudaAccelerator final : public Accelerator {
     }
 
     std::unique_ptr<Device> make_device(const DeviceNeeds& needs, Device& host) override {
-        return make_cuda_device(share_, needs, host);
+        return std::make_unique<CudaDevice>(share_, needs, host);
     }
 
   private:

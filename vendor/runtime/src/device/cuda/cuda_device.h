@@ -1,32 +1,150 @@
 // A GPU as a device: the steps of a forward pass as launches on one stream.
 //
-// Weights are those that a Weights keeps; neurons that it leaves to the host are computed there.
-// Everything a step needs to know of the batch lies in device memory at fixed addresses.
+// Weights are those that a Weights keeps; neurons that it leaves to the host are computed there,
+// while the GPU computes its own. Everything a step needs to know of the batch lies in device
+// memory at fixed addresses, so that the steps of a few tokens are recorded once and replayed.
 #pragma once
 
-#include <memory>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <tuple>
+#include <unordered_map>
 #include <vector>
 
-#include "device/accelerator.h"
 #include "device/cuda/gpu.h"
 #include "device/cuda/launch.h"
 #include "device/cuda/weights.h"
+#include "device/cuda/working_space.h"
 #include "device/device.h"
 
 namespace qi::cuda {
 
-// What a GPU brings to all contexts of a model.
-struct GpuShare {
-    std::shared_ptr<Gpu> gpu;
-    std::shared_ptr<Budget> budget;
-    std::shared_ptr<Kernels> kernels;
-    std::shared_ptr<Weights> weights;
+// Arrays that a device allocates are addresses of its memory.
+inline CUdeviceptr address(const float* array) {
+    return reinterpret_cast<CUdeviceptr>(array);
+}
+
+class CudaDevice final : public Device {
+  public:
+    CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& host);
+    ~CudaDevice() override;
+
+    float* allocate(size_t n) override;
+    void release(float* array) override;
+    const float* host_view(const float* x, size_t n, AlignedBuffer<float>& room) override;
+    void write(const float* host, size_t n, float* out) override;
+
+    void reserve_kv(const KvLayout& layout, int64_t n_pages) override;
+    size_t kv_page_bytes() const override { return kv_.page_stride; }
+    void copy_kv_page(int32_t from, int32_t to) override;
+    void release_kv_page(int32_t) override {}
+    void read_kv_page(int32_t page, std::byte* out) const override;
+    void write_kv_page(int32_t page, const std::byte* data) override;
+    size_t scratch_bytes() const override { return scratch_bytes_; }
+
+    void set_cancel(const std::atomic<bool>* cancel) override { cancel_ = cancel; }
+    void set_threads(int) override {}
+
+    void begin(const BatchInputs& inputs) override;
+    void repeat(uint64_t key, const std::function<void()>& steps) override;
+    void embed(std::span<const Lookup> lookups, float* out) override;
+    void copy(const float* from, size_t n, float* to) override;
+    void norm(const Norm& norm, const float* x, int64_t n_rows, float* out) override;
+    void gather(const float* x, std::span<const int64_t> rows, int64_t width, float* out) override;
+    void project(const float* x, int64_t n_rows, std::span<const Projection> outputs) override;
+    void append_kv(int64_t layer, const Heads& heads) override;
+    void attend(int64_t layer, const AttentionShape& shape, const float* q, int64_t stride,
+                float* out) override;
+    void collect_counters() override;
+    void feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) override;
+    void log_probabilities(const float* logits, int64_t n, int64_t n_vocab, const int32_t* targets,
+                           float* out) override;
+
+  private:
+    CUdeviceptr take(size_t n_bytes, const char* what);
+    // The calling thread's way into the GPU for one step; throws QI_CANCELLED after a cancel.
+    Current enter() const;
+    CUdeviceptr input(size_t word) const { return inputs_ + word * sizeof(uint32_t); }
+    KvArgs kv_of(int64_t layer) const;
+    int64_t launch_positions() const;
+
+    // x in the form that weights of that type want: quantised at most once while x does not change.
+    Input prepared(Type type, CUdeviceptr x, int64_t n_rows, int64_t n_cols);
+    void forget_prepared(const void* written) {
+        if (prepared_from_ == address(static_cast<const float*>(written))) prepared_from_ = 0;
+    }
+
+    void predict(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch);
+    void compute_few(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
+                     bool predicting, float* y);
+    void compute_many(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
+                      float* y);
+    void add_down(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h, int64_t h_stride,
+                  int64_t n, CUdeviceptr y);
+    void count_active(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
+                      int64_t h_stride, int64_t first, int64_t n);
+    void send_to_host(const DeviceFfn& kept, const FfnBatch& batch, bool predicting);
+    void add_of_host(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
+                     bool predicting, float* y);
+
+    GpuShare share_;
+    DeviceNeeds needs_;
+    Device& host_;
+    InputLayout layout_;
+    Stream stream_;
+    std::vector<DeviceMemory> memory_;
+    std::unordered_map<float*, DeviceMemory> arrays_;
+    size_t scratch_bytes_ = 0;
+    const std::atomic<bool>* cancel_ = nullptr;
+
+    // Addresses of the arrays that WorkingSizes lists.
+    CUdeviceptr inputs_, q8_, hidden_, lifted_, low_, predictions_, masks_, named_, partial_,
+        other_, attend_room_, terms_;
+    NeuronList list_;
+    KvArgs kv_;
+
+    PinnedMemory staged_;  // of inputs
+    Event staged_sent_;
+    PinnedMemory embedded_;  // [n_batch][n_embd]
+    Event embedded_sent_;
+    PinnedMemory readback_;
+    PinnedMemory host_x_, host_z_, host_y_;  // [n_tokens][n_embd], what the host's neurons need
+    PinnedMemory host_names_;                // [n_tokens][n_words]
+    Event sent_to_host_;
+
+    BatchInputs batch_{};
+    int64_t n_tiles_ = 0;
+    int64_t max_positions_ = 0;
+
+    CUdeviceptr prepared_from_ = 0;
+    int64_t prepared_rows_ = 0, prepared_cols_ = 0;
+
+    // What a network did since the counters were last collected, as far as the host knows; active
+    // and predicted neurons are counted in device memory, [n_ffns][2].
+    struct Tally {
+        const FeedForward* ffn = nullptr;
+        const DeviceFfn* kept = nullptr;
+        FfnCounters* counters = nullptr;
+        uint64_t n_tokens = 0;  // under a rule other than `all`
+        uint64_t n_steps = 0;   // that predicted
+        uint64_t n_gates = 0;   // groups of tokens that looked at every neuron kept,
+        uint64_t n_whole = 0;   // and those that computed it
+    };
+    void add_tally(const Tally& more);
+    std::vector<Tally> tallies_;
+    CUdeviceptr totals_ = 0;
+    FfnCounters of_host_{};  // what its neurons did in the step now computed
+
+    // Steps recorded, by all that their launches depend on.
+    struct Recording {
+        int n_runs = 0;
+        Graph graph;
+        std::vector<Tally> tallies;  // what one run of it adds
+    };
+    using RecordingKey = std::tuple<uint64_t, int64_t, int64_t, bool>;
+    std::map<RecordingKey, Recording> recordings_;
 };
-
-// Device memory that a context of those needs takes of the budget.
-size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs);
-
-std::unique_ptr<Device> make_cuda_device(const GpuShare& share, const DeviceNeeds& needs,
-                                         Device& host);
 
 }  // namespace qi::cuda

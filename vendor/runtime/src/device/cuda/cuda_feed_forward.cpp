@@ -1,0 +1,318 @@
+// The feed-forward networks of a GPU: its own neurons, those it leaves to the host, and what of
+// both is counted.
+#include <algorithm>
+#include <cstring>
+
+#include "device/cuda/cuda_device.h"
+
+namespace qi::cuda {
+
+namespace {
+
+uint64_t bytes_of(const Linear& linear) {
+    return uint64_t(linear.weight.n_rows) * linear.weight.row_bytes;
+}
+
+DeviceAct device_act(HiddenAct::Kind kind) {
+    switch (kind) {
+        case HiddenAct::Kind::silu:
+            return DeviceAct::silu;
+        case HiddenAct::Kind::relu:
+            return DeviceAct::relu;
+        case HiddenAct::Kind::gelu_erf:
+            return DeviceAct::gelu_erf;
+        case HiddenAct::Kind::gelu_tanh:
+            return DeviceAct::gelu_tanh;
+        case HiddenAct::Kind::fatrelu:
+            return DeviceAct::fatrelu;
+        case HiddenAct::Kind::relu_relu:
+            return DeviceAct::relu_relu;
+    }
+    return DeviceAct::silu;
+}
+
+}  // namespace
+
+void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) {
+    const Current current = enter();
+    const DeviceFfn& kept = share_.weights->find(ffn);
+    const bool wanted = std::any_of(batch_.rules.begin(), batch_.rules.end(),
+                                    [](NeuronRule rule) { return rule == NeuronRule::predict; });
+    const bool predicting = wanted && kept.n_slots() > 0;
+    // Biases stand by neuron, not by slot.
+    const bool by_slot = kept.whole() || (!kept.weights.gate_bias && !kept.weights.up_bias);
+    const bool many = batch_.n_tokens > few_tokens && !predicting && by_slot;
+    Tally tally{&ffn, &kept, batch.counters};
+    tally.n_steps += predicting;
+    const int64_t together = many ? batch_.n_tokens : few_tokens;
+    for (int64_t first = 0; first < batch_.n_tokens; first += together) {
+        bool gates = false, whole = false;
+        for (int64_t t = first; t < std::min(batch_.n_tokens, first + together); ++t) {
+            const NeuronRule rule = batch_.rules[size_t(t)];
+            tally.n_tokens += rule != NeuronRule::all;
+            gates |= rule != NeuronRule::predict;
+            whole |= rule == NeuronRule::all;
+        }
+        tally.n_gates += gates;
+        tally.n_whole += whole;
+    }
+    add_tally(tally);
+    if (predicting) predict(ffn, kept, batch);
+    // The host begins while the GPU computes.
+    if (!kept.whole()) send_to_host(kept, batch, predicting);
+    if (many && kept.n_slots() > 0)
+        compute_many(ffn, kept, batch, y);
+    else if (kept.n_slots() > 0)
+        compute_few(ffn, kept, batch, predicting, y);
+    if (!kept.whole()) add_of_host(ffn, kept, batch, predicting, y);
+    forget_prepared(y);
+}
+
+// Masks of all tokens: the neurons that each may use.
+void CudaDevice::predict(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch) {
+    const DeviceLinear& fc1 = share_.weights->find(ffn.predictor->fc1);
+    const DeviceLinear& fc2 = share_.weights->find(ffn.predictor->fc2);
+    const int64_t n = batch_.n_tokens, n_embd = fc1.weight.n_cols, rank = fc1.weight.n_rows;
+    for (int64_t first = 0; first < n; first += few_tokens) {
+        const int64_t some = std::min(few_tokens, n - first);
+        const Input z = prepared(fc1.weight.type, address(batch.z + first * n_embd), some, n_embd);
+        const cuda::Product low{fc1.weight, fc1.bias, low_, rank};
+        share_.kernels->multiply(stream_, z, {&low, 1}, false);
+        ActMulArgs relu;
+        relu.act = DeviceAct::relu;
+        relu.gate = relu.h = low_;
+        relu.n_tokens = some;
+        relu.n = rank;
+        relu.q8 = wants_q8(fc2.weight.type) ? Q8::at(q8_, some, rank) : Q8{};
+        share_.kernels->act_mul(stream_, relu);
+        prepared_from_ = 0;
+        const cuda::Product out{fc2.weight, fc2.bias, predictions_, needs_.n_ff};
+        share_.kernels->multiply(stream_, {low_, relu.q8, some}, {&out, 1}, false);
+        share_.kernels->predicted_masks(
+            stream_, predictions_, batch.threshold, input(layout_.rules) + size_t(first), some,
+            needs_.n_ff, masks_ + size_t(first * name_words(needs_.n_ff)) * sizeof(uint32_t),
+            named_);
+    }
+    for (int64_t t = 0; t < n; ++t)
+        if (batch_.rules[size_t(t)] == NeuronRule::predict)
+            share_.kernels->count_bits(
+                stream_, masks_ + size_t(t * name_words(needs_.n_ff)) * sizeof(uint32_t),
+                name_words(needs_.n_ff), totals_ + (2 * kept.index + 1) * sizeof(uint64_t));
+}
+
+// Neuron by neuron, those that no token uses left out; a few tokens at a time.
+void CudaDevice::compute_few(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
+                             bool predicting, float* y) {
+    Kernels& kernels = *share_.kernels;
+    const int64_t n = batch_.n_tokens, n_ff = needs_.n_ff, n_embd = needs_.n_embd;
+    for (int64_t first = 0; first < n; first += few_tokens) {
+        const int64_t some = std::min(few_tokens, n - first);
+        const CUdeviceptr x = address(batch.x + first * n_embd);
+        FfnArgs args;
+        args.w = kept.weights;
+        args.act = device_act(ffn.act.kind);
+        args.threshold = ffn.act.threshold;
+        args.h = hidden_;
+        args.list = kept.whole() ? nullptr : &kept.list;
+        if (predicting) {
+            args.masks = masks_ + size_t(first * name_words(n_ff)) * sizeof(uint32_t);
+            // Columns of an ordinary down are those of all slots.
+            if (n <= few_tokens && ffn.down_by_neuron) {
+                kernels.compact(stream_, named_, kept.slot_of_neuron, n_ff, list_);
+                args.list = &list_;
+            }
+        }
+        args.h_stride = args.list ? args.list->capacity : n_ff;
+        if (ffn.gated && args.w.gate_type != args.w.up_type) {
+            const cuda::Product gates{kept.gate(), args.w.gate_bias, lifted_, n_ff};
+            const Input in = prepared(args.w.gate_type, x, some, n_embd);
+            if (args.list)
+                kernels.multiply_listed(stream_, in, gates, *args.list, true);
+            else
+                kernels.multiply(stream_, in, {&gates, 1}, false);
+            args.gates = lifted_;
+        }
+        args.in = prepared(args.w.up_type, x, some, n_embd);
+        kernels.ffn_rows(stream_, args);
+        count_active(kept, args.list, hidden_, args.h_stride, first, some);
+        const CUdeviceptr out = address(y + first * n_embd);
+        if (ffn.down_by_neuron) {
+            add_down(kept, args.list, hidden_, args.h_stride, some, out);
+            continue;
+        }
+        prepared_from_ = 0;
+        const Input h = prepared(kept.down.type, hidden_, some, kept.down.n_cols);
+        const cuda::Product down{kept.down, kept.down_bias, out, n_embd};
+        kernels.multiply(stream_, h, {&down, 1}, true);
+        prepared_from_ = 0;
+    }
+}
+
+// Whole matrices, for prompts.
+void CudaDevice::compute_many(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
+                              float* y) {
+    Kernels& kernels = *share_.kernels;
+    const NeuronWeights& w = kept.weights;
+    const int64_t n = batch_.n_tokens, n_embd = needs_.n_embd, n_slots = kept.n_slots();
+    const CUdeviceptr x = address(batch.x);
+    const cuda::Product gate{kept.gate(), w.gate_bias, hidden_, n_slots};
+    const cuda::Product up{kept.up(), w.up_bias, ffn.gated ? lifted_ : hidden_, n_slots};
+    if (ffn.gated)
+        kernels.multiply(stream_, prepared(w.gate_type, x, n, n_embd), {&gate, 1}, false);
+    kernels.multiply(stream_, prepared(w.up_type, x, n, n_embd), {&up, 1}, false);
+    const bool by_neuron = ffn.down_by_neuron;
+    ActMulArgs act;
+    act.act = device_act(ffn.act.kind);
+    act.threshold = ffn.act.threshold;
+    act.gate = act.h = hidden_;
+    act.up = ffn.gated ? lifted_ : 0;
+    act.n_tokens = n;
+    act.n = n_slots;
+    if (!by_neuron && wants_q8(kept.down.type)) act.q8 = Q8::at(q8_, n, n_slots);
+    kernels.act_mul(stream_, act);
+    count_active(kept, kept.whole() ? nullptr : &kept.list, hidden_, n_slots, 0, n);
+    prepared_from_ = 0;
+    if (!by_neuron) {
+        const cuda::Product down{kept.down, kept.down_bias, address(y), n_embd};
+        kernels.multiply(stream_, {hidden_, act.q8, n}, {&down, 1}, true);
+        return;
+    }
+    for (int64_t first = 0; first < n; first += few_tokens)
+        add_down(kept, kept.whole() ? nullptr : &kept.list,
+                 hidden_ + size_t(first * n_slots) * sizeof(float), n_slots,
+                 std::min(few_tokens, n - first), address(y + first * n_embd));
+}
+
+// y += down of h, which stands by place in the list.
+void CudaDevice::add_down(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
+                          int64_t h_stride, int64_t n, CUdeviceptr y) {
+    DownArgs args;
+    args.w = kept.weights;
+    args.list = list;
+    args.h = h;
+    args.h_stride = h_stride;
+    args.n_tokens = n;
+    args.partial = partial_;
+    share_.kernels->down_rows(stream_, args);
+    share_.kernels->add_partials(stream_, partial_, kept.down_bias, 0, n, needs_.n_embd, y);
+}
+
+namespace {
+
+// Pinned room for n bytes; contents are lost when it grows.
+std::byte* room_of(PinnedMemory& memory, const std::shared_ptr<Gpu>& gpu, size_t n_bytes) {
+    if (memory.n_bytes() < n_bytes) memory = PinnedMemory(gpu, n_bytes, "what the host computes");
+    return memory.data();
+}
+
+}  // namespace
+
+// Neurons that contributed to tokens [first, first + n), whose values begin at h, as far as they
+// are counted.
+void CudaDevice::count_active(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
+                              int64_t h_stride, int64_t first, int64_t n) {
+    DownArgs args;
+    args.w = kept.weights;
+    args.list = list;
+    args.h_stride = h_stride;
+    for (int64_t begin = 0, end; begin < n; begin = end) {
+        // Runs of tokens that count, or do not.
+        const auto counts = [&](int64_t t) {
+            return batch_.rules[size_t(first + t)] != NeuronRule::all;
+        };
+        for (end = begin + 1; end < n && end - begin < few_tokens; ++end)
+            if (counts(end) != counts(begin)) break;
+        if (!counts(begin)) continue;
+        args.h = h + size_t(begin * h_stride) * sizeof(float);
+        args.n_tokens = end - begin;
+        share_.kernels->count_active(stream_, args, 0, totals_ + 2 * kept.index * sizeof(uint64_t));
+    }
+}
+
+void CudaDevice::collect_counters() {
+    const bool any = std::any_of(tallies_.begin(), tallies_.end(),
+                                 [](const Tally& tally) { return tally.ffn != nullptr; });
+    if (!any) return;
+    const Current current(*share_.gpu);
+    std::vector<uint64_t> totals(2 * tallies_.size());
+    stream_.copy_to_host(totals.data(), totals_, totals.size() * sizeof(uint64_t));
+    stream_.fill(totals_, 0, totals.size() * sizeof(uint64_t));
+    stream_.synchronize();
+    for (size_t i = 0; i < tallies_.size(); ++i) {
+        const Tally& tally = tallies_[i];
+        if (!tally.ffn) continue;
+        const FeedForward& ffn = *tally.ffn;
+        const uint64_t n_active = totals[2 * i], n_predicted = totals[2 * i + 1];
+        FfnCounters& counters = *tally.counters;
+        counters.n_tokens += tally.n_tokens;
+        counters.n_active += n_active;
+        counters.n_predicted += n_predicted;
+        // Active and predicted rows as if each token read its own: tokens computed together share
+        // some.
+        const size_t first_row = ffn.first().weight.row_bytes;
+        const size_t other_rows = (ffn.gated ? ffn.up.weight.row_bytes : 0) +
+                                  (ffn.down_by_neuron ? ffn.down.weight.row_bytes : 0);
+        const auto n_slots = uint64_t(tally.kept->n_slots());
+        counters.n_bytes += (tally.n_gates * n_slots + n_predicted) * first_row +
+                            (tally.n_whole * n_slots + n_active) * other_rows;
+        if (ffn.predictor)
+            counters.n_bytes +=
+                tally.n_steps * (bytes_of(ffn.predictor->fc1) + bytes_of(ffn.predictor->fc2));
+    }
+    std::fill(tallies_.begin(), tallies_.end(), Tally{});
+}
+
+// What the host needs for its neurons.
+void CudaDevice::send_to_host(const DeviceFfn& kept, const FfnBatch& batch, bool predicting) {
+    const size_t bytes = size_t(batch_.n_tokens * needs_.n_embd) * sizeof(float);
+    stream_.copy_to_host(room_of(host_x_, share_.gpu, bytes), address(batch.x), bytes);
+    if (kept.n_slots() == 0 && batch.z)
+        stream_.copy_to_host(room_of(host_z_, share_.gpu, bytes), address(batch.z), bytes);
+    if (predicting) {
+        const size_t n = size_t(batch_.n_tokens * name_words(needs_.n_ff)) * sizeof(uint32_t);
+        stream_.copy_to_host(room_of(host_names_, share_.gpu, n), masks_, n);
+    }
+    sent_to_host_.record(stream_);
+}
+
+// What the neurons that the host keeps add.
+void CudaDevice::add_of_host(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
+                             bool predicting, float* y) {
+    const size_t bytes = size_t(batch_.n_tokens * needs_.n_embd) * sizeof(float);
+    FfnBatch of_host = batch;
+    of_host_ = {};
+    if (kept.n_slots() > 0) of_host.counters = &of_host_;
+    of_host.x = reinterpret_cast<const float*>(host_x_.data());
+    of_host.z = nullptr;
+    if (kept.n_slots() > 0) {
+        of_host.shard = &kept.rest;
+        if (predicting) of_host.names = reinterpret_cast<const uint32_t*>(host_names_.data());
+    } else if (batch.z) {
+        of_host.z = reinterpret_cast<const float*>(host_z_.data());
+    }
+    auto* const out = reinterpret_cast<float*>(room_of(host_y_, share_.gpu, bytes));
+    // The last layer's sum has been sent by then.
+    sent_to_host_.synchronize();
+    std::memset(out, 0, bytes);
+    host_.begin(batch_);
+    host_.feed_forward(ffn, of_host, out);
+    // Tokens and predictions are counted with the GPU's.
+    batch.counters->n_active += of_host_.n_active;
+    batch.counters->n_bytes += of_host_.n_bytes;
+    stream_.copy_to_device(other_, out, bytes);
+    share_.kernels->add(stream_, other_, batch_.n_tokens, needs_.n_embd, address(y));
+}
+
+void CudaDevice::add_tally(const Tally& more) {
+    if (!more.ffn) return;
+    Tally& tally = tallies_[more.kept->index];
+    tally.ffn = more.ffn;
+    tally.kept = more.kept;
+    tally.counters = more.counters;
+    tally.n_tokens += more.n_tokens;
+    tally.n_steps += more.n_steps;
+    tally.n_gates += more.n_gates;
+    tally.n_whole += more.n_whole;
+}
+
+}  // namespace qi::cuda

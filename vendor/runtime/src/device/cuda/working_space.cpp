@@ -1,0 +1,65 @@
+#include "device/cuda/working_space.h"
+
+#include <algorithm>
+
+#include "kernels/attention.h"
+
+namespace qi::cuda {
+
+InputLayout::InputLayout(const DeviceNeeds& needs) {
+    const auto n = size_t(needs.n_batch);
+    tables = n;
+    rules = 2 * n;
+    tiles = rules + (n + 3) / 4;
+    pages = tiles + 2 * n;
+    cos_sin = pages + size_t(needs.n_pages);
+    n_words = cos_sin + n * size_t(needs.kv.head_dim);
+}
+
+WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, const KvArgs& kv_args) {
+    const int64_t n = needs.n_batch, few = std::min(n, few_tokens), n_ff = needs.n_ff;
+    const int64_t widest =
+        std::max({needs.n_embd, n_ff, needs.n_head * needs.kv.head_dim, needs.predictor_rank});
+    inputs = InputLayout(needs).n_words * sizeof(uint32_t);
+    q8 = Q8::n_bytes(n, widest);
+    hidden = lifted = size_t(n * n_ff) * sizeof(float);
+    low = size_t(few * needs.predictor_rank) * sizeof(float);
+    predictions = needs.predictor_rank ? size_t(few * n_ff) * sizeof(float) : 0;
+    masks = needs.predictor_rank ? size_t(n * name_words(n_ff)) * sizeof(uint32_t) : 0;
+    named = needs.predictor_rank ? size_t(name_words(n_ff)) * sizeof(uint32_t) : 0;
+    list = needs.predictor_rank ? NeuronList::n_bytes(n_ff) : 0;
+    partial = size_t(n_partitions * few * needs.n_embd) * sizeof(float);
+    other = size_t(n * needs.n_embd) * sizeof(float);
+    AttendArgs attend_args;
+    attend_args.kv = kv_args;
+    attend_args.n_head = needs.n_head;
+    attend_args.n_tokens = few;
+    attend_args.max_positions = needs.n_pages * kernels::page_size;
+    attend = share.kernels->attend_room_bytes(attend_args);
+    terms = size_t(n) * (sizeof(Kernels::LogTerms) + sizeof(int32_t));
+    totals = size_t(needs.kv.n_layer) * 2 * sizeof(uint64_t);
+    kv = size_t(needs.n_pages) * kv_args.page_stride;
+}
+
+KvArgs kv_args_for(const DeviceNeeds& needs) {
+    KvArgs kv;
+    kv.type = needs.kv.type;
+    kv.head_bytes = kernels::kv_head_bytes(needs.kv.type, needs.kv.head_dim);
+    kv.n_head_kv = needs.kv.n_head_kv;
+    kv.head_dim = needs.kv.head_dim;
+    kv.page_stride = size_t(needs.kv.n_layer * needs.kv.n_head_kv) * kv.head_bytes;
+    return kv;
+}
+
+size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs) {
+    const WorkingSizes s(share, needs, kv_args_for(needs));
+    size_t bytes = 0;
+    for (const size_t n : {s.inputs, s.q8, s.hidden, s.lifted, s.low, s.predictions, s.masks,
+                           s.named, s.list, s.partial, s.other, s.attend, s.terms, s.totals, s.kv})
+        if (n > 0) bytes += DeviceMemory::counted_bytes(n);
+    for (const size_t n : needs.arrays)
+        if (n > 0) bytes += DeviceMemory::counted_bytes(n * sizeof(float));
+    return bytes;
+}
+
+}  // namespace qi::cuda

@@ -1,0 +1,47 @@
+// The device memory that a context takes beside what the engine allocates: which arrays, how large,
+// and where the inputs of a batch lie in theirs.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+#include "device/accelerator.h"
+#include "device/cuda/gpu.h"
+#include "device/cuda/launch.h"
+#include "device/cuda/weights.h"
+
+namespace qi::cuda {
+
+// What a GPU brings to all contexts of a model.
+struct GpuShare {
+    std::shared_ptr<Gpu> gpu;
+    std::shared_ptr<Budget> budget;
+    std::shared_ptr<Kernels> kernels;
+    std::shared_ptr<Weights> weights;
+};
+
+// Tokens that one launch of the matrix kernels takes.
+inline constexpr int64_t few_tokens = 8;
+
+// Where everything lies that begin() brings: one array of 32-bit words.
+struct InputLayout {
+    size_t positions = 0, tables, rules, tiles, pages, cos_sin, n_words;
+
+    explicit InputLayout(const DeviceNeeds& needs);
+};
+
+// Arrays in device memory that a context has beside those it allocates, and their bytes.
+struct WorkingSizes {
+    size_t inputs, q8, hidden, lifted, low, predictions, masks, named, list, partial, other, attend,
+        terms, totals, kv;
+
+    WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, const KvArgs& kv_args);
+};
+
+// Keys and values of a context, but for the layer.
+KvArgs kv_args_for(const DeviceNeeds& needs);
+
+// Device memory that a context of those needs takes of the budget, all of it.
+size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs);
+
+}  // namespace qi::cuda
