@@ -90,7 +90,7 @@ def compare(
     found: dict[str, Any] = {}
     for share in shares:
         split = "none" if share == "none" else "auto"
-        with Model(path, device="cuda", gpu_split=split, **options) as gpu:
+        with Model(path, device="cuda", vram_budget="900MiB", gpu_split=split, **options) as gpu:
             if share == "half":
                 _keep_half(gpu)
             found[share] = {}
@@ -123,6 +123,29 @@ def replayed(path: str) -> dict[str, Any]:
             rows.append([float(x) for x in context.logits])
         _cuda().standin_live_objects(counts)
     return {"rows": rows, "n_graphs": int(counts[4])}
+
+
+def counted(path: str) -> dict[str, list[Any]]:
+    """What one context counts, on the processor, on the GPU, and on both together."""
+    found: dict[str, list[Any]] = {}
+    for name, device, budget in (
+        ("cpu", "cpu", None),
+        ("gpu", "cuda", None),
+        ("both", "cuda", "12MiB"),
+    ):
+        with (
+            Model(path, device=device, vram_budget=budget, n_ctx=64, sparsity="predict") as model,
+            model.context(n_batch=32) as context,
+        ):
+            context.feed(TOKENS[:12])
+            for token in TOKENS[12:]:
+                context.feed([token], generated=True)
+            stats = context.stats()
+            found[name] = [stats.weight_bytes_read] + [
+                [layer.n_tokens, layer.n_active, layer.n_predicted, layer.n_bytes]
+                for layer in stats.layers
+            ]
+    return found
 
 
 def budgets(path: str, sizes: list[str]) -> list[dict[str, Any]]:

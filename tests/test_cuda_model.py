@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import cuda_standin
+from cuda_cases import N_TOKENS
 from test_sparsity import CASES, QUANTISED, Case
 
 DATA = Path(__file__).parent / "data"
@@ -115,6 +116,17 @@ def test_budgets() -> None:
     assert kept[-1]["has_head"]
     assert kept[-1]["n_neurons"] == 6 * 768
     assert any(0 < row["n_neurons"] < 6 * 768 for row in kept)
+
+
+def test_counters() -> None:
+    """Both count the same neurons and bytes, but for predictions at the threshold."""
+    found = on_gpu("counted", STORIES)
+    for name in ("gpu", "both"):
+        assert found[name][0] == pytest.approx(found["cpu"][0], rel=1e-3)
+        for mine, expected in zip(found[name][1:], found["cpu"][1:], strict=True):
+            assert mine[0] == expected[0] == N_TOKENS - 12
+            # Prompts that the host shares are read once for a few tokens: bytes differ there.
+            assert mine[1:3] == pytest.approx(expected[1:3], rel=5e-3)
 
 
 def test_texts() -> None:
