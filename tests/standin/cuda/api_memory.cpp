@@ -17,21 +17,33 @@ uint64_t to_number(const void* p) {
     return reinterpret_cast<uint64_t>(p);
 }
 
-// First fit among ranges, lowest address last used: a freed range goes to the back of the line by
-// being kept apart from its neighbours until nothing else fits.
-uint64_t take(std::map<uint64_t, uint64_t>& free, uint64_t bytes) {
-    auto best = free.end();
-    for (auto it = free.begin(); it != free.end(); ++it) {
-        if (it->second >= bytes && (best == free.end() || it->second > best->second)) best = it;
+// The next free range from the cursor on, and round again: what was freed is not used anew for
+// long, so that a stale pointer meets no access.
+uint64_t take(FreeRanges& free, uint64_t bytes) {
+    auto carve = [&](auto range, uint64_t from) {
+        const uint64_t start = range->first, end = start + range->second;
+        free.ranges.erase(range);
+        if (from > start) free.ranges[start] = from - start;
+        if (end > from + bytes) free.ranges[from + bytes] = end - from - bytes;
+        free.cursor = from + bytes;
+        return from;
+    };
+    auto at = free.ranges.upper_bound(free.cursor);
+    if (at != free.ranges.begin()) {
+        auto around = std::prev(at);
+        if (around->first + around->second >= free.cursor + bytes)
+            return carve(around, free.cursor);
     }
-    require(best != free.end(), CUDA_ERROR_OUT_OF_MEMORY);
-    const auto [start, length] = *best;
-    free.erase(best);
-    if (length > bytes) free[start + bytes] = length - bytes;
-    return start;
+    const size_t n = free.ranges.size();
+    for (size_t i = 0; i < n; i++, ++at) {
+        if (at == free.ranges.end()) at = free.ranges.begin();
+        if (at->second >= bytes) return carve(at, at->first);
+    }
+    throw Failure{CUDA_ERROR_OUT_OF_MEMORY};
 }
 
-void give(std::map<uint64_t, uint64_t>& free, uint64_t start, uint64_t bytes) {
+void give(FreeRanges& all, uint64_t start, uint64_t bytes) {
+    std::map<uint64_t, uint64_t>& free = all.ranges;
     auto next = free.lower_bound(start);
     if (next != free.end() && start + bytes == next->first) {
         bytes += next->second;
@@ -283,7 +295,8 @@ STANDIN_API CUresult cuMemHostAlloc(void** pointer, size_t bytes, unsigned flags
         // It ends at the guard page, as nearly as its alignment allows.
         const uint64_t host =
             address + round_up(bytes, page) - round_up(bytes, allocation_alignment);
-        std::memset(reinterpret_cast<void*>(host), 0xff, bytes);
+        // The rest of a large one stays untaken, and reads as 0.
+        std::memset(reinterpret_cast<void*>(host), 0xff, std::min<size_t>(bytes, 64 << 20));
         d.pinned[host] = {bytes, host, round_up(bytes, page), address, false, {}};
         d.pinned_bytes += bytes;
         *pointer = reinterpret_cast<void*>(host);
