@@ -89,6 +89,21 @@ std::vector<uint32_t> order_of(const std::vector<Node>& nodes, uint64_t seed) {
     return order;
 }
 
+// Copies and fills name their memory, so that they can be checked before they run.
+bool memory_is_there(Driver& d, const Node& node) {
+    if (node.kind == Kind::copy) {
+        Copy copy;
+        std::memcpy(&copy, node.payload.data(), sizeof copy);
+        return d.device_readable(copy.to, copy.bytes) && d.device_readable(copy.from, copy.bytes);
+    }
+    if (node.kind == Kind::fill) {
+        Fill fill;
+        std::memcpy(&fill, node.payload.data(), sizeof fill);
+        return d.device_readable(fill.to, fill.count * fill.width);
+    }
+    return true;
+}
+
 // Every capture node that no other follows must be behind the origin's last ones.
 bool joined(const Capture& capture) {
     std::vector<bool> reached(capture.graph.nodes.size());
@@ -198,6 +213,9 @@ STANDIN_API CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
         std::vector<std::byte> batch;
         for (const uint32_t i : order_of(executable.nodes, seed)) {
             const Node& node = executable.nodes[i];
+            if (!memory_is_there(d, node))
+                d.complain(CUDA_ERROR_ILLEGAL_ADDRESS,
+                           "cuGraphLaunch of a copy or fill whose memory was freed");
             if (node.module) {
                 // The real driver would run what is no longer there.
                 bool alive = false;

@@ -1,7 +1,6 @@
 // Device memory, pinned host memory, and copies between them.
 #include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/uio.h>
 #include <algorithm>
 #include <cstring>
 
@@ -139,17 +138,19 @@ uint64_t Driver::allocate(uint64_t bytes) {
 }
 
 uint64_t Driver::take_arena(uint64_t bytes) {
-    const uint64_t start = take(free_arena, round_up(bytes, page) + page);
-    mprotect(reinterpret_cast<void*>(start), round_up(bytes, page), PROT_READ | PROT_WRITE);
-    return start;
+    const Range range = {take(free_arena, round_up(bytes, page) + page), round_up(bytes, page)};
+    gpu.send(Kind::open, 0, 0, {{&range, sizeof range}});
+    mprotect(reinterpret_cast<void*>(range.address), range.bytes, PROT_READ | PROT_WRITE);
+    return range.address;
 }
 
 void Driver::give_arena(uint64_t start, uint64_t bytes) {
-    const uint64_t length = round_up(bytes, page);
-    mprotect(reinterpret_cast<void*>(start), length, PROT_NONE);
+    const Range range = {start, round_up(bytes, page)};
+    mprotect(reinterpret_cast<void*>(start), range.bytes, PROT_NONE);
     fallocate(gpu.arena_file(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-              static_cast<off_t>(start - to_number(gpu.arena())), static_cast<off_t>(length));
-    give(free_arena, start, length + page);
+              static_cast<off_t>(start - to_number(gpu.arena())), static_cast<off_t>(range.bytes));
+    give(free_arena, start, range.bytes + page);
+    if (gpu.error() == CUDA_SUCCESS) gpu.send(Kind::close, 0, 0, {{&range, sizeof range}});
 }
 
 namespace {

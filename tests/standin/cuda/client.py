@@ -11,6 +11,7 @@ import numpy as np
 CUDA = ctypes.CDLL("libcuda.so.1")
 NVRTC = ctypes.CDLL("libnvrtc.so.13")
 CUDA.standin_report.restype = c_char_p
+CUDA.standin_set.restype = ctypes.c_bool
 for _name in ("standin_calls", "standin_allocated", "standin_live_objects"):
     getattr(CUDA, _name).restype = c_uint64
 

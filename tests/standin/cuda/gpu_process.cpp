@@ -83,6 +83,8 @@ std::string describe_address(uint64_t address) {
         }
         return "device memory never allocated";
     }
+    if (address >= places.arena && address < places.arena + places.arena_bytes)
+        return "pinned host memory outside of every allocation";
     snprintf(text, sizeof text, "address %#llx, which is not of the device",
              static_cast<unsigned long long>(address));
     return text;
@@ -194,6 +196,11 @@ void release(const Range& range) {
     allocations[range.address].freed = true;
 }
 
+void protect(const Range& range, int protection) {
+    if (mprotect(reinterpret_cast<void*>(range.address), range.bytes, protection) != 0)
+        fail(CUDA_ERROR_OPERATING_SYSTEM, "pinned memory cannot be mapped");
+}
+
 // ---- modules ----
 
 std::map<uint64_t, std::unique_ptr<Module>> modules;
@@ -294,6 +301,12 @@ void serve() {
             case Kind::release:
                 release(payload_as<Range>(payload));
                 break;
+            case Kind::open:
+                protect(payload_as<Range>(payload), PROT_READ | PROT_WRITE);
+                break;
+            case Kind::close:
+                protect(payload_as<Range>(payload), PROT_NONE);
+                break;
             case Kind::load_module:
                 load_module(payload);
                 break;
@@ -322,8 +335,8 @@ bool start(char** arguments) {
     for (uint64_t* field : fields)
         *field = std::strtoull(*arguments++, nullptr, 10);
     control = static_cast<Control*>(
-        map_at(places.arena, places.arena_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, arena_fd));
-    if (!control) return false;
+        map_at(places.arena, places.arena_bytes, PROT_NONE, MAP_SHARED, arena_fd));
+    if (!control || mprotect(control, control_bytes, PROT_READ | PROT_WRITE) != 0) return false;
     const bool mapped = map_at(places.device, places.device_bytes, PROT_NONE,
                                MAP_PRIVATE | MAP_ANONYMOUS, -1) != nullptr;
     control->ready.store(mapped ? 1 : 2);
