@@ -31,12 +31,8 @@ struct Module {
 
     uint64_t id = 0;
     void* library = nullptr;
-<<<<<<< HEAD
-    int file = -1;  // what library was loaded from
-=======
     int file =
         -1;  // open as long as it is loaded: the loader takes equal paths for equal libraries
->>>>>>> driver
     const QiKernel* kernels = nullptr;
     size_t tls_module = 0;  // the dynamic loader's number of its thread-local block
     size_t tls_bytes = 0;   // all __shared__ variables of the module
