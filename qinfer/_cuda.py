@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
 from ._alias import cache_folder
-from ._native import check, ffi, lib, new_error, text
+from ._native import Handle, check, ffi, lib, new_error, text
+from .errors import DeviceError, OutOfMemory
 
 # Where NVIDIA's wheels keep libraries, below the namespace package they share: CUDA 13's all in
 # one folder, CUDA 12's in one per component.
@@ -65,6 +68,19 @@ class Probe:
     kernel_origin: str  # "embedded", "cached" or "compiled"
     compile_seconds: float
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """A kernel's largest difference from the processor, in multiples of what rounding explains."""
+
+    name: str
+    error: float
+    tolerance: float
+    n_values: int  # compared
+    passed: bool
+    seconds: float
+    problem: str  # what kept the kernel from running; empty where nothing did
 
 
 def library_folders() -> list[Path]:
@@ -142,6 +158,61 @@ def probe(number: int, *, n_bytes: int = 1 << 20, budget_bytes: int = 0) -> Prob
         compile_seconds=out.compile_seconds,
         seconds=out.seconds,
     )
+
+
+def copy_bandwidth(number: int, n_bytes: int = 1 << 30) -> float:
+    """Bytes that a GPU reads and writes per second where it copies within its memory."""
+    error = new_error()
+    out = ffi.new("double *")
+    gpu = _open(number)
+    check(lib.qi_cuda_measure_copy_bandwidth(gpu.pointer, n_bytes, out, error), error)
+    return float(out[0])
+
+
+def self_test_names() -> list[str]:
+    """The kernels' tests; none where the runtime was built without CUDA."""
+    names = []
+    name = ffi.new("char[120]")
+    for number in range(lib.qi_cuda_n_self_tests()):
+        error = new_error()
+        check(lib.qi_cuda_get_self_test_name(number, name, len(name), error), error)
+        names.append(text(name))
+    return names
+
+
+def self_tests(device: int = 0, numbers: Iterable[int] | None = None) -> Iterator[SelfTest]:
+    """Runs the kernels' tests of those numbers, or all, one after the other.
+
+    A test that cannot run has failed, with its problem; DeviceError is raised where there is no GPU
+    of that number.
+    """
+    gpu = _open(device)
+    names = self_test_names()
+    for number in range(len(names)) if numbers is None else numbers:
+        out = ffi.new("qi_cuda_self_test *")
+        error = new_error()
+        try:
+            check(lib.qi_cuda_run_self_test(gpu.pointer, number, out, error), error)
+        except (DeviceError, OutOfMemory) as problem:
+            yield SelfTest(names[number], math.inf, 0.0, 0, False, 0.0, str(problem))
+        else:
+            yield SelfTest(
+                name=text(out.name),
+                error=out.error,
+                tolerance=out.tolerance,
+                n_values=out.n_values,
+                passed=bool(out.passed),
+                seconds=out.seconds,
+                problem="",
+            )
+
+
+def _open(number: int) -> Handle:
+    configure()
+    out = ffi.new("qi_cuda_gpu **")
+    error = new_error()
+    check(lib.qi_cuda_open(number, out, error), error)
+    return Handle(out[0], lib.qi_cuda_close, f"GPU {number}")
 
 
 def _version(number: int) -> str:

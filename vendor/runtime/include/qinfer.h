@@ -133,6 +133,36 @@ typedef struct qi_cuda_probe {
 int32_t qi_cuda_run_probe(int32_t device, uint64_t n_bytes, uint64_t budget_bytes,
                           qi_cuda_probe* out, qi_error* error);
 
+/* A device held open from one of the measurements below to the next. */
+typedef struct qi_cuda_gpu qi_cuda_gpu;
+
+int32_t qi_cuda_open(int32_t device, qi_cuda_gpu** out, qi_error* error);
+void qi_cuda_close(qi_cuda_gpu* gpu);
+/* Speed of copies of n_bytes from its memory to its memory, in bytes read and written per second:
+ * the median of several. */
+int32_t qi_cuda_measure_copy_bandwidth(qi_cuda_gpu* gpu, uint64_t n_bytes, double* bytes_per_second,
+                                       qi_error* error);
+
+typedef struct qi_cuda_self_test {
+    char name[120];
+    double error;      /* the largest difference from the processor's result, as a multiple of what
+                          rounding in another order explains */
+    double tolerance;  /* of `error` */
+    double seconds;    /* all of it: making data, loading kernels, computing on both sides */
+    uint64_t n_values; /* compared */
+    int32_t passed;
+    int32_t reserved;
+} qi_cuda_self_test;
+
+/* Tests of the kernels, each against the processor on random data; 0 in a library built without
+ * CUDA. */
+int32_t qi_cuda_n_self_tests(void);
+/* What the test of that number, from 0, is called, as much of it as fits; needs no device. */
+int32_t qi_cuda_get_self_test_name(int32_t number, char* name, uint64_t capacity, qi_error* error);
+/* A difference is a result; what keeps a kernel from running is an error. */
+int32_t qi_cuda_run_self_test(qi_cuda_gpu* gpu, int32_t number, qi_cuda_self_test* out,
+                              qi_error* error);
+
 /* ---- tensor types ---- */
 
 typedef struct qi_type_info {

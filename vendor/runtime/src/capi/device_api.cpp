@@ -1,4 +1,6 @@
 // qi_cuda_*: what there is of CUDA on this machine, and whether it works.
+#include <chrono>
+#include <memory>
 #include <string>
 
 #include "base/error.h"
@@ -12,6 +14,7 @@
 #include "device/cuda/libraries.h"
 #include "device/cuda/nvrtc.h"
 #include "device/cuda/probe.h"
+#include "device/cuda/self_test.h"
 #endif
 
 using namespace qi;
@@ -110,6 +113,74 @@ int32_t qi_cuda_run_probe(int32_t device, uint64_t n_bytes, uint64_t budget_byte
     });
 }
 
+struct qi_cuda_gpu {
+    std::shared_ptr<cuda::Gpu> gpu;
+};
+
+int32_t qi_cuda_open(int32_t device, qi_cuda_gpu** out, qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(out, "out");
+        *out = new qi_cuda_gpu{cuda::Gpu::open(device)};
+    });
+}
+
+void qi_cuda_close(qi_cuda_gpu* gpu) {
+    delete gpu;
+}
+
+int32_t qi_cuda_measure_copy_bandwidth(qi_cuda_gpu* gpu, uint64_t n_bytes, double* bytes_per_second,
+                                       qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(gpu, "gpu");
+        require_pointer(bytes_per_second, "bytes_per_second");
+        if (n_bytes == 0) fail(QI_ARGUMENT, "n_bytes is 0");
+        *bytes_per_second = cuda::measure_copy_bandwidth(gpu->gpu, n_bytes);
+    });
+}
+
+namespace {
+
+size_t checked_self_test(int32_t number) {
+    const size_t n = cuda::n_self_tests();
+    if (number < 0 || size_t(number) >= n)
+        fail(QI_ARGUMENT, "there is no self-test %d: they are 0 to %zu", int(number), n - 1);
+    return size_t(number);
+}
+
+}  // namespace
+
+int32_t qi_cuda_n_self_tests(void) {
+    return int32_t(cuda::n_self_tests());
+}
+
+int32_t qi_cuda_get_self_test_name(int32_t number, char* name, uint64_t capacity, qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(name, "name");
+        if (capacity == 0) fail(QI_ARGUMENT, "capacity is 0");
+        copy_text(name, capacity, cuda::self_test_name(checked_self_test(number)));
+    });
+}
+
+int32_t qi_cuda_run_self_test(qi_cuda_gpu* gpu, int32_t number, qi_cuda_self_test* out,
+                              qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(gpu, "gpu");
+        require_pointer(out, "out");
+        const auto begin = std::chrono::steady_clock::now();
+        const cuda::SelfTestResult result =
+            cuda::run_self_test(gpu->gpu, checked_self_test(number));
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+        qi_cuda_self_test filled = {};
+        copy_text(filled.name, result.name);
+        filled.error = result.error;
+        filled.tolerance = cuda::SelfTestResult::tolerance;
+        filled.seconds = seconds.count();
+        filled.n_values = result.n_values;
+        filled.passed = result.passed();
+        *out = filled;
+    });
+}
+
 #else
 
 namespace {
@@ -137,6 +208,28 @@ int32_t qi_cuda_get_device_info(int32_t, qi_cuda_device_info*, qi_error* error) 
 }
 
 int32_t qi_cuda_run_probe(int32_t, uint64_t, uint64_t, qi_cuda_probe*, qi_error* error) {
+    return report(error, QI_DEVICE, not_built);
+}
+
+int32_t qi_cuda_open(int32_t, qi_cuda_gpu**, qi_error* error) {
+    return report(error, QI_DEVICE, not_built);
+}
+
+void qi_cuda_close(qi_cuda_gpu*) {}
+
+int32_t qi_cuda_measure_copy_bandwidth(qi_cuda_gpu*, uint64_t, double*, qi_error* error) {
+    return report(error, QI_DEVICE, not_built);
+}
+
+int32_t qi_cuda_n_self_tests(void) {
+    return 0;
+}
+
+int32_t qi_cuda_get_self_test_name(int32_t, char*, uint64_t, qi_error* error) {
+    return report(error, QI_DEVICE, not_built);
+}
+
+int32_t qi_cuda_run_self_test(qi_cuda_gpu*, int32_t, qi_cuda_self_test*, qi_error* error) {
     return report(error, QI_DEVICE, not_built);
 }
 

@@ -30,6 +30,7 @@ uint64_t qi_struct_size(const char* name) {
         {"qi_cuda_info", sizeof(qi_cuda_info)},
         {"qi_cuda_device_info", sizeof(qi_cuda_device_info)},
         {"qi_cuda_probe", sizeof(qi_cuda_probe)},
+        {"qi_cuda_self_test", sizeof(qi_cuda_self_test)},
         {"qi_type_info", sizeof(qi_type_info)},
         {"qi_read_progress", sizeof(qi_read_progress)},
         {"qi_gguf_info", sizeof(qi_gguf_info)},

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <vector>
 
 #include "device/cuda/gpu.h"
 
@@ -73,6 +74,29 @@ ProbeReport probe(int ordinal, size_t n_bytes, size_t budget_bytes) {
     report.seconds =
         std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     return report;
+}
+
+double measure_copy_bandwidth(const std::shared_ptr<Gpu>& gpu, size_t n_bytes) {
+    constexpr int n_rounds = 9;  // the first one warms up
+    constexpr int n_copies = 4;  // a round, so that launching and waiting do not count
+    const auto budget = std::make_shared<Budget>(Budget::unlimited);
+    const DeviceMemory from(gpu, budget, n_bytes, "a measurement's source");
+    const DeviceMemory to(gpu, budget, n_bytes, "a measurement's target");
+    const Stream stream(gpu);
+    const Current current(*gpu);
+    stream.fill(from.address(), 1, n_bytes);
+    stream.synchronize();
+    std::vector<double> seconds;
+    for (int round = 0; round < n_rounds; round++) {
+        const auto begin = std::chrono::steady_clock::now();
+        for (int i = 0; i < n_copies; i++)
+            stream.copy_on_device(to.address(), from.address(), n_bytes);
+        stream.synchronize();
+        const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - begin;
+        if (round > 0) seconds.push_back(passed.count());
+    }
+    std::nth_element(seconds.begin(), seconds.begin() + n_rounds / 2, seconds.end());
+    return 2.0 * n_copies * double(n_bytes) / seconds[n_rounds / 2];
 }
 
 }  // namespace qi::cuda

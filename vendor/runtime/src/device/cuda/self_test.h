@@ -16,7 +16,8 @@ struct SelfTestResult {
     // not, or one of them is NaN.
     double error = 0;
     size_t n_values = 0;  // compared
-    bool passed() const { return n_values > 0 && error <= 1.0; }
+    static constexpr double tolerance = 1.0;
+    bool passed() const { return n_values > 0 && error <= tolerance; }
 };
 
 size_t n_self_tests();

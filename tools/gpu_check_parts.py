@@ -1,0 +1,430 @@
+"""The parts of gpu_check.py, each run in a process of its own, which a GPU may take down with it.
+
+A part yields results as it has them. Those that compare with the processor say under which
+tolerance, which is that of rounding the same quantities in another order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import make_model
+import numpy as np
+import numpy.typing as npt
+from sparse_weights import Sparsity
+
+import qinfer
+from qinfer import Model, OutOfMemory, QInferError, _cuda, _machine
+from qinfer.sampling import Sampler, Sampling
+
+PASSED, FAILED, SKIPPED, MEASURED = "passed", "failed", "skipped", "measured"
+
+# Logits against the processor's, relative to their length. Of weights kept as floats, rounding in
+# another order is all there is, and keys and values of the next token round to F16 from there; a
+# prompt's attention multiplies F16 on tensor cores, whose rounding is 2^-11. Quantised weights meet
+# activations in int8 codes, of which one in some hundred falls on the other side of its rounding.
+FLOAT_TOLERANCE = 2e-5
+PROMPT_TOLERANCE = 2e-3
+QUANTISED_TOLERANCE = 2e-2
+
+SIZES_OF_BUDGETS = ("0", "7.5MiB", "9MiB", "10MiB", "12MiB", "18MiB", "60MiB")
+N_REOPENED = 5
+# What the driver may keep of a context, far below what reopening models would leak.
+MAX_KEPT_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of what was found; `values` are for machines, `detail` is for people."""
+
+    part: str
+    name: str
+    status: str
+    detail: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the parts need to know, as JSON can say it."""
+
+    gpu: int
+    quick: bool
+    word: str = ""
+    share: tuple[int, int] = (0, 1)  # of the self-tests: the i-th of n runs
+    golden: str = ""
+    model: str = ""  # a file to measure,
+    title: str = ""  # what to call it,
+    budget_share: float = 1.0  # of its size; 1: no limit
+    bandwidth: float = 0.0  # bytes per second, 0: not known
+    n_prompt: int = 512
+    n_generate: int = 64
+    rounds: int = 5
+    seconds: float = 15.0  # no further round begins after so many
+
+    @property
+    def device(self) -> str:
+        """For `Model`."""
+        return f"cuda:{self.gpu}"
+
+
+def judged(part: str, name: str, passed: bool, detail: str, **values: Any) -> Result:
+    """A result that passed or failed."""
+    return Result(part, name, PASSED if passed else FAILED, detail, values)
+
+
+# ---- the card ----
+
+
+def card(settings: Settings) -> Iterator[Result]:
+    """What it is, who drives it, and how fast its memory copies."""
+    found, gpu = _cuda.info(), _cuda.gpu(settings.gpu)
+    version = Path("/proc/driver/nvidia/version")
+    driver = version.read_text().split("\n", 1)[0] if version.exists() else ""
+    capability = ".".join(map(str, gpu.compute_capability))
+    facts = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "qinfer": qinfer.__version__,
+        "card": gpu.name,
+        "compute_capability": capability,
+        "memory_bytes": gpu.memory_bytes,
+        "driver": driver,
+        "cuda_of_driver": found.driver.version,
+        "nvrtc": found.nvrtc.version or found.nvrtc.problem,
+        "cublas": found.cublas.version or found.cublas.problem,
+        "n_embedded_cubins": found.n_embedded_cubins,
+        "processor": _machine.processor().brand,
+        "n_cores": _machine.processor().n_usable_cores,
+    }
+    probe = _cuda.probe(settings.gpu)
+    detail = (
+        f"{gpu.name}, compute capability {capability}, {gpu.memory_bytes / 2**30:.0f} GiB "
+        f"({probe.free_bytes / 2**30:.1f} free), driver for CUDA {found.driver.version}, "
+        f"{facts['date']}"
+    )
+    yield Result("card", "what it is", PASSED, detail, facts)
+    n_bytes = 1 << 20 if settings.quick else 1 << 30
+    rate = _cuda.copy_bandwidth(settings.gpu, n_bytes)
+    threads = _machine.processor().n_usable_cores
+    host = _machine.read_bandwidth(threads)
+    detail = (
+        f"{rate / 1e9:.0f} GB/s read and written by copies on the card, "
+        f"{gpu.memory_bandwidth / 1e9:.0f} in theory; {host / 1e9:.0f} GB/s read by "
+        f"{threads} threads of the processor"
+    )
+    values = {"bandwidth": rate, "theory": gpu.memory_bandwidth, "host_bandwidth": host}
+    yield Result("card", "bandwidth", MEASURED, detail, values)
+
+
+# ---- kernels ----
+
+
+def kernels(settings: Settings) -> Iterator[Result]:
+    """This process's share of the self-tests; neighbours use the same kernels."""
+    names = enumerate(_cuda.self_test_names())
+    chosen = [number for number, name in names if settings.word in name]
+    share, n_shares = settings.share
+    mine = chosen[share * len(chosen) // n_shares : (share + 1) * len(chosen) // n_shares]
+    if not chosen:
+        yield Result("kernels", "self-tests", FAILED, f"no name contains {settings.word!r}")
+    for test in _cuda.self_tests(settings.gpu, mine):
+        detail = test.problem or (
+            f"error {test.error:.2g} of {test.tolerance:g}, {test.n_values} values, "
+            f"{test.seconds:.2f} s"
+        )
+        values = dataclasses.asdict(test) | {"error": min(test.error, sys.float_info.max)}
+        yield judged("kernels", test.name, test.passed, detail, **values)
+
+
+# ---- texts ----
+
+PROMPTS = ("Once upon a time", "The dog was happy because", "Lily had a red ball")
+
+
+def golden(settings: Settings) -> Iterator[Result]:
+    """Greedy texts of both devices, of the embedded model and of a file."""
+    from qinfer._alias import embedded
+
+    n_tokens = 12 if settings.quick else 100
+    cases = [(Path(settings.golden), FLOAT_TOLERANCE)] if settings.golden else []
+    cases.append((embedded("stories"), QUANTISED_TOLERANCE))
+    for path, tolerance in cases:
+        with (
+            Model(path, device="cpu", sparsity="off") as cpu,
+            Model(path, device=settings.device, sparsity="off") as gpu,
+        ):
+            for prompt in PROMPTS[:1] if settings.quick else PROMPTS:
+                yield compare_texts(cpu, gpu, prompt, n_tokens, tolerance)
+
+
+def compare_texts(cpu: Model, gpu: Model, prompt: str, n: int, tolerance: float) -> Result:
+    """Where the texts part, the processor must have found both tokens equally likely.
+
+    They are when exchanging them takes no more than the error that logits may have.
+    """
+    texts = [model.generate(prompt, max_tokens=n, temperature=0) for model in (cpu, gpu)]
+    ours, theirs = (list(text.tokens) for text in texts)
+    name = f"{Path(cpu.path).name}: {prompt}"
+    differing = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
+    if not differing:
+        same = len(ours) == len(theirs) > 0
+        return judged("golden", name, same, f"the same {len(ours)} tokens")
+    first = differing[0]
+    start = cpu.tokenizer.encode(prompt)
+    with cpu.context() as context:
+        context.feed([*start, *ours[:first]])
+        logits = context.logits.copy()
+    gap = float(logits[ours[first]] - logits[theirs[first]])
+    limit = 2 * tolerance * float(np.sqrt(np.mean(logits**2)))
+    detail = f"differs at token {first}, by {gap:.2g} of logits where rounding explains {limit:.2g}"
+    return judged("golden", name, 0 <= gap <= limit, detail, first=first, gap=gap, limit=limit)
+
+
+# ---- properties ----
+
+TOKENS = np.random.default_rng(5).integers(0, 300, 24).tolist()
+
+
+def write_model(path: Path, type_name: str, shape: dict[str, int], **sparsity: Any) -> Path:
+    """A random llama; PowerInfer's kind, or with dense_twin an ordinary file."""
+    how = Sparsity(**sparsity)
+    made = make_model.Shape("llama", n_ctx=4096, tied_head=False, sparsity=how, **shape)
+    make_model.make_model(path, made, type_name)
+    return path
+
+
+def logits_of(context: qinfer.Context, step: int) -> npt.NDArray[np.float32]:
+    """Logits of the tokens, fed `step` at a time; 0: each a text of its own."""
+    rows = []
+    context.truncate(0)
+    for begin in range(0, len(TOKENS), step or 1):
+        if step == 0:
+            context.truncate(0)
+        context.feed(TOKENS[begin : begin + (step or 1)], logits="all", generated=True)
+        rows.append(context.all_logits.copy())
+    return np.concatenate(rows)
+
+
+def error_of(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
+    """The median relative error of rows; infinite where one is not a number."""
+    distance = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    return float(np.median(distance)) if np.isfinite(found).all() else sys.float_info.max
+
+
+def properties(settings: Settings) -> Iterator[Result]:
+    """Shares of neurons, replayed steps, budgets, memory."""
+    quick = settings.quick
+    width = 128 if quick else 512
+    shape = {
+        "n_embd": width, "n_ff": 2 * width, "n_layer": 2, "n_head": 4, "n_head_kv": 2,
+        "n_vocab": 300,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        for type_name in ("f32",) if quick else ("f32", "f16", "q8_0", "q4_0", "q4_k", "q6_k"):
+            path = write_model(Path(folder, type_name), type_name, shape, n_pred=width)
+            yield from compare_shares(settings, path, type_name)
+    from qinfer._alias import embedded
+
+    stories = embedded("stories")
+    yield replayed(settings, stories)
+    yield from budgets(settings, stories)
+    yield memory(settings, stories)
+
+
+def compare_shares(settings: Settings, path: Path, type_name: str) -> Iterator[Result]:
+    """All, half or none of the neurons on the GPU; tokens one by one and together."""
+    options: dict[str, Any] = {"n_ctx": 64, "sparsity": "off"}
+    steps = (1, len(TOKENS))
+    with Model(path, device="cpu", **options) as cpu, cpu.context() as context:
+        expected = {step: logits_of(context, step) for step in steps}
+    for share in ("whole", "half", "none"):
+        split: Any = "none" if share == "none" else "auto"
+        with Model(path, device=settings.device, gpu_split=split, **options) as gpu:
+            if share == "half":
+                offload = gpu._weights.offload
+                assert offload is not None
+                for layer in range(gpu.info.n_layer):
+                    offload.choose_neurons(layer, np.arange(0, gpu.info.n_ff, 2, dtype=np.int32))
+            with gpu.context(n_batch=32) as context:
+                errors = {s: error_of(logits_of(context, s), expected[s]) for s in steps}
+                placement = gpu.placement
+        assert placement is not None
+        n_all = gpu.info.n_layer * gpu.info.n_ff
+        n_wanted = {"whole": n_all, "half": n_all // 2, "none": 0}[share]
+        limits = {step: PROMPT_TOLERANCE if step > 1 else FLOAT_TOLERANCE for step in steps}
+        if type_name not in ("f32", "f16"):
+            limits = dict.fromkeys(steps, QUANTISED_TOLERANCE)
+        passed = placement.n_neurons == n_wanted and all(errors[s] <= limits[s] for s in steps)
+        detail = ", ".join(f"{s} at a time: {errors[s]:.1e} of {limits[s]:g}" for s in steps)
+        detail += f"; {placement.n_neurons} of {n_all} neurons there"
+        yield judged("properties", f"{type_name}, {share}", passed, detail, errors=errors)
+
+
+def replayed(settings: Settings, path: Path) -> Result:
+    """The same bits, whether kernels are launched one by one, recorded or replayed."""
+    with Model(path, device=settings.device, n_ctx=64, sparsity="off") as model:
+        rows = []
+        with model.context() as context:
+            for _ in range(4 if settings.quick else 20):
+                context.truncate(0)
+                for token in TOKENS[:3]:
+                    context.feed([token], generated=True)
+                rows.append(context.logits.tobytes())
+    same = sum(row == rows[0] for row in rows)
+    return judged("properties", "replayed steps", same == len(rows), f"{same} of {len(rows)} alike")
+
+
+def budgets(settings: Settings, path: Path) -> Iterator[Result]:
+    """From nothing to everything: no budget is exceeded, and what is computed stays right."""
+    with Model(path, device="cpu", n_ctx=64, sparsity="off") as cpu, cpu.context() as context:
+        expected = logits_of(context, 8)
+    sizes = ("0", "10MiB", "60MiB") if settings.quick else SIZES_OF_BUDGETS
+    n_placed = 0
+    for size in sizes:
+        try:
+            options: dict[str, Any] = {"vram_budget": size, "n_ctx": 64, "sparsity": "off"}
+            with (
+                Model(path, device=settings.device, **options) as model,
+                model.context(n_batch=32) as context,
+            ):
+                error = error_of(logits_of(context, 8), expected)
+                placement = model.placement
+        except OutOfMemory as problem:
+            # What is too little for any layer is refused, and says so.
+            too_little = size == "0" or n_placed == 0
+            yield judged("properties", f"budget {size}", too_little, f"refused: {problem}")
+            continue
+        assert placement is not None
+        n_placed += 1
+        within = placement.used_bytes <= placement.budget_bytes
+        detail = (
+            f"{placement.used_bytes} of {placement.budget_bytes} bytes used, "
+            f"{placement.n_layers} layers, {placement.n_neurons} neurons, error {error:.1e}"
+        )
+        passed = within and error <= QUANTISED_TOLERANCE
+        yield judged("properties", f"budget {size}", passed, detail)
+    if n_placed == 0:
+        yield judged("properties", "budgets", False, "no budget was enough")
+
+
+def memory(settings: Settings, path: Path) -> Result:
+    """Models that were closed hold nothing of the card."""
+    before = _cuda.probe(settings.gpu).free_bytes
+    for _ in range(2 if settings.quick else N_REOPENED):
+        with Model(path, device=settings.device, n_ctx=64) as model, model.context() as context:
+            context.feed(TOKENS[:2])
+    kept = before - _cuda.probe(settings.gpu).free_bytes
+    detail = f"{max(kept, 0)} bytes fewer free after models were opened and closed"
+    return judged("properties", "memory returns", kept <= MAX_KEPT_BYTES, detail, kept=kept)
+
+
+# ---- speed ----
+
+
+def speed(settings: Settings) -> Iterator[Result]:
+    """Prompt and generation speed of one file under one budget."""
+    path = Path(settings.model)
+    n_bytes = path.stat().st_size
+    budget = None if settings.budget_share == 1 else settings.budget_share * n_bytes / 2**30
+    share = "whole" if budget is None else f"{settings.budget_share:.0%}"
+    name = f"{settings.title}, {share}"
+    n_ctx = settings.n_prompt + settings.n_generate
+    options: dict[str, Any] = {"device": settings.device, "vram_budget": budget, "n_ctx": n_ctx}
+    begin = time.perf_counter()
+    try:
+        with (
+            Model(path, **options) as model,
+            model.context(n_ctx=n_ctx, n_batch=settings.n_prompt) as context,
+        ):
+            loaded = time.perf_counter() - begin
+            prompt, generation, per_token = timed_rounds(context, settings)
+            placement = model.placement
+            mode = model.policy.mode
+    except OutOfMemory as problem:
+        yield Result("speed", name, SKIPPED, f"refused: {problem}")
+        return
+    assert placement is not None
+    values: dict[str, Any] = {
+        "engine": "qinfer",
+        "file_bytes": n_bytes,
+        "budget_bytes": placement.budget_bytes,
+        "used_bytes": placement.used_bytes,
+        "load_seconds": loaded,
+        "sparsity": mode,
+        "n_rounds": len(prompt),
+        "prompt_rate": statistics.median(prompt),
+        "prompt_range": [min(prompt), max(prompt)],
+        "generation_rate": statistics.median(generation),
+        "generation_range": [min(generation), max(generation)],
+        "bytes_per_token": per_token,
+        "placed": placement.summary,
+        "n_neurons": placement.n_neurons,
+    }
+    if settings.bandwidth:
+        values["share"] = per_token * values["generation_rate"] / settings.bandwidth
+    exceeded = placement.used_bytes > placement.budget_bytes
+    detail = f"{placement.summary}; sparsity {mode}, {len(prompt)} rounds"
+    if exceeded:
+        detail = f"used {placement.used_bytes} of {placement.budget_bytes} bytes; {detail}"
+    yield Result("speed", name, FAILED if exceeded else MEASURED, detail, values)
+
+
+def timed_rounds(
+    context: qinfer.Context, settings: Settings
+) -> tuple[list[float], list[float], float]:
+    """Tokens per second of prompts and of generating, by round, and bytes read per token.
+
+    One more round comes first and is not counted.
+    """
+    n_vocab = context.model_info.n_vocab
+    tokens = np.random.default_rng(0).integers(0, n_vocab, settings.n_prompt)
+    prompt, generation = [], []
+    begin = time.perf_counter()
+    for number in range(-1, settings.rounds):
+        if number > 0 and time.perf_counter() - begin > settings.seconds:
+            break
+        sampler = Sampler(n_vocab, Sampling(temperature=0))
+        context.truncate(0)
+        start = time.perf_counter()
+        context.feed(tokens)
+        prompt_end = time.perf_counter()
+        token = context.sample(sampler)
+        context.reset_stats()
+        generation_start = time.perf_counter()
+        for _ in range(settings.n_generate):
+            (token,) = context.step([token], [sampler])
+        end = time.perf_counter()
+        if number >= 0:
+            prompt.append(settings.n_prompt / (prompt_end - start))
+            generation.append(settings.n_generate / (end - generation_start))
+    stats = context.stats()
+    return prompt, generation, stats.weight_bytes_read / stats.n_generated_tokens
+
+
+PARTS: dict[str, Callable[[Settings], Iterator[Result]]] = {
+    "card": card,
+    "kernels": kernels,
+    "golden": golden,
+    "properties": properties,
+    "speed": speed,
+}
+
+
+def run(part: str, settings: Settings) -> Iterator[Result]:
+    """The part's results; a failure of its own is one, too."""
+    try:
+        yield from PARTS[part](settings)
+    except (QInferError, AssertionError, click.ClickException) as error:
+        with suppress(BrokenPipeError):
+            yield Result(part, "all of it", FAILED, f"{type(error).__name__}: {error}")
