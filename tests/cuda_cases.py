@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +284,35 @@ def automatic(path: str) -> dict[str, Any]:
     with Model(path, n_ctx=64) as model:
         placement = model.placement
         return {"log": lines, "device": None if placement is None else placement.device}
+
+
+def distrusted(path: str, cache: str) -> list[Any]:
+    """What "auto" does with a GPU one of whose kernel tests fails, twice; and what "cuda" does."""
+    import os
+
+    from qinfer import _cuda, _cuda_check
+
+    kernels = os.environ["QINFER_CACHE_DIR"]
+    _cuda.configure()
+    os.environ["QINFER_CACHE_DIR"] = cache
+    true_tests = _cuda.self_tests
+
+    def one_fails(number: int, numbers: list[int]) -> Any:
+        for count, test in enumerate(true_tests(number, numbers)):
+            yield test if count else replace(test, passed=False, error=7.0)
+
+    _cuda_check._cuda.self_tests = one_fails  # type: ignore[assignment]
+    lines = _log()
+    found: list[Any] = []
+    for _ in range(2):
+        lines.clear()
+        with Model(path, n_ctx=64) as model:
+            placement = model.placement
+            found.append(
+                {"log": list(lines), "device": None if placement is None else placement.device}
+            )
+    with Model(path, n_ctx=64, device="cuda") as model:
+        assert model.placement is not None
+        found.append(model.placement.device)
+    os.environ["QINFER_CACHE_DIR"] = kernels
+    return found

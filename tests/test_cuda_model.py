@@ -167,3 +167,13 @@ def test_auto_uses_a_gpu_that_is_there(tmp_path: Path) -> None:
     hidden = on_gpu("automatic", DATA / "stories260K.F32.gguf", devices=0)
     assert hidden["device"] is None
     assert sum("no GPU is used" in line for line in hidden["log"]) == 1
+
+
+def test_auto_uses_no_gpu_that_computes_wrong(tmp_path: Path) -> None:
+    """It is found out once, and remembered for the card."""
+    broken, again, explicit = on_gpu("distrusted", DATA / "stories260K.F32.gguf", tmp_path)
+    assert broken["device"] is None
+    assert sum("computes wrong: 1 of" in line for line in broken["log"]) == 1
+    assert again["device"] is None
+    assert not any("holding its kernels" in line for line in again["log"])
+    assert explicit == "Stand-in GPU 0 (cuda:0)"
