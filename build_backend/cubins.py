@@ -18,19 +18,23 @@ KERNELS = Path(__file__).resolve().parents[1] / "vendor/runtime/src/device/cuda/
 
 @dataclass(frozen=True)
 class Job:
-    """One unit, as a line of units.txt names it, for one architecture (10 · major + minor)."""
+    """One unit, as a line of units.txt names it, for one architecture (10 · major + minor).
+
+    `ptx` stops before the back end, which takes most of the time.
+    """
 
     unit: str
     architecture: int
     options: tuple[str, ...] = ()
+    ptx: bool = False
 
 
 @dataclass(frozen=True)
 class Result:
-    """A cubin and what the compiler had to say; the cubin is empty where it failed."""
+    """A cubin (or PTX) and what the compiler had to say; the code is empty where it failed."""
 
     job: Job
-    cubin: bytes
+    code: bytes
     log: str
 
 
@@ -61,7 +65,7 @@ def compile_job(job: Job, library: Path, kernels: Path = KERNELS) -> Result:
     texts = (ctypes.c_char_p * len(headers))(*(path.read_bytes() for path in headers))
     names = (ctypes.c_char_p * len(headers))(*(path.name.encode() for path in headers))
     options = [
-        f"--gpu-architecture=sm_{job.architecture}",
+        f"--gpu-architecture={'compute' if job.ptx else 'sm'}_{job.architecture}",
         "--std=c++17",
         "-default-device",
         "--fmad=false",
@@ -79,10 +83,12 @@ def compile_job(job: Job, library: Path, kernels: Path = KERNELS) -> Result:
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         status = nvrtc.nvrtcCompileProgram(program, len(options), array)
         log = _bytes(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
-        cubin = b""
+        code = b""
         if status == 0:
-            cubin = _bytes(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
-        return Result(job, cubin, log.rstrip(b"\0").decode("utf-8", "replace"))
+            kind = "PTX" if job.ptx else "CUBIN"
+            size, get = (nvrtc[f"nvrtcGet{kind}{end}"] for end in ("Size", ""))
+            code = _bytes(size, get, program)
+        return Result(job, code, log.rstrip(b"\0").decode("utf-8", "replace"))
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
@@ -133,10 +139,10 @@ def write(folder: Path, jobs: list[Job], library: Path | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for i, result in enumerate(compile_all(jobs, library)):
-        if not result.cubin:
+        if not result.code:
             sys.exit(f"{result.job.unit} for sm_{result.job.architecture}:\n{result.log}")
         path = folder / f"{i}.cubin"
-        path.write_bytes(result.cubin)
+        path.write_bytes(result.code)
         entries.append((result.job, path.resolve()))
     (folder / "cubins.cpp").write_text(_embedding(entries))
 

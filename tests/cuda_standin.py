@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +31,7 @@ def _program(name: str) -> str:
 
 @functools.cache
 def libraries() -> Path:
-    """The folder of libcuda.so.1, libnvrtc.so.12 and .13, libcublas.so.12 and .13, built if need be.
+    """The folder of libcuda.so.1, libnvrtc.so and libcublas.so (.12 and .13), built if need be.
 
     Compiled kernels are kept there too, in kernels/.
     """
@@ -59,6 +60,10 @@ def environment(**settings: object) -> dict[str, str]:
     }
     path = [str(libraries()), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     kept["LD_LIBRARY_PATH"] = os.pathsep.join(path)
+    # Loaded from the start, so that they come before real ones that pip may have put beside Python.
+    major = int(str(settings.get("driver_version", 13000))) // 1000
+    preloaded = [str(libraries() / f"lib{name}.so.{major}") for name in ("nvrtc", "cublas")]
+    kept["LD_PRELOAD"] = " ".join([*preloaded, *filter(None, [os.environ.get("LD_PRELOAD")])])
     return kept | {f"STANDIN_{name.upper()}": str(value) for name, value in settings.items()}
 
 
@@ -74,3 +79,27 @@ def run_program(
         timeout=timeout,
         check=False,
     )
+
+
+def on_standin(**settings: object) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """The test runs in a process of its own: a driver is started once, and a crash is for good.
+
+    Its code is reached as `program`.
+    """
+
+    def decorate(program: Callable[[], None]) -> Callable[[], None]:
+        module = Path(program.__code__.co_filename)
+
+        @functools.wraps(program)
+        def test() -> None:
+            done = run_program(
+                f"import {module.stem} as t; t.{program.__name__}.program()",
+                variables={"PYTHONPATH": os.pathsep.join([str(module.parent), str(SOURCES)])},
+                **settings,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+
+        test.program = program  # type: ignore[attr-defined]
+        return test
+
+    return decorate

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,33 +32,29 @@ def nvrtc() -> Path:
         pytest.skip(str(error))
 
 
-def compiled(
-    nvrtc: Path, architectures: Sequence[int], *options: str
-) -> dict[tuple[str, int], list[dict[str, str]]]:
-    """Kernels by unit and architecture, as the back end reports them."""
-    jobs = [
-        cubins.Job(unit, architecture, ("--ptxas-options=-v", *options))
-        for unit in cubins.units()
-        for architecture in architectures
-    ]
-    reports = {}
+def compiled(nvrtc: Path, jobs: list[cubins.Job]) -> Iterator[cubins.Result]:
+    """The results of jobs that all succeed without a warning."""
     for result in cubins.compile_all(jobs, nvrtc):
         case = f"{result.job.unit} for sm_{result.job.architecture}"
-        assert result.cubin, f"{case}:\n{result.log}"
+        assert result.code, f"{case}:\n{result.log}"
         assert " warning" not in result.log, f"{case}:\n{result.log}"
-        kernels = [found.groupdict() for found in KERNEL.finditer(result.log)]
-        assert kernels, f"{case} has no kernel:\n{result.log}"
-        reports[result.job.unit, result.job.architecture] = kernels
-    return reports
+        yield result
 
 
 def test_every_kernel_compiles_for_every_architecture_without_spills(
     nvrtc: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reports = compiled(nvrtc, cubins.ARCHITECTURES)
-    table = {}
+    jobs = [
+        cubins.Job(unit, architecture, ("--ptxas-options=-v",))
+        for unit in cubins.units()
+        for architecture in cubins.ARCHITECTURES
+    ]
+    table: dict[tuple[str, str], dict[int, str]] = {}
     spilling = []
-    for (unit, architecture), kernels in reports.items():
+    for result in compiled(nvrtc, jobs):
+        unit, architecture = result.job.unit, result.job.architecture
+        kernels = list(KERNEL.finditer(result.log))
+        assert kernels, f"{unit} for sm_{architecture} has no kernel:\n{result.log}"
         for kernel in kernels:
             row = table.setdefault((unit, kernel["name"]), {})
             spilled = int(kernel["stores"]) + int(kernel["loads"])
@@ -76,8 +72,9 @@ def test_every_kernel_compiles_for_every_architecture_without_spills(
 
 def test_the_plain_path_of_every_kernel_compiles(nvrtc: Path) -> None:
     oldest = min(cubins.ARCHITECTURES)
-    plain = compiled(nvrtc, [oldest], "-DQI_PLAIN")
-    assert [unit for unit, _ in plain] == cubins.units()
+    jobs = [cubins.Job(unit, oldest, ("-DQI_PLAIN",), ptx=True) for unit in cubins.units()]
+    for result in compiled(nvrtc, jobs):
+        assert b".visible .entry" in result.code
 
 
 def test_every_kernel_file_is_in_a_unit() -> None:
@@ -100,7 +97,7 @@ def test_a_broken_kernel_is_an_error_with_the_compilers_words(nvrtc: Path, tmp_p
     (tmp_path / "units.txt").write_text("broken.cu QI_WEIGHT=Q4_0\n")
     (tmp_path / "broken.cu").write_text('extern "C" __global__ void f() { int x = QI_WEIGHT; }\n')
     (result,) = cubins.compile_all([cubins.Job("broken.cu QI_WEIGHT=Q4_0", 86)], nvrtc, tmp_path)
-    assert result.cubin == b""
+    assert result.code == b""
     assert '"Q4_0" is undefined' in result.log
 
 
@@ -142,3 +139,11 @@ def test_embedding_asks_for_the_compiler_and_nothing_else_does(tmp_path: Path) -
     done = call_backend(ROOT, "build_wheel", tmp_path, {"cuda": "on"})
     assert done.returncode == 1
     assert done.stderr == "-Ccuda=on: the allowed values are off, jit, embed.\n"
+
+
+def test_the_build_and_the_runtime_compile_alike() -> None:
+    sources = ["build_backend/cubins.py", "vendor/runtime/src/device/cuda/nvrtc.cpp"]
+    flag = re.compile(r'"(-default-device|--(?:std|fmad)=[^"]*)"')
+    build, runtime = (flag.findall((ROOT / source).read_text("utf-8")) for source in sources)
+    assert build == runtime
+    assert len(build) == 3

@@ -283,6 +283,24 @@ def test_the_compiler_is_taken_from_a_wheels_folder(standin: Path, tmp_path: Pat
     assert Path(found["nvrtc"]).is_relative_to(wheel)
 
 
+def test_a_real_compiler_gives_a_real_cubin(standin: Path, tmp_path: Path) -> None:
+    driver, cache = tmp_path / "driver", tmp_path / "cache"
+    driver.mkdir()
+    link(standin, driver, lambda name: not name.startswith(("libnvrtc", "libcublas")))
+    code = "result['folders'] = list(map(str, _cuda.library_folders()))\n" + PROBE
+    found = run_on(driver, code, cache, libraries=(), STANDIN_DRIVER_VERSION="12090")
+    if not [folder for folder in found["folders"] if folder.endswith("cuda_nvrtc/lib")]:
+        pytest.skip("NVRTC 12 is not installed here: pip install nvidia-cuda-nvrtc-cu12")
+    # Which no stand-in can run.
+    assert found["error"].startswith("DeviceError: the GPU failed while loading the kernels of")
+    (entry,) = (cache / "kernels").iterdir()
+    header_bytes = 48
+    image = entry.read_bytes()[header_bytes:]
+    machine = 190  # EM_CUDA
+    assert image.startswith(b"\x7fELF")
+    assert int.from_bytes(image[18:20], "little") == machine
+
+
 def test_a_driver_of_cuda_12_gets_no_compiler_of_13(standin: Path, tmp_path: Path) -> None:
     link(standin, tmp_path, lambda name: name != "libnvrtc.so.12")
     code = "_cuda.library_folders = lambda: []\n" + PROBE

@@ -31,7 +31,7 @@ CUresult inner(Body&& body) {
 
 }  // namespace
 
-// Whether a matrix product may be queued: the current context's capability, or 0 without a context.
+// Of the current context's device; 0 without a context.
 STANDIN_API int standin_capability() {
     Driver& d = driver();
     std::lock_guard lock(d.mutex);

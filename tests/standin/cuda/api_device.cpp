@@ -83,8 +83,8 @@ void start_gpu(Driver& d) {
     const uint64_t device_bytes = std::max<uint64_t>(64ull << 30, 8 * n * d.settings.memory);
     const uint64_t arena_bytes = std::max<uint64_t>(16ull << 30, 4 * n * d.settings.memory);
     d.gpu.start(device_bytes, arena_bytes);
-    d.free_memory[d.gpu.device_base()] = device_bytes;
-    d.free_arena[reinterpret_cast<uint64_t>(d.gpu.arena()) + control_bytes] =
+    d.free_memory.ranges[d.gpu.device_base()] = device_bytes;
+    d.free_arena.ranges[reinterpret_cast<uint64_t>(d.gpu.arena()) + control_bytes] =
         arena_bytes - control_bytes;
     for (uint32_t i = 0; i < max_streams; i++)
         d.free_slots.push_back(i);

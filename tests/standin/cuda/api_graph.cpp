@@ -89,6 +89,21 @@ std::vector<uint32_t> order_of(const std::vector<Node>& nodes, uint64_t seed) {
     return order;
 }
 
+// Copies and fills name their memory, so that they can be checked before they run.
+bool memory_is_there(Driver& d, const Node& node) {
+    if (node.kind == Kind::copy) {
+        Copy copy;
+        std::memcpy(&copy, node.payload.data(), sizeof copy);
+        return d.device_readable(copy.to, copy.bytes) && d.device_readable(copy.from, copy.bytes);
+    }
+    if (node.kind == Kind::fill) {
+        Fill fill;
+        std::memcpy(&fill, node.payload.data(), sizeof fill);
+        return d.device_readable(fill.to, fill.count * fill.width);
+    }
+    return true;
+}
+
 // Every capture node that no other follows must be behind the origin's last ones.
 bool joined(const Capture& capture) {
     std::vector<bool> reached(capture.graph.nodes.size());
@@ -132,8 +147,9 @@ STANDIN_API CUresult cuStreamBeginCapture_v2(CUstream handle, CUstreamCaptureMod
 }
 
 STANDIN_API CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
-    return api("cuStreamEndCapture", everything | releases, [&](Driver& d, auto&) {
+    const CUresult result = api("cuStreamEndCapture", everything | releases, [&](Driver& d, auto&) {
         require(graph, CUDA_ERROR_INVALID_VALUE);
+        *graph = nullptr;
         Stream& stream = d.stream(handle);
         require(stream.capture != nullptr, CUDA_ERROR_ILLEGAL_STATE);
         const std::shared_ptr<Capture> capture = stream.capture;
@@ -147,12 +163,18 @@ STANDIN_API CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
             s->tail.clear();
         }
         d.captures.erase(capture);
-        *graph = nullptr;
         require(!capture->invalid, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
         require(is_joined, CUDA_ERROR_STREAM_CAPTURE_UNJOINED);
         *graph = d.graphs.add(std::make_unique<Graph>(std::move(capture->graph)));
         return CUDA_SUCCESS;
     });
+    if (result != CUDA_SUCCESS && graph &&
+        *graph) {  // told to fail: the capture is over all the same
+        std::lock_guard lock(driver().mutex);
+        driver().graphs.remove(*graph);
+        *graph = nullptr;
+    }
+    return result;
 }
 
 STANDIN_API CUresult cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus* status) {
@@ -191,6 +213,9 @@ STANDIN_API CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
         std::vector<std::byte> batch;
         for (const uint32_t i : order_of(executable.nodes, seed)) {
             const Node& node = executable.nodes[i];
+            if (!memory_is_there(d, node))
+                d.complain(CUDA_ERROR_ILLEGAL_ADDRESS,
+                           "cuGraphLaunch of a copy or fill whose memory was freed");
             if (node.module) {
                 // The real driver would run what is no longer there.
                 bool alive = false;
@@ -199,6 +224,7 @@ STANDIN_API CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
                 if (!alive)
                     d.complain(CUDA_ERROR_ILLEGAL_STATE,
                                "cuGraphLaunch of a kernel whose module was unloaded");
+                node.module->uses[stream.slot] = d.last[stream.slot] + 1;
             }
             const Header header = {node.kind, stream.slot, 0, node.payload.size()};
             const auto* bytes = reinterpret_cast<const std::byte*>(&header);
@@ -212,9 +238,6 @@ STANDIN_API CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
         }
         executable.launches++;
         d.submit(stream, Kind::batch, {{batch.data(), batch.size()}});
-        for (const Node& node : executable.nodes) {
-            if (node.module) node.module->uses[stream.slot] = d.last[stream.slot];
-        }
         return CUDA_SUCCESS;
     });
 }

@@ -1,7 +1,6 @@
 // Device memory, pinned host memory, and copies between them.
 #include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/uio.h>
 #include <algorithm>
 #include <cstring>
 
@@ -17,21 +16,33 @@ uint64_t to_number(const void* p) {
     return reinterpret_cast<uint64_t>(p);
 }
 
-// First fit among ranges, lowest address last used: a freed range goes to the back of the line by
-// being kept apart from its neighbours until nothing else fits.
-uint64_t take(std::map<uint64_t, uint64_t>& free, uint64_t bytes) {
-    auto best = free.end();
-    for (auto it = free.begin(); it != free.end(); ++it) {
-        if (it->second >= bytes && (best == free.end() || it->second > best->second)) best = it;
+// The next free range from the cursor on, and round again: what was freed is not used anew for
+// long, so that a stale pointer meets no access.
+uint64_t take(FreeRanges& free, uint64_t bytes) {
+    auto carve = [&](auto range, uint64_t from) {
+        const uint64_t start = range->first, end = start + range->second;
+        free.ranges.erase(range);
+        if (from > start) free.ranges[start] = from - start;
+        if (end > from + bytes) free.ranges[from + bytes] = end - from - bytes;
+        free.cursor = from + bytes;
+        return from;
+    };
+    auto at = free.ranges.upper_bound(free.cursor);
+    if (at != free.ranges.begin()) {
+        auto around = std::prev(at);
+        if (around->first + around->second >= free.cursor + bytes)
+            return carve(around, free.cursor);
     }
-    require(best != free.end(), CUDA_ERROR_OUT_OF_MEMORY);
-    const auto [start, length] = *best;
-    free.erase(best);
-    if (length > bytes) free[start + bytes] = length - bytes;
-    return start;
+    const size_t n = free.ranges.size();
+    for (size_t i = 0; i < n; i++, ++at) {
+        if (at == free.ranges.end()) at = free.ranges.begin();
+        if (at->second >= bytes) return carve(at, at->first);
+    }
+    throw Failure{CUDA_ERROR_OUT_OF_MEMORY};
 }
 
-void give(std::map<uint64_t, uint64_t>& free, uint64_t start, uint64_t bytes) {
+void give(FreeRanges& all, uint64_t start, uint64_t bytes) {
+    std::map<uint64_t, uint64_t>& free = all.ranges;
     auto next = free.lower_bound(start);
     if (next != free.end() && start + bytes == next->first) {
         bytes += next->second;
@@ -127,17 +138,19 @@ uint64_t Driver::allocate(uint64_t bytes) {
 }
 
 uint64_t Driver::take_arena(uint64_t bytes) {
-    const uint64_t start = take(free_arena, round_up(bytes, page) + page);
-    mprotect(reinterpret_cast<void*>(start), round_up(bytes, page), PROT_READ | PROT_WRITE);
-    return start;
+    const Range range = {take(free_arena, round_up(bytes, page) + page), round_up(bytes, page)};
+    gpu.send(Kind::open, 0, 0, {{&range, sizeof range}});
+    mprotect(reinterpret_cast<void*>(range.address), range.bytes, PROT_READ | PROT_WRITE);
+    return range.address;
 }
 
 void Driver::give_arena(uint64_t start, uint64_t bytes) {
-    const uint64_t length = round_up(bytes, page);
-    mprotect(reinterpret_cast<void*>(start), length, PROT_NONE);
+    const Range range = {start, round_up(bytes, page)};
+    mprotect(reinterpret_cast<void*>(start), range.bytes, PROT_NONE);
     fallocate(gpu.arena_file(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-              static_cast<off_t>(start - to_number(gpu.arena())), static_cast<off_t>(length));
-    give(free_arena, start, length + page);
+              static_cast<off_t>(start - to_number(gpu.arena())), static_cast<off_t>(range.bytes));
+    give(free_arena, start, range.bytes + page);
+    if (gpu.error() == CUDA_SUCCESS) gpu.send(Kind::close, 0, 0, {{&range, sizeof range}});
 }
 
 namespace {
@@ -283,7 +296,8 @@ STANDIN_API CUresult cuMemHostAlloc(void** pointer, size_t bytes, unsigned flags
         // It ends at the guard page, as nearly as its alignment allows.
         const uint64_t host =
             address + round_up(bytes, page) - round_up(bytes, allocation_alignment);
-        std::memset(reinterpret_cast<void*>(host), 0xff, bytes);
+        // The rest of a large one stays untaken, and reads as 0.
+        std::memset(reinterpret_cast<void*>(host), 0xff, std::min<size_t>(bytes, 64 << 20));
         d.pinned[host] = {bytes, host, round_up(bytes, page), address, false, {}};
         d.pinned_bytes += bytes;
         *pointer = reinterpret_cast<void*>(host);

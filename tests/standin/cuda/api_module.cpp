@@ -9,8 +9,8 @@ using namespace standin;
 
 namespace {
 
-uint32_t round_up(uint32_t n, uint32_t to) {
-    return (n + to - 1) / to * to;
+int whole_warps(int threads) {
+    return (threads + 31) / 32 * 32;
 }
 
 // A cubin runs on its own major version, from its minor version on.
@@ -203,8 +203,7 @@ STANDIN_API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, CU
             *blocks = 0;
             return CUDA_SUCCESS;
         }
-        const int by_threads =
-            threads_per_multiprocessor(capability) / static_cast<int>(round_up(threads, 32));
+        const int by_threads = threads_per_multiprocessor(capability) / whole_warps(threads);
         const int reserved = capability >= 80 ? 1024 : 0;
         const int each = static_cast<int>(f.info.reply.static_shared + shared) + reserved;
         const int by_shared =

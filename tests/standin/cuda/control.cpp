@@ -148,19 +148,16 @@ STANDIN_API uint64_t standin_calls() {
     return calls.load();
 }
 
-// The n-th call from now (1: the next) fails with the code; n = 0: none does.
 STANDIN_API void standin_fail_at(int64_t n, int code) {
     fail_code = code;
     fail_in = n;
 }
 
-// Bytes of device memory held, on all devices, without the contexts' own.
 STANDIN_API uint64_t standin_allocated() {
     std::lock_guard lock(driver().mutex);
     return driver().allocated;
 }
 
-// What is alive: streams, events, modules, graphs, executable graphs, contexts, pinned bytes.
 STANDIN_API uint64_t standin_live_objects(uint64_t* counts) {
     Driver& d = driver();
     std::lock_guard lock(d.mutex);
@@ -178,13 +175,16 @@ STANDIN_API uint64_t standin_live_objects(uint64_t* counts) {
     return sum;
 }
 
-// Ends the GPU process: the device is lost.
 STANDIN_API void standin_kill() {
     std::lock_guard lock(driver().mutex);
     driver().gpu.kill();
 }
 
-// What the last failure was, where a CUresult does not say: a crash, or a misuse.
+STANDIN_API int standin_process() {
+    std::lock_guard lock(driver().mutex);
+    return driver().gpu.process();
+}
+
 STANDIN_API const char* standin_report() {
     thread_local std::string text;
     std::lock_guard lock(driver().mutex);
@@ -193,7 +193,6 @@ STANDIN_API const char* standin_report() {
     return text.c_str();
 }
 
-// Changes "delay_us" or "seed" from now on. False for other names.
 STANDIN_API bool standin_set(const char* name, uint64_t value) {
     Driver& d = driver();
     std::lock_guard lock(d.mutex);

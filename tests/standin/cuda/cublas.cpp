@@ -9,6 +9,7 @@
 #include <mutex>
 
 #include "protocol.h"
+#include "version.h"
 
 #define CUBLAS_API extern "C" __attribute__((visibility("default")))
 
@@ -140,17 +141,17 @@ CUBLAS_API cublasStatus_t cublasDestroy_v2(cublasHandle_t handle) {
 
 CUBLAS_API cublasStatus_t cublasGetVersion_v2(cublasHandle_t handle, int* version) {
     if (!version) return CUBLAS_STATUS_INVALID_VALUE;
-    *version = STANDIN_CUDA_MAJOR * 10000 + (STANDIN_CUDA_MAJOR >= 13 ? 0 : 900);
+    *version = cuda_major * 10000 + (cuda_major >= 13 ? 0 : 900);
     if (!handle) return CUBLAS_STATUS_SUCCESS;  // as the real one, which needs none for this
     return with_handle("cublasGetVersion_v2", handle,
                        [](Handle&) { return CUBLAS_STATUS_SUCCESS; });
 }
 
-// Part 0, 1 or 2 of the version; needs no handle.
+// Needs no handle: 0, 1 and 2 ask for the major version, the minor version and the patch level.
 CUBLAS_API cublasStatus_t cublasGetProperty(int which, int* value) {
-    const int parts[] = {STANDIN_CUDA_MAJOR, STANDIN_CUDA_MAJOR >= 13 ? 0 : 9, 0};
     if (which < 0 || which > 2 || !value) return CUBLAS_STATUS_INVALID_VALUE;
-    *value = parts[which];
+    const int version[] = {cuda_major, cuda_major >= 13 ? 0 : 9, 0};
+    *value = version[which];
     return CUBLAS_STATUS_SUCCESS;
 }
 

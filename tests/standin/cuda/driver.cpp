@@ -101,11 +101,10 @@ void Driver::submit(Stream& stream, Kind kind, std::initializer_list<Part> parts
     } else if (stream.blocking) {
         follow(*stream.context->legacy);
     }
-    if (!points.empty()) {
-        gpu.send(Kind::wait, stream.slot, last[stream.slot] + 1,
+    // Counts as no operation of its own, so that the next number is the one note_use() gave.
+    if (!points.empty())
+        gpu.send(Kind::wait, stream.slot, last[stream.slot],
                  {{points.data(), points.size() * sizeof(Point)}});
-        last[stream.slot]++;
-    }
     gpu.send(kind, stream.slot, last[stream.slot] + 1, parts);
     last[stream.slot]++;
     if (module) module->uses[stream.slot] = last[stream.slot];
@@ -140,10 +139,13 @@ CUresult Driver::wait_all(std::unique_lock<std::mutex>& lock, const Context& con
 }
 
 uint32_t Driver::take_slot() {
-    // The oldest first: a destroyed stream's last operations may still run on its slot.
     require(!free_slots.empty(), CUDA_ERROR_OUT_OF_MEMORY);
-    const uint32_t slot = free_slots.front();
-    free_slots.erase(free_slots.begin());
+    // One with nothing left to do, if there is one: what a destroyed stream had queued still runs.
+    auto idle = std::find_if(free_slots.rbegin(), free_slots.rend(),
+                             [&](uint32_t slot) { return gpu.done(slot, last[slot]); });
+    const auto chosen = idle == free_slots.rend() ? free_slots.begin() : std::prev(idle.base());
+    const uint32_t slot = *chosen;
+    free_slots.erase(chosen);
     return slot;
 }
 

@@ -27,7 +27,7 @@ inline void require(bool fact, CUresult otherwise) {
     if (!fact) throw Failure{otherwise};
 }
 
-// Read from the environment by cuInit (STANDIN_*), and changed by standin_set.
+// Of the environment: standin.h explains them.
 struct Settings {
     int capability = 90;  // 10 · major + minor
     int n_devices = 1;
@@ -126,6 +126,11 @@ struct Capture {
     std::set<Stream*> streams;
 };
 
+struct FreeRanges {
+    std::map<uint64_t, uint64_t> ranges;  // address → bytes
+    uint64_t cursor = 0;                  // behind what was taken last
+};
+
 struct Context {
     int device;
     int references = 0;
@@ -188,10 +193,10 @@ struct Driver {
     std::set<std::shared_ptr<Capture>> captures;
 
     std::map<uint64_t, Allocation> memory;
-    std::map<uint64_t, uint64_t> free_memory;  // address → bytes of the device range
-    uint64_t allocated = 0;                    // bytes, on all devices
-    std::map<uint64_t, Pinned> pinned;         // by host address
-    std::map<uint64_t, uint64_t> free_arena;
+    FreeRanges free_memory;             // of the device range
+    uint64_t allocated = 0;             // bytes, on all devices
+    std::map<uint64_t, Pinned> pinned;  // by host address
+    FreeRanges free_arena;
     uint64_t pinned_bytes = 0;
 
     // ---- contexts ----
@@ -204,7 +209,6 @@ struct Driver {
     // Queues an operation, or adds it to the stream's capture.
     void submit(Stream& stream, Kind kind, std::initializer_list<Part> parts,
                 Module* module = nullptr);
-    Uses mark(Stream& stream) const { return {{stream.slot, last[stream.slot] + 1}}; }
     bool pending(const Uses& uses) const;
     CUresult wait(std::unique_lock<std::mutex>& lock, uint32_t slot);
     CUresult wait_all(std::unique_lock<std::mutex>& lock, const Context& context);

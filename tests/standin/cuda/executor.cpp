@@ -1,6 +1,7 @@
 #include "executor.h"
 
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 #include <algorithm>
 #include <csignal>
@@ -25,6 +26,7 @@ namespace standin {
 namespace {
 
 constexpr size_t stack_bytes = 64 << 10;
+constexpr size_t stack_guard = 1 << 20;
 constexpr size_t max_lanes = 1024;
 constexpr size_t max_dynamic_shared = 256 << 10;
 constexpr uint64_t canary = 0x5a5aa5a5c3c33c3c;
@@ -70,6 +72,7 @@ class Worker {
     void yield();
     char* dynamic_shared() const { return dynamic_; }
     const Execution* launch() const { return launch_; }
+    uint64_t stacks() const { return reinterpret_cast<uint64_t>(stacks_); }
 
   private:
     static void fiber_entry();
@@ -225,14 +228,15 @@ void Execution::help() {
 }
 
 Worker::Worker() {
-    void* area = mmap(nullptr, page + max_lanes * stack_bytes, PROT_READ | PROT_WRITE,
+    void* area = mmap(nullptr, stack_guard + max_lanes * stack_bytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     void* dynamic = mmap(nullptr, max_dynamic_shared + page, PROT_READ | PROT_WRITE,
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    prctl(PR_SET_TIMERSLACK, 1000);  // naps of microseconds are to be that
     if (area == MAP_FAILED || dynamic == MAP_FAILED)
         fail(CUDA_ERROR_OPERATING_SYSTEM, "no memory for the stacks of a block");
-    mprotect(area, page, PROT_NONE);
-    stacks_ = static_cast<std::byte*>(area) + page;
+    mprotect(area, stack_guard, PROT_NONE);
+    stacks_ = static_cast<std::byte*>(area) + stack_guard;
     dynamic_area_ = static_cast<char*>(dynamic);
     mprotect(dynamic_area_ + max_dynamic_shared, page, PROT_NONE);
     for (int i = max_lanes - 1; i >= 0; i--)
@@ -242,7 +246,7 @@ Worker::Worker() {
 }
 
 Worker::~Worker() {
-    munmap(stacks_ - page, page + max_lanes * stack_bytes);
+    munmap(stacks_ - stack_guard, stack_guard + max_lanes * stack_bytes);
     munmap(dynamic_area_, max_dynamic_shared + page);
 }
 
@@ -498,9 +502,12 @@ void Worker::yield() {
         launch_->spinning(1);
     }
     launch_->help();
-    // Short naps first: an answer is often near; longer ones leave the processor to the others.
-    idle_yields_++;
-    const timespec nap = {0, idle_yields_ < 64 ? 1000 : 50000};
+    // An answer is often near; if not, the processor is left to the others.
+    if (++idle_yields_ < 64) {
+        std::this_thread::yield();
+        return;
+    }
+    const timespec nap = {0, 20000};
     nanosleep(&nap, nullptr);
 }
 
@@ -529,6 +536,10 @@ std::string whereabouts() {
     if (!qi_standin_lane || !worker || !worker->launch()) return "";
     return std::string("kernel ") + worker->launch()->grid().kernel->name + ", block " +
            index_text(qi_standin_lane->block) + ", thread " + index_text(qi_standin_lane->thread);
+}
+
+bool below_stacks(uint64_t address) {
+    return worker && address < worker->stacks() && address >= worker->stacks() - stack_guard;
 }
 
 void install_signal_stack() {

@@ -6,6 +6,8 @@
 // the device would hold at a time, so that blocks may wait for one another and for the host.
 #pragma once
 
+#include <dlfcn.h>
+#include <unistd.h>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -19,9 +21,18 @@
 namespace standin {
 
 struct Module {
+    Module() = default;
+    Module(const Module&) = delete;
+    Module& operator=(const Module&) = delete;
+    ~Module() {
+        if (library) dlclose(library);
+        if (file >= 0) close(file);
+    }
+
     uint64_t id = 0;
     void* library = nullptr;
-    int file = -1;  // what library was loaded from
+    int file =
+        -1;  // open as long as it is loaded: the loader takes equal paths for equal libraries
     const QiKernel* kernels = nullptr;
     size_t tls_module = 0;  // the dynamic loader's number of its thread-local block
     size_t tls_bytes = 0;   // all __shared__ variables of the module
@@ -40,6 +51,9 @@ void run_grid(const Grid& grid, const Configuration& configuration, uint64_t see
 
 // What the calling OS thread is executing, for a report: "kernel f, block (1,0,0), thread (3,0,0)".
 std::string whereabouts();
+
+// Whether an address is where the calling OS thread's lowest stack overflows to.
+bool below_stacks(uint64_t address);
 
 // Makes the calling OS thread's faults on fiber stacks reportable.
 void install_signal_stack();

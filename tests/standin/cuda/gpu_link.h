@@ -40,6 +40,7 @@ class GpuLink {
     CUresult error();
     std::string report() const;
     void kill();
+    pid_t process() const { return pid_; }
 
     // Throws Failure with the sticky error when the GPU process is gone.
     void send(Kind kind, uint32_t stream, uint64_t sequence, std::initializer_list<Part> parts);

@@ -6,7 +6,7 @@
 #include <linux/futex.h>
 #include <poll.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <ucontext.h>
@@ -83,6 +83,8 @@ std::string describe_address(uint64_t address) {
         }
         return "device memory never allocated";
     }
+    if (address >= places.arena && address < places.arena + places.arena_bytes)
+        return "pinned host memory outside of every allocation";
     snprintf(text, sizeof text, "address %#llx, which is not of the device",
              static_cast<unsigned long long>(address));
     return text;
@@ -92,6 +94,9 @@ void on_fault(int signal, siginfo_t* info, void*) {
     switch (signal) {
         case SIGSEGV:
         case SIGBUS:
+            if (below_stacks(reinterpret_cast<uint64_t>(info->si_addr)))
+                fail(CUDA_ERROR_LAUNCH_FAILED,
+                     "a thread needs more than the stand-in's 64 KiB of stack");
             fail(CUDA_ERROR_ILLEGAL_ADDRESS,
                  "illegal access: " + describe_address(reinterpret_cast<uint64_t>(info->si_addr)));
         case SIGILL:
@@ -162,21 +167,38 @@ uint64_t mapped_bytes(const Range& range) {
     return (range.address + range.bytes + page - 1) / page * page - first_page(range);
 }
 
+// New memory reads as 0xff everywhere: NaN, and integers far outside of anything. It is mapped from
+// one small file of that, privately, so that real memory is taken only for what is written.
 void allocate(const Range& range) {
-    auto* at = reinterpret_cast<std::byte*>(first_page(range));
-    if (mprotect(at, mapped_bytes(range), PROT_READ | PROT_WRITE) != 0)
-        fail(CUDA_ERROR_OPERATING_SYSTEM, "device memory cannot be mapped");
-    std::memset(at, 0xff, mapped_bytes(range));  // NaN, and integers far outside of anything
+    constexpr uint64_t pattern_bytes = 4 << 20;
+    static const int pattern = [] {
+        const int fd = memfd_create("poison", MFD_CLOEXEC);
+        const std::vector<unsigned char> bytes(pattern_bytes, 0xff);
+        if (fd < 0 || write(fd, bytes.data(), bytes.size()) != static_cast<ssize_t>(bytes.size()))
+            fail(CUDA_ERROR_OPERATING_SYSTEM, "no memory for the pattern of new memory");
+        return fd;
+    }();
+    const uint64_t start = first_page(range), bytes = mapped_bytes(range);
+    for (uint64_t at = 0; at < bytes; at += pattern_bytes) {
+        if (mmap(reinterpret_cast<void*>(start + at), std::min(pattern_bytes, bytes - at),
+                 PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, pattern,
+                 0) == MAP_FAILED)
+            fail(CUDA_ERROR_OPERATING_SYSTEM, "device memory cannot be mapped");
+    }
     std::lock_guard lock(allocations_mutex);
     allocations[range.address] = {range.bytes, false};
 }
 
 void release(const Range& range) {
-    auto* at = reinterpret_cast<std::byte*>(first_page(range));
-    mprotect(at, mapped_bytes(range), PROT_NONE);
-    madvise(at, mapped_bytes(range), MADV_DONTNEED);
+    mmap(reinterpret_cast<void*>(first_page(range)), mapped_bytes(range), PROT_NONE,
+         MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
     std::lock_guard lock(allocations_mutex);
     allocations[range.address].freed = true;
+}
+
+void protect(const Range& range, int protection) {
+    if (mprotect(reinterpret_cast<void*>(range.address), range.bytes, protection) != 0)
+        fail(CUDA_ERROR_OPERATING_SYSTEM, "pinned memory cannot be mapped");
 }
 
 // ---- modules ----
@@ -224,15 +246,12 @@ void load_module(const std::vector<std::byte>& image) {
         module->library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
         if (!module->library) text = dlerror();
     }
-    // While it is loaded the file keeps its number: the linker takes a path for the library it has
-    // under that path already.
     module->file = fd;
     if (module->library) {
         module->kernels =
             static_cast<const QiKernel*>(dlsym(module->library, "qi_standin_kernels"));
         if (!module->kernels) text = "the module has no table of kernels";
     }
-    if (!module->kernels && fd >= 0) close(fd);
     if (module->kernels) {
         find_thread_local_block(*module);
         const SharedSizes shared = shared_sizes(image);
@@ -265,11 +284,7 @@ void load_module(const std::vector<std::byte>& image) {
 
 void unload_module(uint64_t id) {
     std::lock_guard lock(modules_mutex);
-    auto found = modules.find(id);
-    if (found == modules.end()) return;
-    dlclose(found->second->library);
-    close(found->second->file);
-    modules.erase(found);
+    modules.erase(id);
 }
 
 void serve() {
@@ -285,6 +300,12 @@ void serve() {
                 break;
             case Kind::release:
                 release(payload_as<Range>(payload));
+                break;
+            case Kind::open:
+                protect(payload_as<Range>(payload), PROT_READ | PROT_WRITE);
+                break;
+            case Kind::close:
+                protect(payload_as<Range>(payload), PROT_NONE);
                 break;
             case Kind::load_module:
                 load_module(payload);
@@ -304,14 +325,18 @@ void serve() {
 }
 
 bool start(char** arguments) {
+    rlimit files;
+    getrlimit(RLIMIT_NOFILE, &files);
+    files.rlim_cur = files.rlim_max;  // each module holds one
+    setrlimit(RLIMIT_NOFILE, &files);
     syscall(SYS_close_range, arena_fd + 1, ~0u, 0);  // the host process's files are not ours
     uint64_t* fields[] = {&places.arena, &places.arena_bytes, &places.device, &places.device_bytes,
                           &places.parent};
     for (uint64_t* field : fields)
         *field = std::strtoull(*arguments++, nullptr, 10);
     control = static_cast<Control*>(
-        map_at(places.arena, places.arena_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, arena_fd));
-    if (!control) return false;
+        map_at(places.arena, places.arena_bytes, PROT_NONE, MAP_SHARED, arena_fd));
+    if (!control || mprotect(control, control_bytes, PROT_READ | PROT_WRITE) != 0) return false;
     const bool mapped = map_at(places.device, places.device_bytes, PROT_NONE,
                                MAP_PRIVATE | MAP_ANONYMOUS, -1) != nullptr;
     control->ready.store(mapped ? 1 : 2);

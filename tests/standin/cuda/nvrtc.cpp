@@ -23,6 +23,7 @@
 
 #include "image.h"
 #include "source_scan.h"
+#include "version.h"
 
 extern char** environ;
 
@@ -55,14 +56,11 @@ struct Program {
 std::mutex programs_mutex;
 std::map<nvrtcProgram, std::unique_ptr<Program>> programs;
 
-#if STANDIN_CUDA_MAJOR >= 13
-constexpr int version_minor = 0;
-constexpr int architectures[] = {75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121};
-#else
-constexpr int version_minor = 9;
-constexpr int architectures[] = {50, 52, 53, 60, 61,  62,  70,  72,  75, 80,
-                                 86, 87, 89, 90, 100, 101, 103, 120, 121};
-#endif
+const int version_minor = cuda_major >= 13 ? 0 : 9;
+const std::vector<int> architectures =
+    cuda_major >= 13 ? std::vector{75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121}
+                     : std::vector{50, 52, 53, 60, 61,  62,  70,  72,  75, 80,
+                                   86, 87, 89, 90, 100, 101, 103, 120, 121};
 
 // Counts the call with the driver's, when the stand-in's driver is there, so that it can be told to
 // fail.
@@ -349,7 +347,7 @@ using namespace standin;
 NVRTC_API nvrtcResult nvrtcVersion(int* major, int* minor) {
     return api("nvrtcVersion", [&] {
         if (!major || !minor) return NVRTC_ERROR_INVALID_INPUT;
-        *major = STANDIN_CUDA_MAJOR;
+        *major = cuda_major;
         *minor = version_minor;
         return NVRTC_SUCCESS;
     });

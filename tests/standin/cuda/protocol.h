@@ -2,7 +2,8 @@
 //
 // Two mappings and one socket join them:
 // * the arena, a memfd mapped at one address in both: its first pages are the Control block, the
-//   rest is pinned host memory, which kernels may read and write where the host does;
+//   rest is pinned host memory, which kernels may read and write where the host does, as long as it
+//   is allocated;
 // * device memory, mapped in the GPU process alone; the host process holds its address range
 // without
 //   access, so that host code that follows a device pointer faults;
@@ -45,6 +46,8 @@ enum class Kind : uint32_t {
     // Acted on as they arrive.
     allocate,       // Range
     release,        // Range
+    open,           // Range of pages of the arena, which become pinned host memory
+    close,          // Range, the same
     load_module,    // the image; answered by ModuleReply
     unload_module,  // uint64_t id
     configure,      // Configuration

@@ -31,26 +31,19 @@ struct Outcome {
 struct Loading {
     std::mutex mutex;
     std::atomic<const Outcome*> outcome{nullptr};
+    std::atomic<pid_t> process{0};    // the one that began to load it
     std::atomic<bool> forked{false};  // this process has a copy of another one's driver
-    pid_t process = 0;                // the one that loaded it
 };
 
-// Never destroyed: handles may be released while the process runs its exit handlers.
-Loading& loading() {
-    static Loading& instance = []() -> Loading& {
-        // Setting a flag in the child makes the check on every entry a plain load. The mutex must
-        // not stay locked by a thread that the child does not have.
-        pthread_atfork([] { loading().mutex.lock(); }, [] { loading().mutex.unlock(); },
-                       [] {
-                           const Outcome* outcome =
-                               loading().outcome.load(std::memory_order_relaxed);
-                           if (outcome != nullptr && outcome->failure.empty())
-                               loading().forked.store(true, std::memory_order_relaxed);
-                           loading().mutex.unlock();
-                       });
-        return *new Loading;
-    }();
-    return instance;
+// Needs neither constructing nor destroying: handles may be released while the process runs its
+// exit handlers.
+constinit Loading loading;
+
+[[noreturn]] void refuse_fork() {
+    fail(QI_DEVICE,
+         "process %d is a fork of process %d, which had CUDA started, and CUDA does not survive a "
+         "fork: use the `spawn` start method, or fork before a GPU is used",
+         int(getpid()), int(loading.process.load()));
 }
 
 // Why a driver that was loaded sees no GPU.
@@ -107,23 +100,25 @@ std::string load(Driver& driver) {
 }  // namespace
 
 const Driver& driver() {
-    Loading& l = loading();
-    if (l.forked.load(std::memory_order_relaxed)) [[unlikely]]
-        fail(
-            QI_DEVICE,
-            "process %d is a fork of process %d, which had CUDA started, and CUDA does not survive "
-            "a fork: use the `spawn` start method, or fork before a GPU is used",
-            int(getpid()), int(l.process));
-    const Outcome* outcome = l.outcome.load(std::memory_order_acquire);
+    if (loading.forked.load(std::memory_order_relaxed)) [[unlikely]]
+        refuse_fork();
+    const Outcome* outcome = loading.outcome.load(std::memory_order_acquire);
     if (outcome == nullptr) {
-        std::lock_guard lock(l.mutex);
-        outcome = l.outcome.load(std::memory_order_relaxed);
+        // A child forked while its parent was loading has the mutex locked by nobody.
+        pid_t process = 0;
+        if (!loading.process.compare_exchange_strong(process, getpid()) && process != getpid())
+            refuse_fork();
+        std::lock_guard lock(loading.mutex);
+        outcome = loading.outcome.load(std::memory_order_relaxed);
         if (outcome == nullptr) {
             auto* made = new Outcome;
-            l.process = getpid();
             made->failure = load(made->driver);
+            // Only now: starting the driver may itself fork, to run a helper program. A flag set
+            // in the child makes the check on every entry a plain load.
+            if (made->failure.empty())
+                pthread_atfork(nullptr, nullptr, [] { loading.forked.store(true); });
             outcome = made;
-            l.outcome.store(made, std::memory_order_release);
+            loading.outcome.store(made, std::memory_order_release);
         }
     }
     if (!outcome->failure.empty()) throw Error(QI_DEVICE, outcome->failure);
@@ -131,10 +126,9 @@ const Driver& driver() {
 }
 
 const Driver* driver_if_usable() noexcept {
-    Loading& l = loading();
-    const Outcome* outcome = l.outcome.load(std::memory_order_acquire);
-    const bool usable =
-        outcome != nullptr && outcome->failure.empty() && !l.forked.load(std::memory_order_relaxed);
+    const Outcome* outcome = loading.outcome.load(std::memory_order_acquire);
+    const bool usable = outcome != nullptr && outcome->failure.empty() &&
+                        !loading.forked.load(std::memory_order_relaxed);
     return usable ? &outcome->driver : nullptr;
 }
 

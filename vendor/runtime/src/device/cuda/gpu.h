@@ -54,15 +54,12 @@ class Gpu : public std::enable_shared_from_this<Gpu> {
     CUcontext context() const { return context_; }
     // Of the whole card, whoever uses it.
     size_t free_bytes() const;
-    // Bytes and objects held through this class, for tests and accounts.
-    int64_t n_objects() const { return n_objects_.load(std::memory_order_relaxed); }
 
     // The unit's kernels, loaded unless someone has them already; see make_cubin. From any thread;
     // several threads compile several units side by side.
     std::shared_ptr<Module> module(std::string_view unit);
 
   private:
-    friend class OnGpu;
     struct KnownModule {
         std::mutex mutex;
         std::weak_ptr<Module> module;
@@ -72,7 +69,6 @@ class Gpu : public std::enable_shared_from_this<Gpu> {
     Attributes attributes_;
     CUdevice device_ = 0;
     CUcontext context_ = nullptr;
-    std::atomic<int64_t> n_objects_{0};
     std::mutex modules_mutex_;
     std::map<std::string, std::unique_ptr<KnownModule>, std::less<>> modules_;
 };
@@ -93,18 +89,16 @@ class Current {
     bool pushed_ = false;
 };
 
-// What an object on a GPU has in common: it keeps the GPU, and is counted there.
+// What an object on a GPU has in common: it keeps the GPU open.
 class OnGpu {
   public:
     const std::shared_ptr<Gpu>& gpu() const { return gpu_; }
 
   protected:
     OnGpu() = default;
-    explicit OnGpu(std::shared_ptr<Gpu> gpu) : gpu_(std::move(gpu)) { gpu_->n_objects_++; }
-    ~OnGpu() {
-        if (gpu_) gpu_->n_objects_--;
-    }
-    OnGpu(OnGpu&& other) noexcept : gpu_(std::move(other.gpu_)) {}
+    explicit OnGpu(std::shared_ptr<Gpu> gpu) : gpu_(std::move(gpu)) {}
+    ~OnGpu() = default;
+    OnGpu(OnGpu&&) noexcept = default;
     OnGpu& operator=(OnGpu&& other) noexcept {
         std::swap(gpu_, other.gpu_);
         return *this;
