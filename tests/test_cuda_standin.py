@@ -218,6 +218,52 @@ extern "C" __global__ void lined(int* out) {
     assert module.code("large", out, shared=48 * 1024 - 40000 + 64) == cu.INVALID_VALUE
 
 
+@on_standin()
+def test_threads_that_have_ended_count_as_arrived_at_barriers() -> None:
+    import client as cu
+    import numpy as np
+
+    cu.start()
+    module = cu.Module("""
+extern "C" __global__ void early(int* out, int n) {
+    __shared__ int s[96];
+    if (threadIdx.x >= n) return;
+    s[threadIdx.x] = threadIdx.x;
+    __syncthreads();
+    out[threadIdx.x] = s[n - 1 - threadIdx.x];
+}
+""")
+    out = cu.allocate(400)
+    for n in (1, 33, 96):
+        module.launch("early", out, n, block=96)
+        result = cu.download(out, np.empty(n, np.int32))
+        np.testing.assert_array_equal(result, np.arange(n)[::-1])
+
+
+def order_of_blocks() -> list[int]:
+    import client as cu
+    import numpy as np
+
+    cu.start()
+    module = cu.Module("""
+extern "C" __global__ void order(int* next, int* out) { out[atomicAdd(next, 1)] = blockIdx.x; }
+""")
+    out = cu.allocate(400)
+    module.launch("order", cu.upload(np.zeros(1, np.int32)), out, grid=100)
+    return [int(block) for block in cu.download(out, np.empty(100, np.int32))]
+
+
+@on_standin()
+def test_blocks_run_in_order() -> None:
+    assert order_of_blocks() == list(range(100))
+
+
+@on_standin(seed=9)
+def test_blocks_run_out_of_order_with_a_seed() -> None:
+    order = order_of_blocks()
+    assert sorted(order) == list(range(100)) and order != list(range(100))
+
+
 # ---- what runs beside what ----
 
 
@@ -511,3 +557,40 @@ def test_calls_that_a_capture_forbids_invalidate_it() -> None:
     cu.call("cuStreamWaitEvent", other, event, 0)
     cu.call("cuMemsetD8Async", device, cu.c_int(0), 4, other)
     cu.raises(cu.CAPTURE_UNJOINED, "cuStreamEndCapture", lane, cu.byref(cu.c_void_p()))
+
+
+@on_standin(seed=4, delay_us=500)
+def test_a_graph_replayed_late_and_in_another_order_gives_the_same() -> None:
+    test_a_captured_graph_is_replayed.program()  # type: ignore[attr-defined]
+
+
+@on_standin()
+def test_a_graph_does_not_run_on_what_is_gone() -> None:
+    import client as cu
+
+    cu.start()
+    module, lane = cu.Module(cu.SAXPY), cu.stream()
+    x, host = cu.allocate(16), cu.pinned(4)
+
+    def captured(*what: object, **launch: object) -> int:
+        graph = cu.c_void_p()
+        cu.call("cuStreamBeginCapture_v2", lane, 0)
+        if launch:
+            module.launch("saxpy", x, x, 1.0, 4, stream=lane)
+        else:
+            cu.call(*what, lane)
+        cu.call("cuStreamEndCapture", lane, cu.byref(graph))
+        return cu.made("cuGraphInstantiateWithFlags", graph, 0)
+
+    copy = captured("cuMemcpyDtoHAsync_v2", host.ctypes.data, x, 16)
+    fill = captured("cuMemsetD8Async", x, cu.c_int(0), 16)
+    kernel = captured(kernel=True)
+    cu.call("cuMemFreeHost", host.ctypes.data)
+    cu.raises(cu.ILLEGAL_ADDRESS, "cuGraphLaunch", copy, lane)
+    cu.call("cuGraphLaunch", fill, lane)
+    cu.call("cuGraphLaunch", kernel, lane)
+    cu.synchronize(lane)
+    cu.call("cuModuleUnload", module.handle)
+    cu.raises(cu.ILLEGAL_STATE, "cuGraphLaunch", kernel, lane)
+    cu.call("cuMemFree_v2", x)
+    cu.raises(cu.ILLEGAL_ADDRESS, "cuGraphLaunch", fill, lane)

@@ -170,6 +170,25 @@ def test_settings_describe_the_device() -> None:
     first = cu.start(0)  # another device's memory is its own
     assert first != context
     cu.allocate(free.value)
+    lane = cu.stream()
+    cu.call("cuCtxSetCurrent", context)
+    cu.raises(cu.INVALID_HANDLE, "cuStreamSynchronize", lane)  # a stream of the other's
+
+
+@on_standin()
+def test_a_program_can_make_its_streams_late() -> None:
+    import client as cu
+
+    cu.start()
+    lane, device = cu.stream(), cu.allocate(64)
+    assert cu.CUDA.standin_set(b"delay_us", cu.c_uint64(100_000))
+    assert cu.CUDA.standin_set(b"seed", cu.c_uint64(2))
+    assert not cu.CUDA.standin_set(b"capability", cu.c_uint64(80))
+    for _ in range(4):
+        cu.call("cuMemsetD8Async", device, cu.c_int(0), 64, lane)
+    assert cu.code_of("cuStreamQuery", lane) == cu.NOT_READY
+    assert cu.CUDA.standin_set(b"delay_us", cu.c_uint64(0))
+    cu.synchronize(lane)
 
 
 def test_visible_devices_are_chosen_as_the_driver_does() -> None:
@@ -293,11 +312,11 @@ def test_a_chosen_call_fails() -> None:
 
 
 @on_standin()
-def test_every_call_of_a_session_can_fail_without_a_leak() -> None:
+def test_every_call_of_a_program_can_fail_without_a_leak() -> None:
     import client as cu
     import numpy as np
 
-    def session() -> None:
+    def work() -> None:
         """Everything is released, whatever fails; a release that fails has released."""
         undo: list[tuple[str, object]] = []
         try:
@@ -341,7 +360,7 @@ def test_every_call_of_a_session_can_fail_without_a_leak() -> None:
         cu.CUDA.standin_fail_at(cu.ctypes.c_int64(n), cu.OUT_OF_MEMORY)
         before = cu.CUDA.standin_calls()
         try:
-            session()
+            work()
         except (cu.CudaError, AssertionError):
             failed += 1
         assert set(cu.live_objects().values()) == {0}, n
@@ -414,6 +433,24 @@ def test_use_after_free_is_named() -> None:
     module.launch("saxpy", cu.allocate(16), x, 1.0, 4, block=4)
     cu.raises(cu.ILLEGAL_ADDRESS, "cuCtxSynchronize")
     assert "freed device memory of 16 bytes" in cu.report()
+
+
+@on_standin()
+def test_freed_pinned_memory_is_out_of_a_kernels_reach() -> None:
+    import client as cu
+
+    cu.start()
+    module = cu.Module(cu.SAXPY)
+    host = cu.pinned(4, "float32")
+    address = cu.Address(host.ctypes.data)
+    host[:] = 1
+    module.launch("saxpy", address, address, 1.0, 4, block=4)
+    cu.synchronize()
+    assert host.tolist() == [2] * 4
+    cu.call("cuMemFreeHost", address)
+    module.launch("saxpy", address, address, 1.0, 4, block=4)
+    cu.raises(cu.ILLEGAL_ADDRESS, "cuCtxSynchronize")
+    assert "pinned host memory" in cu.report()
 
 
 @on_standin()
@@ -532,6 +569,24 @@ def test_programs_are_compiled_as_nvrtc_compiles_them() -> None:
     module.function("seen")
 
 
+@on_standin()
+def test_libraries_of_both_versions_are_there() -> None:
+    import client as cu
+
+    for major, minor in ((12, 9), (13, 0)):
+        nvrtc = cu.ctypes.CDLL(f"libnvrtc.so.{major}")
+        blas = cu.ctypes.CDLL(f"libcublas.so.{major}")
+        found = [cu.c_int() for _ in range(3)]
+        assert nvrtc.nvrtcVersion(cu.byref(found[0]), cu.byref(found[1])) == 0
+        assert blas.cublasGetProperty(0, cu.byref(found[2])) == 0
+        assert [value.value for value in found] == [major, minor, major]
+        assert nvrtc.nvrtcGetNumSupportedArchs(cu.byref(found[0])) == 0
+        architectures = (cu.c_int * found[0].value)()
+        assert nvrtc.nvrtcGetSupportedArchs(architectures) == 0
+        assert {75, 80, 86, 89, 90, 100, 120} <= set(architectures)
+        assert (70 in architectures) == (major == 12)
+
+
 # ---- cuBLAS ----
 
 
@@ -583,8 +638,15 @@ def test_matrix_products_in_all_orientations() -> None:
     assert gemm(0, 0, 0, lda=m - 1) == 7
     assert gemm(0, 0, 0, m=-1) == 7
     assert gemm(0, 0, 14) == 15
+    cu.CUDA.standin_fail_at(cu.ctypes.c_int64(1), cu.OUT_OF_MEMORY)
+    assert gemm(0, 0, 0) == 3
     dc = cu.allocate(n * (m + 1) * 4)  # not a number, and with beta 0 not read
+    graph = cu.c_void_p()
+    cu.call("cuStreamBeginCapture_v2", lane, 0)
     assert gemm(1, 1, 0) == 0
+    cu.call("cuStreamEndCapture", lane, cu.byref(graph))
+    assert np.isnan(cu.download(dc, np.empty((n, m + 1), np.float32))).all()
+    cu.call("cuGraphLaunch", cu.made("cuGraphInstantiateWithFlags", graph, 0), lane)
     cu.synchronize(lane)
     assert np.isfinite(cu.download(dc, np.empty((n, m + 1), np.float32))[:, :m]).all()
     assert blas.cublasDestroy_v2(handle) == 0
