@@ -6,7 +6,6 @@ tolerance, which is that of rounding the same quantities in another order.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import statistics
 import sys
@@ -66,12 +65,13 @@ class Settings:
     golden: str = ""
     model: str = ""  # a file to measure,
     title: str = ""  # what to call it,
+    sparsity: str = "off"  # how to compute it,
     budget_share: float = 1.0  # of its size; 1: no limit
     bandwidth: float = 0.0  # bytes per second, 0: not known
     n_prompt: int = 512
-    n_generate: int = 64
+    n_generate: int = 32
     rounds: int = 5
-    seconds: float = 15.0  # no further round begins after so many
+    seconds: float = 10.0  # no further round begins after so many
 
     @property
     def device(self) -> str:
@@ -143,7 +143,8 @@ def kernels(settings: Settings) -> Iterator[Result]:
             f"error {test.error:.2g} of {test.tolerance:g}, {test.n_values} values, "
             f"{test.seconds:.2f} s"
         )
-        values = dataclasses.asdict(test) | {"error": min(test.error, sys.float_info.max)}
+        error = min(test.error, sys.float_info.max)  # JSON knows no infinity
+        values = {"error": error, "n_values": test.n_values, "seconds": test.seconds}
         yield judged("kernels", test.name, test.passed, detail, **values)
 
 
@@ -179,7 +180,8 @@ def compare_texts(cpu: Model, gpu: Model, prompt: str, n: int, tolerance: float)
     differing = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
     if not differing:
         same = len(ours) == len(theirs) > 0
-        return judged("golden", name, same, f"the same {len(ours)} tokens")
+        detail = f"the same {len(ours)} tokens" if same else f"{len(ours)} and {len(theirs)} tokens"
+        return judged("golden", name, same, detail)
     first = differing[0]
     start = cpu.tokenizer.encode(prompt)
     with cpu.context() as context:
@@ -245,9 +247,10 @@ def properties(settings: Settings) -> Iterator[Result]:
 def compare_shares(settings: Settings, path: Path, type_name: str) -> Iterator[Result]:
     """All, half or none of the neurons on the GPU; tokens one by one and together."""
     options: dict[str, Any] = {"n_ctx": 64, "sparsity": "off"}
-    steps = (1, len(TOKENS))
-    with Model(path, device="cpu", **options) as cpu, cpu.context() as context:
-        expected = {step: logits_of(context, step) for step in steps}
+    # The mode, and how many tokens at a time.
+    cases: list[tuple[Any, int]] = [("off", 1), ("predict", 1), ("off", len(TOKENS))]
+    with Model(path, device="cpu", **options) as cpu:
+        expected = {case: logits_in(cpu, *case) for case in cases}
     for share in ("whole", "half", "none"):
         split: Any = "none" if share == "none" else "auto"
         with Model(path, device=settings.device, gpu_split=split, **options) as gpu:
@@ -256,19 +259,28 @@ def compare_shares(settings: Settings, path: Path, type_name: str) -> Iterator[R
                 assert offload is not None
                 for layer in range(gpu.info.n_layer):
                     offload.choose_neurons(layer, np.arange(0, gpu.info.n_ff, 2, dtype=np.int32))
-            with gpu.context(n_batch=32) as context:
-                errors = {s: error_of(logits_of(context, s), expected[s]) for s in steps}
-                placement = gpu.placement
+            errors = [error_of(logits_in(gpu, *case), expected[case]) for case in cases]
+            placement = gpu.placement
         assert placement is not None
         n_all = gpu.info.n_layer * gpu.info.n_ff
         n_wanted = {"whole": n_all, "half": n_all // 2, "none": 0}[share]
-        limits = {step: PROMPT_TOLERANCE if step > 1 else FLOAT_TOLERANCE for step in steps}
+        limits = [PROMPT_TOLERANCE if step > 1 else FLOAT_TOLERANCE for _, step in cases]
         if type_name not in ("f32", "f16"):
-            limits = dict.fromkeys(steps, QUANTISED_TOLERANCE)
-        passed = placement.n_neurons == n_wanted and all(errors[s] <= limits[s] for s in steps)
-        detail = ", ".join(f"{s} at a time: {errors[s]:.1e} of {limits[s]:g}" for s in steps)
-        detail += f"; {placement.n_neurons} of {n_all} neurons there"
-        yield judged("properties", f"{type_name}, {share}", passed, detail, errors=errors)
+            limits = [QUANTISED_TOLERANCE] * len(cases)
+        within = [error <= limit for error, limit in zip(errors, limits, strict=True)]
+        passed = placement.n_neurons == n_wanted and all(within)
+        words = [
+            f"{mode}, {step} at a time: {error:.1e} of {limit:g}"
+            for (mode, step), error, limit in zip(cases, errors, limits, strict=True)
+        ]
+        words.append(f"{placement.n_neurons} of {n_all} neurons there")
+        yield judged("properties", f"{type_name}, {share}", passed, "; ".join(words), errors=errors)
+
+
+def logits_in(model: Model, mode: Any, step: int) -> npt.NDArray[np.float32]:
+    """Logits by a context of its own, in a mode of sparsity."""
+    with model.context(sparsity=mode, n_batch=32) as context:
+        return logits_of(context, step)
 
 
 def replayed(settings: Settings, path: Path) -> Result:
@@ -340,7 +352,10 @@ def speed(settings: Settings) -> Iterator[Result]:
     share = "whole" if budget is None else f"{settings.budget_share:.0%}"
     name = f"{settings.title}, {share}"
     n_ctx = settings.n_prompt + settings.n_generate
-    options: dict[str, Any] = {"device": settings.device, "vram_budget": budget, "n_ctx": n_ctx}
+    options: dict[str, Any] = {
+        "device": settings.device, "vram_budget": budget, "n_ctx": n_ctx,
+        "sparsity": settings.sparsity,
+    }  # fmt: skip
     begin = time.perf_counter()
     try:
         with (
@@ -385,7 +400,7 @@ def timed_rounds(
 ) -> tuple[list[float], list[float], float]:
     """Tokens per second of prompts and of generating, by round, and bytes read per token.
 
-    One more round comes first and is not counted.
+    A shorter round comes first and is not counted.
     """
     n_vocab = context.model_info.n_vocab
     tokens = np.random.default_rng(0).integers(0, n_vocab, settings.n_prompt)
@@ -394,6 +409,7 @@ def timed_rounds(
     for number in range(-1, settings.rounds):
         if number > 0 and time.perf_counter() - begin > settings.seconds:
             break
+        n_generate = settings.n_generate if number >= 0 else min(settings.n_generate, 8)
         sampler = Sampler(n_vocab, Sampling(temperature=0))
         context.truncate(0)
         start = time.perf_counter()
@@ -402,12 +418,12 @@ def timed_rounds(
         token = context.sample(sampler)
         context.reset_stats()
         generation_start = time.perf_counter()
-        for _ in range(settings.n_generate):
+        for _ in range(n_generate):
             (token,) = context.step([token], [sampler])
         end = time.perf_counter()
         if number >= 0:
             prompt.append(settings.n_prompt / (prompt_end - start))
-            generation.append(settings.n_generate / (end - generation_start))
+            generation.append(n_generate / (end - generation_start))
     stats = context.stats()
     return prompt, generation, stats.weight_bytes_read / stats.n_generated_tokens
 

@@ -1,0 +1,167 @@
+"""tools/gpu_check.py on the stand-in: what it finds and writes, and that it can fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gpu_check
+import pytest
+
+import cuda_standin
+from cuda_standin import on_standin
+from qinfer import ArgumentError, DeviceError, _cuda
+
+TOOL = Path(gpu_check.__file__)
+LLAMA_BENCH = """\
+#!/bin/sh
+echo '[{"n_prompt": 8, "n_gen": 0, "samples_ts": [10.0, 30.0, 20.0]},
+       {"n_prompt": 0, "n_gen": 2, "samples_ts": [1.0, 2.0, 3.0]}]'
+"""
+POWERINFER = """\
+#!/bin/sh
+echo 'prompt eval time =  1000.00 ms /     8 tokens' >&2
+echo '       eval time =  2000.00 ms /     3 runs' >&2
+"""
+# Compiles kernels that add one too much in `qi_add`.
+BROKEN_COMPILER = """\
+#!/bin/sh
+for word; do
+    case "$word" in
+        */in) sed -i 's/a\\[i\\] += b\\[i\\];/a[i] += b[i] + 1.0f;/' "$word"/norm.cu ;;
+    esac
+done
+exec c++ "$@"
+"""
+
+
+def run_check(
+    *words: object, variables: dict[str, str] | None = None, **settings: object
+) -> subprocess.CompletedProcess[str]:
+    environment = cuda_standin.environment(**settings)
+    environment["QINFER_CACHE_DIR"] = str(cuda_standin.FOLDER / "qinfer-cache")
+    return subprocess.run(
+        [sys.executable, str(TOOL), "--quick", *map(str, words)],
+        env=environment | (variables or {}),
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def program(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def test_everything_in_small(tmp_path: Path) -> None:
+    """Each part answers, as JSON and in the table; peers' output is understood."""
+    output = tmp_path / "out.jsonl"
+    done = run_check(
+        "--word", "add ", "--types", "f16", "--shares", "1,0.5", "--output", output,
+        "--llama-bench", program(tmp_path / "llama-bench", LLAMA_BENCH),
+        "--powerinfer-main", program(tmp_path / "main", POWERINFER),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    found = {(result["part"], result["name"]): result for result in results}
+    assert found["card", "what it is"]["values"]["card"] == "Stand-in GPU 0"
+    assert found["card", "bandwidth"]["values"]["bandwidth"] > 0
+    assert sum(part == "kernels" for part, _ in found) == len(
+        [name for name in _cuda.self_test_names() if "add " in name]
+    )
+    assert found["golden", "stories260K.F32.gguf: Once upon a time"]["status"] == "passed"
+    for share in ("whole", "half", "none"):
+        assert found["properties", f"f32, {share}"]["status"] == "passed"
+    for kind in ("sparse", "dense"):
+        for share in ("whole", "50%"):
+            values = found["speed", f"{kind} F16, {share}"]["values"]
+            assert 0 < values["used_bytes"] <= values["budget_bytes"]
+            assert values["bytes_per_token"] > 0
+            assert values["share"] > 0
+    sparse, dense = (found["speed", f"{kind} F16, whole"]["values"] for kind in ("sparse", "dense"))
+    assert (sparse["sparsity"], dense["sparsity"]) == ("predict", "off")
+    assert sparse["bytes_per_token"] < dense["bytes_per_token"]
+    table = done.stdout.partition("\nchecks ")[2]
+    assert re.search(r"^kernels +7 +0 +0$", table, re.MULTILINE)
+    assert re.search(r"^sparse F16, 50% +[\d.]+ +[\d.]+ +\d+ +\d+% +[\d.]+$", table, re.MULTILINE)
+    assert re.search(r"^llama.cpp, dense F16, whole +20.0 +2.0$", table, re.MULTILINE)
+    assert re.search(r"^PowerInfer, sparse F16, 50% +8.0 +1.5$", table, re.MULTILINE)
+    assert "\n0 failed on Stand-in GPU 0, compute capability 9.0" in table
+
+
+def test_a_wrong_kernel_is_found(tmp_path: Path) -> None:
+    variables = {
+        "STANDIN_CXX": str(program(tmp_path / "compiler", BROKEN_COMPILER)),
+        "STANDIN_CACHE": str(tmp_path / "kernels"),
+        "QINFER_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    done = run_check("--word", "add 3", "--parts", "kernels", variables=variables)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"^FAILED kernels add 31: error [\de+]+ of 1, 372 values", done.stdout, re.M)
+    assert re.search(r"^kernels +0 +1 +0$", done.stdout, re.MULTILINE)
+
+
+def test_without_a_gpu_nothing_else_is_tried() -> None:
+    done = run_check(devices=0)
+    assert done.returncode == 1
+    assert "FAILED card all of it: DeviceError" in done.stdout
+    assert "1 failed" in done.stdout
+
+
+def test_no_such_self_test_is_a_failure() -> None:
+    done = run_check("--word", "nothing", "--parts", "kernels")
+    assert done.returncode == 1
+    assert "no name contains 'nothing'" in done.stdout
+
+
+def results_of(code: str, seconds: float) -> list[Any]:
+    command = [sys.executable, "-c", code]
+    return list(gpu_check.results_of("part", command, seconds, gpu_check.own_status))
+
+
+def test_a_part_that_hangs_is_ended_and_what_it_found_is_kept() -> None:
+    said = json.dumps({"part": "part", "name": "first", "status": "passed"})
+    code = f"import os, time; print({said!r}, flush=True); print(os.getpid(), flush=True)\n"
+    begin = time.monotonic()
+    first, last = results_of(code + "time.sleep(100)", 2)
+    assert time.monotonic() - begin < 20
+    assert (first.name, first.status) == ("first", "passed")
+    assert (last.status, last.detail) == ("failed", "took longer than 2 s")
+
+
+def test_a_part_that_crashes_says_its_last_words() -> None:
+    (last,) = results_of("import os, sys; print('ouch', file=sys.stderr); sys.exit(3)", 20)
+    assert (last.status, last.detail) == ("failed", "ended with status 3: ouch")
+    (last,) = results_of("import os; os.abort()", 20)
+    assert (last.status, last.detail) == ("failed", "ended with status -6")
+
+
+@on_standin()
+def test_numbers_of_self_tests_are_checked() -> None:
+    n = len(_cuda.self_test_names())
+    for number in (-1, n, 2**31 - 1):
+        with pytest.raises(ArgumentError, match=f"there is no self-test {number}"):
+            list(_cuda.self_tests(0, [number]))
+    with pytest.raises(DeviceError):
+        next(_cuda.self_tests(7))
+    with pytest.raises(ArgumentError, match="n_bytes is 0"):
+        _cuda.copy_bandwidth(0, 0)
+
+
+def test_a_self_test_that_cannot_run_has_a_problem() -> None:
+    code = (
+        "import ctypes; from qinfer import _cuda; tests = _cuda.self_tests(0); next(tests);"
+        "ctypes.CDLL('libcuda.so.1').standin_kill(); print(next(tests))"
+    )
+    cache = str(cuda_standin.FOLDER / "qinfer-cache")
+    path = os.pathsep.join(filter(None, sys.path))
+    done = cuda_standin.run_program(code, variables={"QINFER_CACHE_DIR": cache, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    assert "passed=False" in done.stdout
+    assert "problem=''" not in done.stdout
