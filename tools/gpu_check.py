@@ -350,8 +350,8 @@ def run_powerinfer(
     if share < 1:
         main.command += ["--vram-budget", f"{share * model.stat().st_size / 2**30:.3f}"]
     timings = main.run(settings.n_prompt, settings.n_generate + 1)
-    rates = {what: n / seconds for what, (n, seconds) in timings.items() if what != "cpu"}
-    return rates["prompt eval"], rates["eval"], " ".join(main.command[3:])
+    prompt, generation = (n / seconds for n, seconds in (timings["prompt eval"], timings["eval"]))
+    return prompt, generation, " ".join(main.command[3:])
 
 
 def run_llama_bench(
