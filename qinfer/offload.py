@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _cuda
 from ._files import StrPath
 from ._native import Handle, check, ffi, lib, new_error, text
 from ._sizes import parse_size
-from .activation import read_activations
 from .errors import ArgumentError, DeviceError
-from .gpu_index import GpuIndex
 
 if TYPE_CHECKING:
     from ._weights import Weights
@@ -69,6 +68,7 @@ class Offload:
     """A model's share on a GPU. Closing it, or the model, gives the memory back."""
 
     def __init__(self, weights: Weights, device: str, budget: int | None) -> None:
+        _cuda.configure()
         out = ffi.new("qi_offload **")
         error = new_error()
         n_bytes = -1 if budget is None else min(budget, 2**63 - 1)
@@ -151,10 +151,12 @@ def offload(
     device: str,
     vram_budget: float | str | None = None,
     gpu_split: GpuSplit = "auto",
+    kv_type: str = "f16",
 ) -> Offload | None:
     """A model's share on the device asked for; None where it is the processor's alone.
 
-    With "auto" a GPU is used when one can be, and the log says why one is not.
+    With "auto" a GPU is used when one can be and its kernels agree with the processor's, and the
+    log says why one is not.
 
     Raises:
         ArgumentError: the device is not known, the budget is not a size, or the split is that of
@@ -175,8 +177,16 @@ def offload(
     if kind == "auto":
         try:
             share = Offload(weights, "cuda", budget)
+            from . import _cuda_check
+
+            types = {tensor.type for tensor in weights.file.tensors} | {kv_type}
+            wrong = _cuda_check.problem(types)
         except DeviceError as error:
             logger.info("no GPU is used: %s", error)
+            return None
+        if wrong:
+            share.close()
+            logger.warning("no GPU is used, because it computes wrong: %s", wrong)
             return None
     else:
         share = Offload(weights, device, budget)
@@ -186,6 +196,9 @@ def offload(
 
 def _split(share: Offload, weights: Weights, gpu_split: GpuSplit) -> None:
     """Tells the runtime which neurons to prefer."""
+    from .activation import read_activations
+    from .gpu_index import GpuIndex
+
     info = weights.info
     if gpu_split == "none":
         for layer in range(info.n_layer):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def compare(
     found: dict[str, Any] = {}
     for share in shares:
         split = "none" if share == "none" else "auto"
-        with Model(path, device="cuda", gpu_split=split, **options) as gpu:
+        with Model(path, device="cuda", vram_budget="900MiB", gpu_split=split, **options) as gpu:
             if share == "half":
                 _keep_half(gpu)
             found[share] = {}
@@ -123,6 +124,29 @@ def replayed(path: str) -> dict[str, Any]:
             rows.append([float(x) for x in context.logits])
         _cuda().standin_live_objects(counts)
     return {"rows": rows, "n_graphs": int(counts[4])}
+
+
+def counted(path: str) -> dict[str, list[Any]]:
+    """What one context counts, on the processor, on the GPU, and on both together."""
+    found: dict[str, list[Any]] = {}
+    for name, device, budget in (
+        ("cpu", "cpu", None),
+        ("gpu", "cuda", None),
+        ("both", "cuda", "12MiB"),
+    ):
+        with (
+            Model(path, device=device, vram_budget=budget, n_ctx=64, sparsity="predict") as model,
+            model.context(n_batch=32) as context,
+        ):
+            context.feed(TOKENS[:12])
+            for token in TOKENS[12:]:
+                context.feed([token], generated=True)
+            stats = context.stats()
+            found[name] = [stats.weight_bytes_read] + [
+                [layer.n_tokens, layer.n_active, layer.n_predicted, layer.n_bytes]
+                for layer in stats.layers
+            ]
+    return found
 
 
 def budgets(path: str, sizes: list[str]) -> list[dict[str, Any]]:
@@ -260,3 +284,35 @@ def automatic(path: str) -> dict[str, Any]:
     with Model(path, n_ctx=64) as model:
         placement = model.placement
         return {"log": lines, "device": None if placement is None else placement.device}
+
+
+def distrusted(path: str, cache: str) -> list[Any]:
+    """What "auto" does with a GPU one of whose kernel tests fails, twice; and what "cuda" does."""
+    import os
+
+    from qinfer import _cuda, _cuda_check
+
+    kernels = os.environ["QINFER_CACHE_DIR"]
+    _cuda.configure()
+    os.environ["QINFER_CACHE_DIR"] = cache
+    true_tests = _cuda.self_tests
+
+    def one_fails(number: int, numbers: list[int]) -> Any:
+        for count, test in enumerate(true_tests(number, numbers)):
+            yield test if count else replace(test, passed=False, error=7.0)
+
+    _cuda_check._cuda.self_tests = one_fails  # type: ignore[assignment]
+    lines = _log()
+    found: list[Any] = []
+    for _ in range(2):
+        lines.clear()
+        with Model(path, n_ctx=64) as model:
+            placement = model.placement
+            found.append(
+                {"log": list(lines), "device": None if placement is None else placement.device}
+            )
+    with Model(path, n_ctx=64, device="cuda") as model:
+        assert model.placement is not None
+        found.append(model.placement.device)
+    os.environ["QINFER_CACHE_DIR"] = kernels
+    return found

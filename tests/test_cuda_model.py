@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import cuda_standin
+from cuda_cases import N_TOKENS
 from test_sparsity import CASES, QUANTISED, Case
 
 DATA = Path(__file__).parent / "data"
@@ -117,6 +118,17 @@ def test_budgets() -> None:
     assert any(0 < row["n_neurons"] < 6 * 768 for row in kept)
 
 
+def test_counters() -> None:
+    """Both count the same neurons and bytes, but for predictions at the threshold."""
+    found = on_gpu("counted", STORIES)
+    for name in ("gpu", "both"):
+        assert found[name][0] == pytest.approx(found["cpu"][0], rel=1e-3)
+        for mine, expected in zip(found[name][1:], found["cpu"][1:], strict=True):
+            assert mine[0] == expected[0] == N_TOKENS - 12
+            # Prompts that the host shares are read once for a few tokens: bytes differ there.
+            assert mine[1:3] == pytest.approx(expected[1:3], rel=5e-3)
+
+
 def test_texts() -> None:
     """Both tell the published story."""
     first, second = on_gpu("texts", DATA / "stories260K.F32.gguf", "Once upon a time", 60)
@@ -155,3 +167,13 @@ def test_auto_uses_a_gpu_that_is_there(tmp_path: Path) -> None:
     hidden = on_gpu("automatic", DATA / "stories260K.F32.gguf", devices=0)
     assert hidden["device"] is None
     assert sum("no GPU is used" in line for line in hidden["log"]) == 1
+
+
+def test_auto_uses_no_gpu_that_computes_wrong(tmp_path: Path) -> None:
+    """It is found out once, and remembered for the card."""
+    broken, again, explicit = on_gpu("distrusted", DATA / "stories260K.F32.gguf", tmp_path)
+    assert broken["device"] is None
+    assert sum("computes wrong: 1 of" in line for line in broken["log"]) == 1
+    assert again["device"] is None
+    assert not any("holding its kernels" in line for line in again["log"])
+    assert explicit == "Stand-in GPU 0 (cuda:0)"

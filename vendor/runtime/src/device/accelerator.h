@@ -34,6 +34,9 @@ class Accelerator {
     virtual ~Accelerator() = default;
 
     virtual std::string name() const = 0;  // "NVIDIA H100 80GB HBM3 (cuda:0)"
+    // Makes ready for weights and keys of these types. What is free then can all be given away:
+    // without a budget of its own, that is the budget from then on.
+    virtual void prepare(std::span<const Type> weight_types, Type kv_type) = 0;
     virtual size_t budget() const = 0;
     virtual size_t used() const = 0;
 
@@ -56,8 +59,8 @@ class Accelerator {
     virtual std::unique_ptr<Device> make_device(const DeviceNeeds& needs, Device& host) = 0;
 };
 
-// device: "cuda" or "cuda:N". budget: bytes, or none for what is free less a reserve. Throws
-// QI_DEVICE naming what is missing.
+// device: "cuda" or "cuda:N". budget: bytes, or none for all that is free once the kernels are
+// loaded. Throws QI_DEVICE naming what is missing.
 std::unique_ptr<Accelerator> make_accelerator(const std::string& device,
                                               std::optional<size_t> budget);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 
 #include "base/error.h"
 #include "base/log.h"
@@ -48,12 +49,32 @@ void Offload::count_neurons(int64_t layer, std::vector<float> counts) {
     split_.counts[size_t(layer)] = std::move(counts);
 }
 
+namespace {
+
+std::vector<Type> weight_types(const Model& model) {
+    std::set<Type> types{model.head().weight.type};
+    for (const Layer& layer : model.layers()) {
+        for (const Linear* linear : {&layer.qkv, &layer.q, &layer.k, &layer.v, &layer.attn_output,
+                                     &layer.ffn.gate, &layer.ffn.up, &layer.ffn.down})
+            if (linear->weight.data) types.insert(linear->weight.type);
+        if (!layer.ffn.predictor) continue;
+        types.insert(layer.ffn.predictor->fc1.weight.type);
+        types.insert(layer.ffn.predictor->fc2.weight.type);
+    }
+    return {types.begin(), types.end()};
+}
+
+}  // namespace
+
 Offload::Part Offload::make_part(const DeviceNeeds& needs, Device& host) {
     const std::lock_guard lock(mutex_);
     if (!placement_) {
+        accelerator_->prepare(weight_types(*model_), needs.kv.type);
         Placement placement = place(*model_, *accelerator_, needs, split_);
         keep(*model_, placement, *accelerator_);
         placement_ = std::move(placement);
+        log(LogLevel::info, format("%s keeps %s", accelerator_->name().c_str(),
+                                   describe(*placement_, *model_, *accelerator_).c_str()));
     }
     DeviceNeeds of_part = needs;
     of_part.kv.n_layer = placement_->n_layers;

@@ -11,19 +11,29 @@ class CudaAccelerator final : public Accelerator {
   public:
     CudaAccelerator(int ordinal, std::optional<size_t> budget) {
         share_.gpu = Gpu::open(ordinal);
-        const Current current(*share_.gpu);
         share_.kernels = std::make_shared<Kernels>(share_.gpu);
-        share_.kernels->load_common_kernels();
-        share_.budget = std::make_shared<Budget>(budget ? *budget : share_.gpu->free_bytes());
-        share_.weights = std::make_shared<Weights>(share_.gpu, share_.budget);
+        if (budget) take_budget(*budget);
     }
 
     std::string name() const override {
         const Gpu::Attributes& gpu = share_.gpu->attributes();
         return format("%s (cuda:%d)", gpu.name.c_str(), gpu.ordinal);
     }
-    size_t budget() const override { return share_.budget->limit_bytes(); }
-    size_t used() const override { return share_.budget->used_bytes(); }
+    size_t budget() const override {
+        return share_.budget ? share_.budget->limit_bytes() : share_.gpu->free_bytes();
+    }
+    size_t used() const override { return share_.budget ? share_.budget->used_bytes() : 0; }
+
+    void prepare(std::span<const Type> weight_types, Type kv_type) override {
+        const Current current(*share_.gpu);
+        share_.kernels->load_common_kernels();
+        // Code takes memory, too; under a budget it is not counted, and loaded when first used.
+        if (share_.budget) return;
+        for (const Type type : weight_types)
+            share_.kernels->load_weight_kernels(type);
+        share_.kernels->load_kv_kernels(kv_type);
+        take_budget(share_.gpu->free_bytes());
+    }
 
     size_t bytes_of(const Linear& linear) const override { return Weights::bytes_of(linear); }
     size_t bytes_of(const Norm& norm) const override { return Weights::bytes_of(norm); }
@@ -49,6 +59,11 @@ class CudaAccelerator final : public Accelerator {
     }
 
   private:
+    void take_budget(size_t n_bytes) {
+        share_.budget = std::make_shared<Budget>(n_bytes);
+        share_.weights = std::make_shared<Weights>(share_.gpu, share_.budget);
+    }
+
     GpuShare share_;
 };
 

@@ -127,10 +127,11 @@ class CudaDevice final : public Device {
         const FeedForward* ffn = nullptr;
         const DeviceFfn* kept = nullptr;
         FfnCounters* counters = nullptr;
-        uint64_t n_tokens = 0;  // under a rule other than `all`
-        uint64_t n_steps = 0;   // that predicted
-        uint64_t n_gates = 0;   // groups of tokens that looked at every neuron kept,
-        uint64_t n_whole = 0;   // and those that computed it
+        uint64_t n_tokens = 0;             // under a rule other than `all`
+        uint64_t n_steps = 0;              // that predicted
+        uint64_t n_gates = 0;              // groups of tokens that looked at every neuron kept,
+        uint64_t n_whole = 0;              // and those that computed it
+        uint64_t n_predicted_of_host = 0;  // predicted neurons that the host keeps
     };
     void add_tally(const Tally& more);
     std::vector<Tally> tallies_;

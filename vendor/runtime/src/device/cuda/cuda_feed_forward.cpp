@@ -56,7 +56,7 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
         tally.n_gates += gates;
         tally.n_whole += whole;
     }
-    add_tally(tally);
+    if (kept.n_slots() > 0) add_tally(tally);  // else the host counts everything
     if (predicting) predict(ffn, kept, batch);
     // The host begins while the GPU computes.
     if (!kept.whole()) send_to_host(kept, batch, predicting);
@@ -253,8 +253,9 @@ void CudaDevice::collect_counters() {
         const size_t other_rows = (ffn.gated ? ffn.up.weight.row_bytes : 0) +
                                   (ffn.down_by_neuron ? ffn.down.weight.row_bytes : 0);
         const auto n_slots = uint64_t(tally.kept->n_slots());
-        counters.n_bytes += (tally.n_gates * n_slots + n_predicted) * first_row +
-                            (tally.n_whole * n_slots + n_active) * other_rows;
+        counters.n_bytes +=
+            (tally.n_gates * n_slots + n_predicted - tally.n_predicted_of_host) * first_row +
+            (tally.n_whole * n_slots + n_active) * other_rows;
         if (ffn.predictor)
             counters.n_bytes +=
                 tally.n_steps * (bytes_of(ffn.predictor->fc1) + bytes_of(ffn.predictor->fc2));
@@ -297,8 +298,11 @@ void CudaDevice::add_of_host(const FeedForward& ffn, const DeviceFfn& kept, cons
     host_.begin(batch_);
     host_.feed_forward(ffn, of_host, out);
     // Tokens and predictions are counted with the GPU's.
-    batch.counters->n_active += of_host_.n_active;
-    batch.counters->n_bytes += of_host_.n_bytes;
+    if (kept.n_slots() > 0) {
+        batch.counters->n_active += of_host_.n_active;
+        batch.counters->n_bytes += of_host_.n_bytes;
+        tallies_[kept.index].n_predicted_of_host += of_host_.n_predicted;
+    }
     stream_.copy_to_device(other_, out, bytes);
     share_.kernels->add(stream_, other_, batch_.n_tokens, needs_.n_embd, address(y));
 }
@@ -312,6 +316,7 @@ void CudaDevice::add_tally(const Tally& more) {
     tally.n_tokens += more.n_tokens;
     tally.n_steps += more.n_steps;
     tally.n_gates += more.n_gates;
+    tally.n_predicted_of_host += more.n_predicted_of_host;
     tally.n_whole += more.n_whole;
 }
 

@@ -222,12 +222,15 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
     // The rows of threads are added in order, head by head.
     const i64 stride = head_dim + 2;
     f32* partial = a.partial + (i64(token) * a.n_head + first_head) * a.max_runs * stride;
+    for (int h = 0; h < n_heads; ++h) {
+        // Registers have no index: all heads are looked through for this one.
 #pragma unroll
-    for (int h = 0; h < heads; ++h) {
-        if (h >= n_heads) break;
+        for (int known = 0; known < heads; ++known) {
+            if (known != h) continue;
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-            room.sums[threadIdx.x * 8 + i] = acc[h][i];
+            for (int i = 0; i < 8; ++i)
+                room.sums[threadIdx.x * 8 + i] = acc[known][i];
+        }
         __syncthreads();
         f32* part = partial + (i64(h) * a.max_runs + int(blockIdx.x)) * stride;
         for (int d = int(threadIdx.x); d < head_dim; d += n_threads) {

@@ -30,6 +30,7 @@ QI_DEVICE void down_rows(const u8* rows, i64 row_stride, int n_cols, const i32* 
     const int begin = bounds ? bounds[run] : int(i64(n_neurons) * run / last_run);
     const int end = bounds ? bounds[run + 1] : int(i64(n_neurons) * (run + 1) / last_run);
 
+    const u8* first_row = rows + i64(begin < end && slots ? slots[begin] : 0) * row_stride;
     f32 acc[n_columns][8];
 #pragma unroll
     for (int c = 0; c < n_columns; ++c)
@@ -52,19 +53,15 @@ QI_DEVICE void down_rows(const u8* rows, i64 row_stride, int n_cols, const i32* 
             }
             row[u] = rows + i64(slots ? slots[at] : at) * row_stride;
         }
-        // A row that no token wants is not read: the one before stands in, or is a copy in cache.
+        // All loads before the first use. The run's first row stands in for one that no token
+        // wants: it comes from L2, and its products are left out.
 #pragma unroll
         for (int u = 0; u < rows_ahead; ++u) {
             bool any = false;
 #pragma unroll
             for (int c = 0; c < n_columns; ++c)
                 any = any || factors[u][c] != 0.0f;
-            if (any)
-                type.decode8(row[u], safe_chunk, w[u]);
-            else
-#pragma unroll
-                for (int i = 0; i < 8; ++i)
-                    w[u][i] = 0.0f;
+            type.decode8(any ? row[u] : first_row, safe_chunk, w[u]);
         }
 #pragma unroll
         for (int u = 0; u < rows_ahead; ++u)
