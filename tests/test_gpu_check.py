@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_check
+import pytest
 
 import cuda_standin
 from qinfer import _cuda
@@ -86,6 +87,10 @@ def test_everything_in_small(tmp_path: Path) -> None:
     sparse, dense = (found["speed", f"{kind} F16, whole"]["values"] for kind in ("sparse", "dense"))
     assert (sparse["sparsity"], dense["sparsity"]) == ("predict", "off")
     assert sparse["bytes_per_token"] < dense["bytes_per_token"]
+    # A token of a dense model reads the same wherever its neurons are.
+    part = found["speed", "dense F16, 50%"]["values"]
+    assert (dense["n_neurons"], part["n_neurons"]) == (4 * 1024, 0)
+    assert dense["bytes_per_token"] == pytest.approx(part["bytes_per_token"])
     table = done.stdout.partition("\nchecks ")[2]
     assert re.search(r"^kernels +7 +0 +0$", table, re.MULTILINE)
     assert re.search(r"^sparse F16, 50% +[\d.]+ +[\d.]+ +\d+ +\d+% +[\d.]+$", table, re.MULTILINE)
