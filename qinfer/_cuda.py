@@ -187,14 +187,14 @@ def self_tests(device: int = 0, numbers: Iterable[int] | None = None) -> Iterato
     of that number.
     """
     gpu = _open(device)
-    names = self_test_names()
-    for number in range(len(names)) if numbers is None else numbers:
+    for number in range(lib.qi_cuda_n_self_tests()) if numbers is None else numbers:
         out = ffi.new("qi_cuda_self_test *")
         error = new_error()
         try:
             check(lib.qi_cuda_run_self_test(gpu.pointer, number, out, error), error)
         except (DeviceError, OutOfMemory) as problem:
-            yield SelfTest(names[number], math.inf, 0.0, 0, False, 0.0, str(problem))
+            name = self_test_names()[number]
+            yield SelfTest(name, math.inf, 0.0, 0, False, 0.0, str(problem))
         else:
             yield SelfTest(
                 name=text(out.name),

@@ -39,7 +39,7 @@ from typing import Any
 
 import click
 from bench_peers import PowerInfer
-from gpu_check_parts import FAILED, MEASURED, SKIPPED, Result, Settings, run, write_model
+from gpu_check_parts import FAILED, MEASURED, PASSED, SKIPPED, Result, Settings, run, write_model
 
 TOOL = Path(__file__).resolve()
 ALL_PARTS = ("card", "kernels", "golden", "properties", "sanitizer", "speed")
@@ -206,7 +206,7 @@ class Check:
             n_failed += result.status == FAILED
             self.add(replace(result, part="sanitizer"))
         if n_failed == 0:
-            self.add(Result("sanitizer", "memcheck", "passed", f"no errors in {SANITIZED!r}"))
+            self.add(Result("sanitizer", "memcheck", PASSED, f"no errors in {SANITIZED!r}"))
 
     # ---- speed ----
 
@@ -241,7 +241,7 @@ class Check:
                 self.add(Result("speed", "models", FAILED, detail))
                 return False
         detail = f"waited {time.monotonic() - begin:.0f} s for them to be written"
-        self.add(Result("speed", "models", "passed", detail))
+        self.add(Result("speed", "models", PASSED, detail))
         return True
 
     def stop_models(self) -> None:
@@ -296,7 +296,7 @@ class Check:
         lines = ["", f"{'checks':<32}{'passed':>9}{'failed':>9}{'skipped':>9}"]
         for part in dict.fromkeys(r.part for r in self.found):
             of_part = [r.status for r in self.found if r.part == part]
-            counts = [of_part.count(status) for status in ("passed", FAILED, SKIPPED)]
+            counts = [of_part.count(status) for status in (PASSED, FAILED, SKIPPED)]
             lines.append(f"{part:<32}" + "".join(f"{count:>9}" for count in counts))
         measured = [r for r in self.found if r.part == "speed" and r.status == MEASURED]
         if measured:
@@ -312,7 +312,8 @@ class Check:
                 f"{share:.0%}" if share is not None else "",
                 f"{values['used_bytes'] / 1e9:.2f}" if "used_bytes" in values else "",
             ]
-            lines.append(f"{result.name:<32}" + "".join(f"{cell:>12}" for cell in cells))
+            row = f"{result.name:<32}" + "".join(f"{cell:>12}" for cell in cells)
+            lines.append(row.rstrip())
         if measured:
             lines.append(
                 "of copies: the weights that a token reads, wherever they lie, beside what the "
@@ -349,8 +350,8 @@ def run_powerinfer(
     if share < 1:
         main.command += ["--vram-budget", f"{share * model.stat().st_size / 2**30:.3f}"]
     timings = main.run(settings.n_prompt, settings.n_generate + 1)
-    rates = {what: n / seconds for what, (n, seconds) in timings.items() if what != "cpu"}
-    return rates["prompt eval"], rates["eval"], " ".join(main.command[3:])
+    prompt, generation = (n / seconds for n, seconds in (timings["prompt eval"], timings["eval"]))
+    return prompt, generation, " ".join(main.command[3:])
 
 
 def run_llama_bench(

@@ -114,7 +114,7 @@ def card(settings: Settings) -> Iterator[Result]:
         f"{facts['date']}"
     )
     yield Result("card", "what it is", PASSED, detail, facts)
-    n_bytes = 1 << 20 if settings.quick else 1 << 30
+    n_bytes = 1 << 20 if settings.quick else min(1 << 30, probe.free_bytes // 8)
     rate = _cuda.copy_bandwidth(settings.gpu, n_bytes)
     threads = _machine.processor().n_usable_cores
     host = _machine.read_bandwidth(threads)

@@ -129,7 +129,8 @@ class CudaDevice final : public Device {
         FfnCounters* counters = nullptr;
         uint64_t n_tokens = 0;             // under a rule other than `all`
         uint64_t n_steps = 0;              // that predicted
-        uint64_t n_gates = 0;              // groups of tokens that looked at every neuron kept,
+        uint64_t n_groups = 0;             // of tokens computed together,
+        uint64_t n_gates = 0;              // those that looked at every neuron kept,
         uint64_t n_whole = 0;              // and those that computed it
         uint64_t n_predicted_of_host = 0;  // predicted neurons that the host keeps
     };

@@ -53,6 +53,7 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
             gates |= rule != NeuronRule::predict;
             whole |= rule == NeuronRule::all;
         }
+        tally.n_groups += 1;
         tally.n_gates += gates;
         tally.n_whole += whole;
     }
@@ -256,6 +257,10 @@ void CudaDevice::collect_counters() {
         counters.n_bytes +=
             (tally.n_gates * n_slots + n_predicted - tally.n_predicted_of_host) * first_row +
             (tally.n_whole * n_slots + n_active) * other_rows;
+        // The kept columns of an ordinary down are read whoever is active.
+        if (!ffn.down_by_neuron)
+            counters.n_bytes +=
+                tally.n_groups * bytes_of(ffn.down) * n_slots / uint64_t(ffn.down.weight.n_cols);
         if (ffn.predictor)
             counters.n_bytes +=
                 tally.n_steps * (bytes_of(ffn.predictor->fc1) + bytes_of(ffn.predictor->fc2));
@@ -315,6 +320,7 @@ void CudaDevice::add_tally(const Tally& more) {
     tally.counters = more.counters;
     tally.n_tokens += more.n_tokens;
     tally.n_steps += more.n_steps;
+    tally.n_groups += more.n_groups;
     tally.n_gates += more.n_gates;
     tally.n_predicted_of_host += more.n_predicted_of_host;
     tally.n_whole += more.n_whole;
