@@ -28,7 +28,7 @@ float add_product(Isa isa, float a, float b, float sum) {
 }
 
 void check_shape(Isa isa, Type type, const Shape& shape, bool by_neuron, std::mt19937& rng) {
-    const auto [n_neurons, n_cols, n_tokens] = shape;
+    const int64_t n_neurons = shape.n_neurons, n_cols = shape.n_cols, n_tokens = shape.n_tokens;
     const size_t bytes = row_bytes(type, n_cols);
     GuardedBytes weights(bytes * size_t(n_neurons));
     fill_weights(type, Content::random, weights.data(), bytes * size_t(n_neurons), rng);
