@@ -28,6 +28,13 @@ POWERINFER = """\
 echo 'prompt eval time =  1000.00 ms /     8 tokens' >&2
 echo '       eval time =  2000.00 ms /     3 runs' >&2
 """
+# In compute-sanitizer's place: runs what it is given, and ends as if it had seen errors or not.
+SANITIZER = """\
+#!/bin/sh
+[ "$1 $2 $3 $4" = "--tool memcheck --error-exitcode 86" ] || exit 1
+shift 4
+"$@" && exit {status}
+"""
 # Compiles kernels that add one too much in `qi_add`.
 BROKEN_COMPILER = """\
 #!/bin/sh
@@ -111,6 +118,32 @@ def test_a_wrong_kernel_is_found(tmp_path: Path) -> None:
         r"^FAILED kernels add 31: error inf of 1, 372 values", done.stdout, re.MULTILINE
     )
     assert re.search(r"^kernels +0 +1 +0$", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("status", [0, 86])
+def test_what_the_sanitizer_sees_counts(status: int, tmp_path: Path) -> None:
+    program(tmp_path / "compute-sanitizer", SANITIZER.format(status=status))
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    done = run_check("--parts", "sanitizer", variables={"PATH": path})
+    assert done.returncode == (status != 0), done.stdout + done.stderr
+    assert re.search(r"^passed +sanitizer +rms norm of 97: error", done.stdout, re.MULTILINE)
+    assert ("memcheck: no errors in 'rms norm'" in done.stdout) == (status == 0)
+    assert ("FAILED sanitizer all of it: saw errors" in done.stdout) == (status != 0)
+
+
+def test_shares_of_the_self_tests_are_all_of_them() -> None:
+    """Several processes run them side by side, each its own."""
+    code = """
+import json, sys
+from gpu_check_parts import Settings, kernels
+for i in range(3):
+    settings = Settings(gpu=0, quick=True, word="add ", share=(i, 3))
+    print(json.dumps([result.name for result in kernels(settings)]))
+"""
+    shares = [json.loads(line) for line in on_gpu(code).splitlines()]
+    assert all(shares)
+    names = [name for name in _cuda.self_test_names() if "add " in name]
+    assert [name for share in shares for name in share] == names
 
 
 def test_without_a_gpu_nothing_else_is_tried() -> None:
