@@ -30,7 +30,7 @@ test::Checks checks;
 class DeviceRow {
   public:
     DeviceRow(Type type, int64_t n_cols, const std::byte* row)
-        : type_(type), n_blocks_(n_cols / 32), n_cols_(n_cols), row_(row) {}
+        : type_(type), n_blocks_(n_cols / 32), row_(row) {}
 
     float value(int64_t k) const {
         const int64_t b = k / 32;
@@ -131,7 +131,7 @@ class DeviceRow {
     }
 
     Type type_;
-    int64_t n_blocks_, n_cols_;
+    int64_t n_blocks_;
     const std::byte* row_;
 };
 

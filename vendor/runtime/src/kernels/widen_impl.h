@@ -47,7 +47,7 @@ inline void put_scaled(int first, Value value, Vec scale, Vec minimum, Put put) 
 // Columns 0-15 are the low nibbles, 16-31 the high ones, which lie above zeros or above the low
 // ones: only four bits count.
 inline IntLanes nibbles(const uint8_t (&qs)[16], int column) {
-    return column < 16 ? load_u8(qs + column) : load_u8(qs + column - 16) >> 4;
+    return column < 16 ? load_u8(qs + column) : load_u8(qs + (column - 16)) >> 4;
 }
 // 16 where the column's bit of qh is set.
 inline IntLanes fifth_bits(const uint8_t (&qh)[4], int column) {
