@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _cuda
 from ._files import StrPath
 from ._native import Handle, check, ffi, lib, new_error, text
-from ._sizes import parse_size
 from .errors import ArgumentError, DeviceError
 
 if TYPE_CHECKING:
@@ -68,6 +66,8 @@ class Offload:
     """A model's share on a GPU. Closing it, or the model, gives the memory back."""
 
     def __init__(self, weights: Weights, device: str, budget: int | None) -> None:
+        from . import _cuda
+
         _cuda.configure()
         out = ffi.new("qi_offload **")
         error = new_error()
@@ -136,6 +136,8 @@ def budget_bytes(vram_budget: float | str | None) -> int | None:
     if vram_budget is None:
         return None
     if isinstance(vram_budget, str):
+        from ._sizes import parse_size
+
         return parse_size(vram_budget, bare="GiB")
     if isinstance(vram_budget, bool) or not isinstance(vram_budget, int | float):
         raise ArgumentError(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qinfer import Model, QInferError
+from qinfer import Model, QInferError, UnsupportedError
 
 N_TOKENS = 24
 TOKENS = np.random.default_rng(5).integers(0, 301, N_TOKENS).tolist()
@@ -141,12 +141,40 @@ def counted(path: str) -> dict[str, list[Any]]:
             context.feed(TOKENS[:12])
             for token in TOKENS[12:]:
                 context.feed([token], generated=True)
+            if name != "cpu":
+                for refused in (context.count_activations, lambda: context.check_predictions(2)):
+                    try:
+                        refused()
+                    except UnsupportedError:
+                        continue
+                    raise AssertionError("what the GPU does not count was not refused")
             stats = context.stats()
             found[name] = [stats.weight_bytes_read] + [
                 [layer.n_tokens, layer.n_active, layer.n_predicted, layer.n_bytes]
                 for layer in stats.layers
             ]
     return found
+
+
+def split_by(path: str, neurons: list[list[int]]) -> list[str]:
+    """What is said of lists of neurons for the first layer."""
+    answers = []
+    with Model(path, device="cuda", vram_budget="200MiB", n_ctx=64, sparsity="off") as model:
+        share = model._weights.offload
+        assert share is not None
+        for ids in neurons:
+            try:
+                share.choose_neurons(0, np.array(ids, np.int32))
+                answers.append("")
+            except QInferError as error:
+                answers.append(f"{type(error).__name__}: {error}")
+        model.context().close()
+        try:
+            share.choose_neurons(0, np.array([0], np.int32))
+            answers.append("")
+        except QInferError as error:
+            answers.append(f"{type(error).__name__}: {error}")
+    return answers
 
 
 def budgets(path: str, sizes: list[str]) -> list[dict[str, Any]]:

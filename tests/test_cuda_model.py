@@ -118,6 +118,19 @@ def test_budgets() -> None:
     assert any(0 < row["n_neurons"] < 6 * 768 for row in kept)
 
 
+def test_lists_of_neurons_are_checked(tmp_path: Path) -> None:
+    path = QUANTISED["llama-q4_0-ordinary"].write(tmp_path)
+    block, other = list(range(32, 64)), list(range(96, 128))
+    lists = [block, block + other, block[:-1], [*block, 96], [3, 2], [-1], [160], []]
+    answers = on_gpu("split_by", path, lists)
+    assert answers[0] == answers[1] == answers[7] == ""
+    for answer in answers[2:4]:
+        assert answer.startswith("ArgumentError: layer 0: down is stored in blocks of 32 neurons")
+    for answer in answers[4:7]:
+        assert answer.startswith("ArgumentError: layer 0: neurons have to be ascending")
+    assert "when the model's first context was made" in answers[8]
+
+
 def test_counters() -> None:
     """Both count the same neurons and bytes, but for predictions at the threshold."""
     found = on_gpu("counted", STORIES)

@@ -139,6 +139,12 @@ STANDIN_API CUresult cuGetProcAddress_v2(const char* symbol, void** function, in
     });
 }
 
+// There is no table behind it, but a real NVRTC asks, and follows a null pointer where this is
+// missing.
+STANDIN_API CUresult cuGetExportTable(const void**, const CUuuid*) {
+    return CUDA_ERROR_NOT_SUPPORTED;
+}
+
 // Counts a call of another of the stand-in's libraries; the CUresult it is to fail with.
 STANDIN_API int standin_enter(const char* name) {
     return enter(name);

@@ -407,7 +407,15 @@ void Context::reset_stats() {
     std::fill(monitor_.activations.begin(), monitor_.activations.end(), 0);
 }
 
+void Context::check_predictions(int64_t every) {
+    if (every > 0 && accelerator_)
+        fail(QI_UNSUPPORTED, "predictions are checked on the processor only: device=\"cpu\"");
+    check_every_ = every;
+}
+
 void Context::count_activations(bool on) {
+    if (on && accelerator_)
+        fail(QI_UNSUPPORTED, "activations are counted on the processor only: device=\"cpu\"");
     const HyperParams& hp = model_->hyper_params();
     monitor_.activations.clear();
     if (on) monitor_.activations.resize(size_t(hp.n_layer * hp.n_ff));

@@ -73,7 +73,7 @@ class Context {
     qi_stats stats() const;
     void reset_stats();
     // Holds the predictions of every n-th generated token against all gates; 0: of none.
-    void check_predictions(int64_t every) { check_every_ = every; }
+    void check_predictions(int64_t every);
     // Starts counting, from 0, for how many tokens each neuron is active; or stops.
     void count_activations(bool on);
     const FfnCounters& layer_counters(int64_t layer) const;

@@ -30,6 +30,16 @@ void Offload::choose_neurons(int64_t layer, std::vector<int32_t> neurons) {
     if (!ascending || (!neurons.empty() && (neurons.front() < 0 || neurons.back() >= n_ff)))
         fail(QI_ARGUMENT, "layer %lld: neurons have to be ascending numbers from 0 to %lld",
              (long long)layer, (long long)n_ff - 1);
+    const FeedForward& ffn = model_->layers()[size_t(layer)].ffn;
+    const int64_t block = ffn.down_by_neuron ? 1 : traits(ffn.down.weight.type).block_size;
+    for (size_t i = 0; i < neurons.size(); ++i) {
+        const bool whole = neurons[i] % block == int64_t(i) % block;
+        if (!whole || (i + 1 == neurons.size() && int64_t(neurons.size()) % block != 0))
+            fail(QI_ARGUMENT,
+                 "layer %lld: down is stored in blocks of %lld neurons, which cannot be parted at "
+                 "neuron %d; qinfer.tools.neuron_major writes a file where they can",
+                 (long long)layer, (long long)block, neurons[i]);
+    }
     split_.neurons.resize(model_->layers().size());
     split_.neurons[size_t(layer)] = std::move(neurons);
 }

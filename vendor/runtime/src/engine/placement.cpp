@@ -16,9 +16,16 @@ std::string size_text(size_t n_bytes) {
                                  : format("%.2f GiB", double(n_bytes) / gib);
 }
 
+// Whether the host can compute some of the neurons: their gate and up share one prepared input.
+bool can_be_split(const FeedForward& ffn) {
+    return !ffn.gated || kernels::activation_form(ffn.gate.weight.type) ==
+                             kernels::activation_form(ffn.up.weight.type);
+}
+
 // Neurons that move together: where down is stored by neuron one by one, else as many as the host
 // can leave out of its part of down.
 int64_t unit_of(const FeedForward& ffn) {
+    if (!can_be_split(ffn)) return ffn.up.weight.n_rows;
     return ffn.down_by_neuron ? 1 : kernels::column_group(ffn.down.weight.type);
 }
 
@@ -158,11 +165,12 @@ Placement place(const Model& model, const Accelerator& accelerator, const Device
         used += head;
     }
 
-    const auto chosen = split.neurons.empty()
-                            ? choose(model, accelerator, split.counts, room - used)
-                            : split.neurons;
+    auto chosen = split.neurons.empty() ? choose(model, accelerator, split.counts, room - used)
+                                        : split.neurons;
     for (int64_t l = 0; l < n_layer; ++l) {
-        const auto& neurons = chosen[size_t(l)];
+        auto& neurons = chosen[size_t(l)];
+        if (!can_be_split(model.layers()[size_t(l)].ffn) && int64_t(neurons.size()) < hp.n_ff)
+            neurons.clear();
         if (!neurons.empty())
             result.neuron_bytes +=
                 accelerator.bytes_of(model.layers()[size_t(l)].ffn, int64_t(neurons.size()));

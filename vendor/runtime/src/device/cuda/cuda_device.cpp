@@ -183,11 +183,12 @@ void CudaDevice::begin(const BatchInputs& inputs) {
 // first run loads the kernels, the second is recorded.
 void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
     if (batch_.n_tokens > few_tokens || !share_.weights->all_resident()) return steps();
-    const bool predicting = std::find(batch_.rules.begin(), batch_.rules.end(),
-                                      NeuronRule::predict) != batch_.rules.end();
+    uint64_t rules = 0;
+    for (const NeuronRule rule : batch_.rules)
+        rules = rules << 2 | uint64_t(rule);
     // Recordings take memory; a context that grows needs one per doubling of its length.
     if (recordings_.size() >= recordings_max) recordings_.clear();
-    Recording& recording = recordings_[{key, batch_.n_tokens, launch_positions(), predicting}];
+    Recording& recording = recordings_[{key, batch_.n_tokens, launch_positions(), rules}];
     if (recording.n_runs++ == 0) return steps();
     const Current current = enter();
     prepared_from_ = 0;

@@ -145,7 +145,8 @@ class CudaDevice final : public Device {
         Graph graph;
         std::vector<Tally> tallies;  // what one run of it adds
     };
-    using RecordingKey = std::tuple<uint64_t, int64_t, int64_t, bool>;
+    // The steps' own key, tokens, bound on positions, rules.
+    using RecordingKey = std::tuple<uint64_t, int64_t, int64_t, uint64_t>;
     std::map<RecordingKey, Recording> recordings_;
 };
 
