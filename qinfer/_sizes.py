@@ -24,5 +24,8 @@ def parse_size(text: str, *, bare: str = "B") -> int:
     match = _SIZE.fullmatch(text)
     unit = _UNITS.get((match[2] or bare).upper()) if match else None
     if match is None or unit is None:
-        raise ArgumentError(f"{text!r} is not a size: write bytes, or a number with KiB, MiB, GiB")
+        unit_name = "bytes" if bare == "B" else bare
+        raise ArgumentError(
+            f"{text!r} is not a size: write a number of {unit_name}, or one with KiB, MiB, GiB"
+        )
     return int(Fraction(match[1]) * unit)

@@ -184,7 +184,9 @@ def offload(
             types = {tensor.type for tensor in weights.file.tensors} | {kv_type}
             wrong = _cuda_check.problem(types)
         except DeviceError as error:
-            logger.info("no GPU is used: %s", error)
+            # Who gives a budget expects a GPU.
+            level = logging.INFO if budget is None else logging.WARNING
+            logger.log(level, "no GPU is used: %s", error)
             return None
         if wrong:
             share.close()

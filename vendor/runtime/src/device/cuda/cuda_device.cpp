@@ -195,7 +195,12 @@ void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
     if (!recording.graph) {
         std::vector<Tally> before(tallies_.size());
         before.swap(tallies_);
-        recording.graph = Graph(stream_, steps);
+        try {
+            recording.graph = Graph(stream_, steps);
+        } catch (...) {
+            tallies_ = std::move(before);  // nothing of the steps was computed
+            throw;
+        }
         recording.tallies = std::move(tallies_);
         tallies_ = std::move(before);
     }
