@@ -76,13 +76,15 @@ std::vector<std::vector<int32_t>> choose(const Model& model, const Accelerator& 
     for (int64_t l = 0; l < n_layer; ++l) {
         const FeedForward& ffn = model.layers()[size_t(l)].ffn;
         const int64_t size = unit_of(ffn);
+        // Tables of the whole layer cost the same however many neurons are kept.
+        const double neuron_bytes = double(accelerator.bytes_of(ffn, n_ff)) / double(n_ff);
         for (int64_t first = 0; first < n_ff; first += size) {
             const int64_t end = std::min(n_ff, first + size);
             double worth = 0;
             if (!counts.empty())
                 worth = std::accumulate(counts[size_t(l)].begin() + first,
                                         counts[size_t(l)].begin() + end, 0.0) /
-                        double(accelerator.bytes_of(ffn, end - first));
+                        (neuron_bytes * double(end - first));
             units.push_back({worth, int32_t(l), int32_t(first)});
         }
     }
