@@ -26,6 +26,8 @@ inline CUdeviceptr address(const float* array) {
     return reinterpret_cast<CUdeviceptr>(array);
 }
 
+DeviceAct device_act(HiddenAct::Kind kind);
+
 class CudaDevice final : public Device {
   public:
     CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& host);

@@ -13,6 +13,8 @@ uint64_t bytes_of(const Linear& linear) {
     return uint64_t(linear.weight.n_rows) * linear.weight.row_bytes;
 }
 
+}  // namespace
+
 DeviceAct device_act(HiddenAct::Kind kind) {
     switch (kind) {
         case HiddenAct::Kind::silu:
@@ -30,8 +32,6 @@ DeviceAct device_act(HiddenAct::Kind kind) {
     }
     return DeviceAct::silu;
 }
-
-}  // namespace
 
 void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) {
     const Current current = enter();
@@ -147,41 +147,6 @@ void CudaDevice::compute_few(const FeedForward& ffn, const DeviceFfn& kept, cons
         kernels.multiply(stream_, h, {&down, 1}, true);
         prepared_from_ = 0;
     }
-}
-
-// Whole matrices, for prompts.
-void CudaDevice::compute_many(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
-                              float* y) {
-    Kernels& kernels = *share_.kernels;
-    const NeuronWeights& w = kept.weights;
-    const int64_t n = batch_.n_tokens, n_embd = needs_.n_embd, n_slots = kept.n_slots();
-    const CUdeviceptr x = address(batch.x);
-    const cuda::Product gate{kept.gate(), w.gate_bias, hidden_, n_slots};
-    const cuda::Product up{kept.up(), w.up_bias, ffn.gated ? lifted_ : hidden_, n_slots};
-    if (ffn.gated)
-        kernels.multiply(stream_, prepared(w.gate_type, x, n, n_embd), {&gate, 1}, false);
-    kernels.multiply(stream_, prepared(w.up_type, x, n, n_embd), {&up, 1}, false);
-    const bool by_neuron = ffn.down_by_neuron;
-    ActMulArgs act;
-    act.act = device_act(ffn.act.kind);
-    act.threshold = ffn.act.threshold;
-    act.gate = act.h = hidden_;
-    act.up = ffn.gated ? lifted_ : 0;
-    act.n_tokens = n;
-    act.n = n_slots;
-    if (!by_neuron && wants_q8(kept.down.type)) act.q8 = Q8::at(q8_, n, n_slots);
-    kernels.act_mul(stream_, act);
-    count_active(kept, kept.whole() ? nullptr : &kept.list, hidden_, n_slots, 0, n);
-    prepared_from_ = 0;
-    if (!by_neuron) {
-        const cuda::Product down{kept.down, kept.down_bias, address(y), n_embd};
-        kernels.multiply(stream_, {hidden_, act.q8, n}, {&down, 1}, true);
-        return;
-    }
-    for (int64_t first = 0; first < n; first += few_tokens)
-        add_down(kept, kept.whole() ? nullptr : &kept.list,
-                 hidden_ + size_t(first * n_slots) * sizeof(float), n_slots,
-                 std::min(few_tokens, n - first), address(y + first * n_embd));
 }
 
 // y += down of h, which stands by place in the list.

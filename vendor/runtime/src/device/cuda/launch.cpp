@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "base/error.h"
-#include "sparse/partition.h"
 
 namespace qi::cuda {
 
@@ -193,6 +192,7 @@ constexpr const char* matvec[] = {"qi_matvec_1", "qi_matvec_1x2", "qi_matvec_2",
 constexpr const char* matmul[] = {"qi_matmul_128x64", "qi_matmul_32x32", "qi_matmul_32x16"};
 constexpr const char* ffn[] = {"qi_ffn_1", "qi_ffn_2", "qi_ffn_4", "qi_ffn_8"};
 constexpr const char* down[] = {"qi_down_1", "qi_down_2", "qi_down_4", "qi_down_8"};
+constexpr const char* down_tile = "qi_down_tile";
 constexpr const char* gather = "qi_gather";
 constexpr const char* widen_to_half = "qi_widen_to_half";
 constexpr const char* widen = "qi_widen";
@@ -225,6 +225,7 @@ void Kernels::load_weight_kernels(Type type) {
         function(Source::ffn, type, name);
     for (const char* name : names::down)
         function(Source::down, type, name);
+    load(Source::down, type, {names::down_tile});
     load(Source::rows, type, {names::gather, names::widen_to_half, names::widen});
 }
 
@@ -578,10 +579,36 @@ void Kernels::down_rows(const Stream& stream, const DownArgs& args) {
         .launch(stream,
                 {blocks(w.n_embd, 256), unsigned(n_partitions),
                  blocks(args.n_tokens, tokens_per_block)},
-                {256}, 0, w.records + w.layout.down_offset, (long long)w.layout.stride,
-                int(w.n_embd), list.slots, list.bounds, int(w.n_ff), args.h,
-                (long long)args.h_stride, list.ids, int(args.by_neuron), int(args.n_tokens),
+                {256}, 8 * 256 * sizeof(float), w.records + w.layout.down_offset,
+                (long long)w.layout.stride, int(w.n_embd), list.slots, list.bounds, int(w.n_ff),
+                args.h, (long long)args.h_stride, list.ids, int(args.by_neuron), int(args.n_tokens),
                 args.partial);
+}
+
+// What down_tile.cuh keeps of a step: rows as one or two halves, h as two with a power of two per
+// token; or both as floats.
+static unsigned down_tile_shared(Type type) {
+    if (!wants_q8(type) && type != Type::f16) return 2 * 32 * 68 * 4;
+    return (wants_q8(type) ? 2 : 1) * 32 * 136 * 2 + 2 * 64 * 20 * 4 + 64 * 4;
+}
+
+void Kernels::down_tiles(const Stream& stream, const DownTileArgs& args) {
+    const DeviceWeight& w = args.w;
+    if (w.n_rows == 0) return;
+    const bool halves = wants_q8(w.type) || w.type == Type::f16;
+    const Size3 grid = {blocks(w.n_cols, halves ? 128 : 64), blocks(args.n_tokens, 64)};
+    // Parts of K where the tiles of two blocks per SM are not there, and room for them is.
+    constexpr int64_t n_parts = 4;
+    const auto part_bytes = size_t(args.n_tokens * w.n_cols) * sizeof(float);
+    const bool split = int64_t(grid.x) * grid.y < 2 * gpu_->attributes().n_sm &&
+                       w.n_rows >= n_parts * 256 && n_parts * part_bytes <= args.room_bytes;
+    function(Source::down, w.type, names::down_tile)
+        .launch(stream, {grid.x, grid.y, unsigned(split ? n_parts : 1)}, {256},
+                down_tile_shared(w.type), w.data, (long long)w.row_stride, int(w.n_rows),
+                int(w.n_cols), args.h, (long long)args.h_stride, int(args.n_tokens), args.bias,
+                split ? args.room : args.y);
+    if (split)
+        add_partials(stream, args.room, args.bias, 0, args.n_tokens, w.n_cols, args.y, n_parts);
 }
 
 void Kernels::count_active(const Stream& stream, const DownArgs& args, CUdeviceptr active,
@@ -599,10 +626,11 @@ void Kernels::count_bits(const Stream& stream, CUdeviceptr words, int64_t n, CUd
 }
 
 void Kernels::add_partials(const Stream& stream, CUdeviceptr partial, CUdeviceptr bias,
-                           CUdeviceptr other, int64_t n_tokens, int64_t n_embd, CUdeviceptr y) {
+                           CUdeviceptr other, int64_t n_tokens, int64_t n_embd, CUdeviceptr y,
+                           int64_t n_partials) {
     function(Source::select, Type::f32, names::add_partials)
         .launch(stream, {blocks(n_embd, row_threads), unsigned(n_tokens)}, {row_threads}, 0,
-                partial, int(n_partitions), bias, other, int(n_tokens), int(n_embd), y);
+                partial, int(n_partials), bias, other, int(n_tokens), int(n_embd), y);
 }
 
 // ---- rows of a weight as numbers ----

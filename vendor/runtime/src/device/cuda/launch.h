@@ -23,6 +23,7 @@
 #include "device/cuda/layout.h"
 #include "kernels/vector_ops.h"
 #include "quant/types.h"
+#include "sparse/partition.h"
 
 namespace qi::cuda {
 
@@ -195,6 +196,18 @@ struct DownArgs {
     CUdeviceptr partial = 0;  // [n_partitions][n_tokens][n_embd]
 };
 
+// y += h · w with rows of w along the inner dimension, for many tokens.
+struct DownTileArgs {
+    DeviceWeight w;     // [n_slots][n_embd], slots in the order of h
+    CUdeviceptr h = 0;  // [n_tokens][h_stride]
+    int64_t h_stride = 0, n_tokens = 0;
+    CUdeviceptr bias = 0;  // [n_embd], or 0
+    CUdeviceptr y = 0;     // [n_tokens][n_embd]
+    // Where parts of sums may stand until they are added; too little, and there are no parts.
+    CUdeviceptr room = 0;
+    size_t room_bytes = 0;
+};
+
 class Kernels {
   public:
     explicit Kernels(std::shared_ptr<Gpu> gpu) : gpu_(std::move(gpu)) {}
@@ -261,7 +274,11 @@ class Kernels {
     void down_rows(const Stream& stream, const DownArgs& args);
     // y += Σ partial + bias + other; bias [n_embd] and other [n_tokens][n_embd] may be 0.
     void add_partials(const Stream& stream, CUdeviceptr partial, CUdeviceptr bias,
-                      CUdeviceptr other, int64_t n_tokens, int64_t n_embd, CUdeviceptr y);
+                      CUdeviceptr other, int64_t n_tokens, int64_t n_embd, CUdeviceptr y,
+                      int64_t n_partials = n_partitions);
+    // The down rows of all slots for many tokens, by tiles. A token's result depends on the number
+    // of tokens, which decides whether sums are made in parts.
+    void down_tiles(const Stream& stream, const DownTileArgs& args);
 
     // active uint64 [n_ff] (or 0) grows by the tokens each listed neuron was active for, total
     // uint64 [1] by their sum; h as in DownArgs.

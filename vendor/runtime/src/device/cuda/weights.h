@@ -45,6 +45,11 @@ struct DeviceFfn {
         return {weights.up_type, weights.records + weights.layout.up_offset, n_slots(),
                 weights.n_embd, weights.layout.stride};
     }
+    // Down as it is stored by neuron.
+    DeviceWeight by_neuron() const {
+        return {weights.down_type, weights.records + weights.layout.down_offset, n_slots(),
+                weights.n_embd, weights.layout.stride};
+    }
 };
 
 class Weights {

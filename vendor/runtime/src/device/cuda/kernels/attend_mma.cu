@@ -100,14 +100,6 @@ constexpr bool is_q8<KvQ8_0>() {
     return true;
 }
 
-// The power of two that brings the largest of some magnitudes to about 2^13, so that their halves
-// neither overflow nor lose their low parts.
-QI_DEVICE f32 power_for(f32 largest) {
-    const int exponent = int(__float_as_uint(largest) >> 23 & 255u);
-    const int wanted = 127 + 13 - exponent + 127;
-    return __uint_as_float(u32(min_of(max_of(wanted, 1), 253)) << 23);
-}
-
 // Sixteen weights per row as A fragments, which is how they lie: columns of positions become
 // columns of K. With scales, each weight times that of its position.
 struct WeightFragments {

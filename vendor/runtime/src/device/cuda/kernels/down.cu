@@ -7,6 +7,7 @@
 // 2048 warps. Order: a run is one chain of fused multiply-adds by ascending neuron, the 8 runs are
 // added in order, and the next kernel adds the 16 partitions in order. Runs are cut by neuron
 // number, so a sum does not depend on which neurons are listed beside the active ones.
+#include "down_tile.cuh"
 #include "weights.cuh"
 
 constexpr int n_runs = 8;  // of a partition, a warp each
@@ -18,7 +19,8 @@ QI_DEVICE void down_rows(const u8* rows, i64 row_stride, int n_cols, const i32* 
                          const i32* bounds, int n_neurons, const f32* h, i64 h_stride,
                          const i32* ids, int by_id, int n_tokens, f32* partial) {
     using Type = QI_WEIGHT;
-    __shared__ f32 runs[n_runs][tile_cols];
+    extern __shared__ char shared_bytes[];
+    auto* const runs = reinterpret_cast<f32(*)[tile_cols]>(shared_bytes);  // [n_runs]
     const Type type(n_cols);
     const int partition = int(blockIdx.y), first_token = int(blockIdx.z) * n_columns;
     const int chunk = int(blockIdx.x) * warp_size + lane_id();
@@ -96,7 +98,7 @@ QI_DEVICE void down_rows(const u8* rows, i64 row_stride, int n_cols, const i32* 
 }
 
 // rows points at the first record's down row. grid (n_cols / 256, 16 partitions, tokens /
-// n_columns), 256 threads.
+// n_columns), 256 threads, 8 KB of shared memory.
 #define QI_DOWN(name, n_columns)                                                                   \
     QI_KERNEL name(const u8* rows, i64 row_stride, int n_cols, const i32* slots,                   \
                    const i32* bounds, int n_neurons, const f32* h, i64 h_stride, const i32* ids,   \
@@ -109,3 +111,11 @@ QI_DOWN(qi_down_1, 1)
 QI_DOWN(qi_down_2, 2)
 QI_DOWN(qi_down_4, 4)
 QI_DOWN(qi_down_8, 8)
+
+// For many tokens, rows of all slots; with grid.z of 1 adds to y, else writes grid.z parts there.
+// See down_tile.cuh. grid (n_cols / 128, for F32 and BF16 n_cols / 64; n_tokens / 64; parts), 256
+// threads. Shared memory: launch.cpp's down_tile_shared.
+QI_KERNEL qi_down_tile(const u8* rows, i64 row_stride, int n_rows, int n_cols, const f32* h,
+                       i64 h_stride, int n_tokens, const f32* bias, f32* y) {
+    down_tile<QI_WEIGHT>({rows, row_stride, n_rows, n_cols, h, h_stride, n_tokens, bias, y});
+}

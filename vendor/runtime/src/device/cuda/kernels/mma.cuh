@@ -123,6 +123,27 @@ QI_DEVICE void load_f16_k16(u32 (&b)[4], const u16* tile, int stride) {
 #endif
 }
 
+// An A fragment out of rows of halves: 16 rows by 16 columns of K from `tile` on, rows `stride`
+// words apart. Rows begin at multiples of 16 bytes in shared memory. Loaded anew wherever it is
+// called, so that the compiler does not spend registers on keeping it.
+QI_DEVICE void load_f16_rows(u32 (&a)[4], const u32* tile, int stride) {
+#ifdef QI_PLAIN
+    const int g = lane_id() / 4, i = lane_id() % 4;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+        a[j] = tile[(g + j % 2 * 8) * stride + i + j / 2 * 4];
+#else
+    // Lane l points at row l % 8 of matrix l / 8.
+    const int matrix = lane_id() / 8, row = lane_id() % 8;
+    const u32* at = tile + (matrix % 2 * 8 + row) * stride + matrix / 2 * 4;
+    const u32 address = u32(__cvta_generic_to_shared(at));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"(address)
+                 : "memory");
+#endif
+}
+
 // Two floats as words of halves: the nearest ones, and what they leave, so that high + low has 22
 // bits.
 struct SplitPair {
@@ -134,3 +155,11 @@ struct SplitPair {
         low = u32(f32_to_f16(x - f16_to_f32(hx))) | u32(f32_to_f16(y - f16_to_f32(hy))) << 16;
     }
 };
+
+// The power of two that brings the largest of some magnitudes to about 2^13, so that their halves
+// neither overflow nor lose their low parts.
+QI_DEVICE f32 power_for(f32 largest) {
+    const int exponent = int(__float_as_uint(largest) >> 23 & 255u);
+    const int wanted = 127 + 13 - exponent + 127;
+    return __uint_as_float(u32(min_of(max_of(wanted, 1), 253)) << 23);
+}
