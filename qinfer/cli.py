@@ -89,6 +89,9 @@ _DEVICE_OPTIONS = [
                  help="Choose by activation/ even if there is such a file."),
     click.option("--disable-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
                  help="Keep no neurons on the GPU."),
+    click.option("--deterministic", is_flag=True, expose_value=False, callback=_keep_for_load,
+                 help="Same logits however a prompt is cut into batches, on a GPU, too; slower "
+                 "prompts there."),
 ]  # fmt: skip
 
 
@@ -109,6 +112,7 @@ def _device_arguments() -> dict[str, Any]:
         "device": meta["qinfer.device"],
         "vram_budget": meta["qinfer.vram_budget"],
         "gpu_split": next(iter(given.values()), "auto"),
+        "deterministic": meta["qinfer.deterministic"],
     }
 
 

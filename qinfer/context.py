@@ -83,6 +83,7 @@ class Context:
         threads: int | None = None,
         kv_type: str = "f16",
         policy: Policy = _ALL_NEURONS,
+        deterministic: bool = False,
     ) -> None:
         self._weights = weights
         self.policy = policy
@@ -96,6 +97,7 @@ class Context:
         params.prompt_rule = policy.prompt_rule
         params.generated_rule = policy.generated_rule
         params.sparse_threshold = math.nan if policy.threshold is None else policy.threshold
+        params.deterministic = deterministic
         params.offload = ffi.NULL if weights.offload is None else weights.offload.pointer
         out = ffi.new("qi_context **")
         error = new_error()

@@ -81,6 +81,9 @@ class Model:
             of PowerInfer files without usable predictors it is "exact".
         sparse_threshold: predictions below it leave a neuron out; None takes the file's.
         prefill: "dense" computes all neurons of prompt tokens, "sparse" treats them as generated.
+        deterministic: on a GPU, too, a token's logits are the same bits however the text before it
+            was cut into batches and whatever else is computed beside it. Prompts are slower so:
+            cuBLAS is not used, nor are tiles of tokens. The processor always computes like that.
 
     Raises:
         FileError: the file cannot be read.
@@ -109,6 +112,7 @@ class Model:
         sparsity: SparsityMode = "auto",
         sparse_threshold: float | None = None,
         prefill: Prefill = "dense",
+        deterministic: bool = False,
     ) -> None:
         self._arguments = {
             "device": device,
@@ -123,6 +127,7 @@ class Model:
             "sparsity": sparsity,
             "sparse_threshold": sparse_threshold,
             "prefill": prefill,
+            "deterministic": deterministic,
         }
         positive("n_ctx", n_ctx)
         positive("threads", threads)
@@ -133,6 +138,7 @@ class Model:
         self.path = os.fsdecode(path)
         self._threads = threads
         self._kv_type = kv_type
+        self._deterministic = deterministic
         self._chat_template = chat_template
         weights = self._weights = Weights(path, mmap=mmap, hidden_act=hidden_act, progress=progress)
         _check_heads(weights.info, kv_type)
@@ -140,7 +146,12 @@ class Model:
         weights.offload = offload(weights, device, vram_budget, gpu_split, kv_type)
         # Of the kind that calls share. No method: the pool keeps it, and must not keep the model.
         self._make_context = partial(
-            _shared_context, weights, n_ctx=self.n_ctx, threads=threads, kv_type=kv_type
+            _shared_context,
+            weights,
+            n_ctx=self.n_ctx,
+            threads=threads,
+            kv_type=kv_type,
+            deterministic=deterministic,
         )
         self.policy = choose(
             weights, sparsity, prefill, sparse_threshold, threads, self._make_context
@@ -439,6 +450,7 @@ class Model:
         sparsity: SparsityMode | None = None,
         sparse_threshold: float | None = None,
         prefill: Prefill | None = None,
+        deterministic: bool | None = None,
     ) -> Context:
         """A context of one's own: tokens in, logits out. Everything else is built on it.
 
@@ -448,7 +460,8 @@ class Model:
             n_batch: tokens computed together at most; None means 512.
             threads: how many compute; None takes the model's.
             kv_type: "f16" or "q8_0"; None takes the model's.
-            sparsity, sparse_threshold, prefill: as of `Model`; None takes the model's.
+            sparsity, sparse_threshold, prefill, deterministic: as of `Model`; None takes the
+                model's.
         """
         if positive("n_ctx", n_ctx) and n_ctx != self.n_ctx:
             _beyond_training(self.info, positive("n_ctx", n_ctx))
@@ -469,6 +482,7 @@ class Model:
             threads=self._threads if threads is None else threads,
             kv_type=self._kv_type if kv_type is None else kv_type,
             policy=policy,
+            deterministic=self._deterministic if deterministic is None else deterministic,
         )
 
     @cached_property
@@ -553,7 +567,13 @@ def _is_batch(prompt: Any) -> TypeGuard[list[str] | list[list[int]]]:
 
 
 def _shared_context(
-    weights: Weights, policy: Policy, *, n_ctx: int, threads: int | None, kv_type: str
+    weights: Weights,
+    policy: Policy,
+    *,
+    n_ctx: int,
+    threads: int | None,
+    kv_type: str,
+    deterministic: bool,
 ) -> Context:
     return Context(
         weights,
@@ -562,6 +582,7 @@ def _shared_context(
         threads=threads,
         kv_type=kv_type,
         policy=policy,
+        deterministic=deterministic,
     )
 
 

@@ -112,6 +112,35 @@ def compare(
     return found
 
 
+def chunked(path: str) -> dict[str, Any]:
+    """How many different logits a prompt has that is cut in three ways, half of the neurons kept.
+
+    By what is computed of the prompt; and how far those of an ordinary context are.
+    """
+    tokens = (TOKENS * 2)[:40]
+    found: dict[str, Any] = {}
+    options: dict[str, Any] = {"n_ctx": 64, "sparsity": "predict", "deterministic": True}
+    with Model(path, device="cuda", vram_budget="900MiB", **options) as gpu:
+        _keep_half(gpu)
+        for prefill in ("dense", "sparse"):
+            with gpu.context(n_batch=64, prefill=prefill) as context:
+                rows = []
+                for step in (1, 7, 64):
+                    context.truncate(0)
+                    for begin in range(0, len(tokens), step):
+                        context.feed(tokens[begin : begin + step])
+                    context.feed([7], logits="last", generated=True)
+                    rows.append(context.logits.tobytes())
+            found[prefill] = len(set(rows))
+        rows = []
+        for deterministic in (False, True):
+            with gpu.context(n_batch=64, deterministic=deterministic) as context:
+                context.feed(tokens)
+                rows.append(context.logits.copy())
+        found["distance"] = _errors(rows[0][None], rows[1][None])[0]
+    return found
+
+
 def replayed(path: str) -> dict[str, Any]:
     """Steps that are computed, recorded and replayed: their logits, and the graphs there are."""
     counts = (ctypes.c_uint64 * 7)()

@@ -135,7 +135,7 @@ def test_run_takes_all_that_sampling_takes(stories260k: Path) -> None:
     found = output_of(
         *("run", stories260k, "-p", PROMPT, *flags, "--stop", "zebra", "--ignore-eos"),
         *("--logit-bias", "400-1.5", "--logit-bias", "300+0.5", "-c", "64", "-t", "1", "--json"),
-        *("--no-mmap", "--hidden-act", "silu", "--kv-type", "f16"),
+        *("--no-mmap", "--hidden-act", "silu", "--kv-type", "f16", "--deterministic"),
     )
     assert json.loads(found)["tokens"] == expected.tokens
 

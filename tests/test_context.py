@@ -61,6 +61,14 @@ def test_all_logits_are_those_of_feeding_one_by_one(context: Context) -> None:
         assert np.array_equal(context.logits, row)
 
 
+def test_deterministic_is_what_the_processor_always_is(context: Context, model: Model) -> None:
+    context.feed([1, 2, 3, 4, 5])
+    with model.context(deterministic=True) as other:
+        other.feed([1, 2, 3])
+        other.feed([4, 5])
+        np.testing.assert_array_equal(other.logits, context.logits)
+
+
 def test_only_what_is_asked_for_is_there(context: Context) -> None:
     context.feed(TOKENS, logits="none")
     with pytest.raises(qinfer.ArgumentError, match="asked for no logits"):

@@ -29,7 +29,7 @@ extern "C" {
 
 /* --- declarations begin --- */
 
-#define QI_ABI_VERSION 4
+#define QI_ABI_VERSION 5
 
 typedef enum qi_status {
     QI_OK = 0,
@@ -411,7 +411,11 @@ typedef struct qi_context_params {
     int32_t prompt_rule;    /* QI_RULE_* of tokens fed without QI_GENERATED, */
     int32_t generated_rule; /* and of those with it */
     float sparse_threshold; /* a neuron is left out when its prediction is below; NaN: the file's */
-    qi_offload* offload;    /* of the same model; NULL: the processor alone */
+    /* An accelerator, too, computes each token the same whatever else is in its batch, as the
+     * processor always does: slower prompts. */
+    int32_t deterministic;
+    int32_t reserved;
+    qi_offload* offload; /* of the same model; NULL: the processor alone */
 } qi_context_params;
 
 typedef struct qi_context_info {

@@ -51,6 +51,7 @@ int32_t qi_context_create(qi_model* model, const qi_context_params* params, qi_c
         options.kv_type = Type(params->kv_type);
         options.policy = {rule(params->prompt_rule, "prompt_rule"),
                           rule(params->generated_rule, "generated_rule"), params->sparse_threshold};
+        options.deterministic = params->deterministic != 0;
         std::shared_ptr<Offload> offload;
         if (params->offload) {
             offload = params->offload->offload;

@@ -27,6 +27,8 @@ struct DeviceNeeds {
     int64_t n_head = 0;          // of queries
     int64_t n_embd = 0, n_ff = 0;
     int64_t predictor_rank = 0;  // 0: no predictors
+    // A token's results depend on nothing else in its batch, nor on how a text is cut into batches.
+    bool deterministic = false;
 };
 
 class Accelerator {

@@ -25,6 +25,7 @@ struct ContextOptions {
     int n_threads = 0;    // 0: usable physical cores
     Type kv_type = Type::f16;
     NeuronPolicy policy;
+    bool deterministic = false;  // on an accelerator, too
 };
 
 struct FeedToken {

@@ -299,8 +299,7 @@ void CudaDevice::project(const float* x, int64_t n_rows, std::span<const Project
             products.push_back(
                 {kept.weight, kept.bias, address(outputs[end].y), kept.weight.n_rows});
         }
-        share_.kernels->multiply(stream_, prepared(type, address(x), n_rows, n_cols), products,
-                                 accumulate);
+        multiply(type, address(x), n_rows, n_cols, products, accumulate);
         first = end;
     }
     for (const Projection& output : outputs)
@@ -347,7 +346,7 @@ void CudaDevice::attend(int64_t layer, const AttentionShape& shape, const float*
     args.out = address(out);
     args.room = attend_room_;
     const int64_t n = batch_.n_tokens;
-    if (n > few_tokens && n_tiles_ > 0) {
+    if (n > few_tokens && n_tiles_ > 0 && !needs_.deterministic) {
         args.n_tokens = n;
         args.tiles = input(layout_.tiles);
         args.n_tiles = n_tiles_;

@@ -74,6 +74,9 @@ class CudaDevice final : public Device {
 
     // x in the form that weights of that type want: quantised at most once while x does not change.
     Input prepared(Type type, CUdeviceptr x, int64_t n_rows, int64_t n_cols);
+    // Products of x with matrices of one type, by rows or tiles as the tokens are few or many.
+    void multiply(Type type, CUdeviceptr x, int64_t n_rows, int64_t n_cols,
+                  std::span<const cuda::Product> products, bool accumulate);
     void forget_prepared(const void* written) {
         if (prepared_from_ == address(static_cast<const float*>(written))) prepared_from_ = 0;
     }

@@ -41,7 +41,8 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
     const bool predicting = wanted && kept.n_slots() > 0;
     // Biases stand by neuron, not by slot.
     const bool by_slot = kept.whole() || (!kept.weights.gate_bias && !kept.weights.up_bias);
-    const bool many = batch_.n_tokens > few_tokens && !predicting && by_slot;
+    const bool many =
+        batch_.n_tokens > few_tokens && !predicting && by_slot && !needs_.deterministic;
     Tally tally{&ffn, &kept, batch.counters};
     tally.n_steps += predicting;
     const int64_t together = many ? batch_.n_tokens : few_tokens;

@@ -5,6 +5,12 @@
 
 namespace qi::cuda {
 
+void CudaDevice::multiply(Type type, CUdeviceptr x, int64_t n_rows, int64_t n_cols,
+                          std::span<const cuda::Product> products, bool accumulate) {
+    share_.kernels->multiply(stream_, prepared(type, x, n_rows, n_cols), products, accumulate,
+                             needs_.deterministic ? ProductKernel::rows : ProductKernel::automatic);
+}
+
 // All neurons kept, for all tokens.
 void CudaDevice::compute_many(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
                               float* y) {
@@ -14,9 +20,8 @@ void CudaDevice::compute_many(const FeedForward& ffn, const DeviceFfn& kept, con
     const CUdeviceptr x = address(batch.x);
     const cuda::Product gate{kept.gate(), w.gate_bias, hidden_, n_slots};
     const cuda::Product up{kept.up(), w.up_bias, ffn.gated ? lifted_ : hidden_, n_slots};
-    if (ffn.gated)
-        kernels.multiply(stream_, prepared(w.gate_type, x, n, n_embd), {&gate, 1}, false);
-    kernels.multiply(stream_, prepared(w.up_type, x, n, n_embd), {&up, 1}, false);
+    if (ffn.gated) multiply(w.gate_type, x, n, n_embd, {&gate, 1}, false);
+    multiply(w.up_type, x, n, n_embd, {&up, 1}, false);
     const bool by_neuron = ffn.down_by_neuron;
     ActMulArgs act;
     act.act = device_act(ffn.act.kind);
