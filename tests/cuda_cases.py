@@ -112,6 +112,34 @@ def compare(
     return found
 
 
+def prompts(path: str, devices: list[str]) -> list[dict[str, Any]]:
+    """A prompt in one batch on some devices: errors of its logits, what is held, what is logged."""
+    tokens = (TOKENS * 2)[:40]
+    options: dict[str, Any] = {"n_ctx": 64, "sparsity": "off"}
+    with Model(path, device="cpu", **options) as cpu, cpu.context() as context:
+        context.feed(tokens, logits="all")
+        expected = context.all_logits.copy()
+    lines = _log()
+    found = []
+    for device in devices:
+        lines.clear()
+        with Model(path, device=device, vram_budget="900MiB", **options) as gpu:
+            _keep_half(gpu)
+            with gpu.context(n_batch=64) as context:
+                context.feed(tokens, logits="all")
+                assert gpu.placement is not None
+                found.append(
+                    {
+                        "error": float(np.median(_errors(context.all_logits, expected))),
+                        "held": int(_cuda().standin_allocated()),
+                        "used": gpu.placement.used_bytes,
+                        "budget": gpu.placement.budget_bytes,
+                        "log": [line for line in lines if "cuBLAS" in line],
+                    }
+                )
+    return found
+
+
 def chunked(path: str) -> dict[str, Any]:
     """How many different logits a prompt has that is cut in three ways, half of the neurons kept.
 

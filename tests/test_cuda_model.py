@@ -30,16 +30,27 @@ print(json.dumps(getattr(cuda_cases, name)(*arguments)))
 """
 
 
+def products(device: int) -> Path:
+    """Where it is kept what multiplies prompts faster on a device of the stand-in."""
+    folder = cuda_standin.FOLDER / "qinfer-cache" / "kernels"
+    return folder / f"products-Stand-in-GPU-{device}.txt"
+
+
 @cache
 def kernel_cache() -> str:
-    """Compiled kernels, kept from one process to the next."""
+    """Compiled kernels, kept from one process to the next; cuBLAS multiplies on device 1 alone."""
+    products(0).parent.mkdir(parents=True, exist_ok=True)
+    products(0).write_text("by hand\n* * * tiles\n")
+    products(1).write_text("by hand\n* * * cublas\n")
     return str(cuda_standin.FOLDER / "qinfer-cache")
 
 
-def on_gpu(name: str, *arguments: Any, **settings: object) -> Any:
+def on_gpu(
+    name: str, *arguments: Any, variables: dict[str, str] | None = None, **settings: object
+) -> Any:
     """What a function of cuda_cases answers in a process that has the stand-in for a GPU."""
     words = json.dumps([name, [str(a) if isinstance(a, Path) else a for a in arguments]])
-    environment = cuda_standin.environment(**settings)
+    environment = cuda_standin.environment(**settings) | (variables or {})
     environment["QINFER_CACHE_DIR"] = kernel_cache()
     environment["PYTHONPATH"] = os.pathsep.join([str(DATA.parent), *filter(None, sys.path)])
     done = subprocess.run(
@@ -89,6 +100,59 @@ def test_q8_0_keys_and_values(tmp_path: Path) -> None:
     found = on_gpu("compare", path, ["whole"], ["off"], [1, 24], "q8_0")
     for errors in found["whole"]["off"].values():
         assert np.median(errors) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama-f16", "llama-q4_0", "llama-q4_0-ordinary"])
+def test_prompts_through_cublas(name: str, tmp_path: Path) -> None:
+    """Halves lose what tiles keep; both are close, and everything is counted."""
+    path = (CASES | QUANTISED)[name].write(tmp_path)
+    tiles, cublas = on_gpu("prompts", path, ["cuda:0", "cuda:1"], devices=2)
+    exact = name in CASES
+    assert tiles["error"] < (2e-5 if exact else 2e-2)
+    assert (2e-5 if exact else 0.0) < cublas["error"] < (2e-3 if exact else 3e-2)
+    assert cublas["error"] != tiles["error"]
+    for found in (tiles, cublas):
+        assert 0 < found["held"] <= found["used"] <= found["budget"]
+        assert found["log"] == []
+
+
+def test_what_is_faster_is_measured_once(tmp_path: Path) -> None:
+    path = CASES["llama-f16"].write(tmp_path)
+    products(2).unlink(missing_ok=True)
+    (first,) = on_gpu("prompts", path, ["cuda:2"], devices=3)
+    assert first["error"] < 2e-3
+    head, *findings = products(2).read_text().splitlines()
+    assert head.startswith("cuBLAS 13.0, kernels ")
+    cases = {tuple(line.split()[:3]) for line in findings}
+    # The head computes 32 rows at a time.
+    assert cases == {("F16", "rows", "64"), ("F16", "rows", "32"), ("F16", "neurons", "64")}
+    assert len(findings) == len(cases)
+    assert {line.split()[3] for line in findings} <= {"cublas", "tiles"}
+    written = products(2).stat()
+    on_gpu("prompts", path, ["cuda:2"], devices=3)
+    assert products(2).stat().st_mtime_ns == written.st_mtime_ns
+    products(2).write_text("\n".join(["cuBLAS 1.0, kernels 0", *findings]))
+    on_gpu("prompts", path, ["cuda:2"], devices=3)
+    assert products(2).read_text().splitlines()[0] == head
+
+
+def test_without_cublas_prompts_are_multiplied_by_tiles(tmp_path: Path) -> None:
+    folder = tmp_path / "lib"
+    folder.mkdir()
+    for library in cuda_standin.libraries().iterdir():
+        if not library.name.startswith("libcublas"):
+            (folder / library.name).symlink_to(library)
+    variables = {
+        "LD_LIBRARY_PATH": str(folder),
+        "LD_PRELOAD": str(folder / "libnvrtc.so.13"),
+        "CUDA_PATH": "",
+    }
+    path = CASES["llama-f16"].write(tmp_path)
+    (found,) = on_gpu("prompts", path, ["cuda:1"], devices=2, variables=variables)
+    assert found["error"] < 2e-5
+    (line,) = found["log"]
+    assert "without cuBLAS" in line
+    assert "libcublas.so.13" in line
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-q4_0-ordinary"])

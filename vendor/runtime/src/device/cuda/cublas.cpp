@@ -105,20 +105,39 @@ CublasInfo cublas_info() {
     return library().info;
 }
 
+namespace {
+
+size_t workspace_bytes(int architecture) {
+    return size_t(architecture >= 90 ? 32 : 4) << 20;
+}
+// What cublasCreate may take beside the workspace it is given afterwards.
+constexpr size_t handle_bytes = size_t(8) << 20;
+
+}  // namespace
+
+size_t Cublas::n_bytes(int architecture) {
+    return DeviceMemory::counted_bytes(workspace_bytes(architecture)) + handle_bytes;
+}
+
 Cublas::Cublas(const Stream& stream, std::shared_ptr<Budget> budget) {
     const Library& l = library();
-    workspace_ =
-        DeviceMemory(stream.gpu(), std::move(budget), workspace_bytes, "cuBLAS's workspace");
+    const size_t n_bytes = workspace_bytes(stream.gpu()->attributes().architecture);
+    workspace_ = DeviceMemory(stream.gpu(), budget, n_bytes, "cuBLAS's workspace");
+    if (!budget->take(handle_bytes))
+        fail(QI_MEMORY, "cuBLAS takes %zu bytes of device memory, more than the budget has left",
+             handle_bytes);
+    budget_ = std::move(budget);
     Current current(*stream.gpu());
-    check_cublas(l.cublasCreate(&handle_), "starting");
     try {
+        check_cublas(l.cublasCreate(&handle_), "starting");
         check_cublas(l.cublasSetStream(handle_, stream.handle()), "taking a stream");
-        check_cublas(l.cublasSetWorkspace(handle_, pointer(workspace_.address()), workspace_bytes),
+        check_cublas(l.cublasSetWorkspace(handle_, pointer(workspace_.address()), n_bytes),
                      "taking a workspace");
         check_cublas(l.cublasSetMathMode(handle_, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION),
                      "being told to sum in float");
     } catch (...) {
-        l.cublasDestroy(handle_);
+        if (handle_) l.cublasDestroy(handle_);
+        budget_->give_back(handle_bytes);
         throw;
     }
 }
@@ -126,6 +145,7 @@ Cublas::Cublas(const Stream& stream, std::shared_ptr<Budget> budget) {
 Cublas::~Cublas() {
     Current current(*workspace_.gpu(), std::nothrow);
     if (current.ok()) library().cublasDestroy(handle_);
+    budget_->give_back(handle_bytes);
 }
 
 void Cublas::multiply(const Product& p) const {
@@ -135,9 +155,10 @@ void Cublas::multiply(const Product& p) const {
     const float beta = p.accumulate ? 1.0f : 0.0f;
     // cuBLAS counts columns first, so a row-major matrix is its transpose there.
     check_cublas(library().cublasGemmEx(
-                     handle_, CUBLAS_OP_T, CUBLAS_OP_N, checked_int(p.n_rows, "rows"),
-                     checked_int(p.n_tokens, "tokens"), checked_int(p.n_cols, "columns"), &alpha,
-                     pointer(p.w), type, checked_int(p.w_stride, "strides"), pointer(p.x), type,
+                     handle_, p.by_column ? CUBLAS_OP_N : CUBLAS_OP_T, CUBLAS_OP_N,
+                     checked_int(p.n_rows, "rows"), checked_int(p.n_tokens, "tokens"),
+                     checked_int(p.n_cols, "columns"), &alpha, pointer(p.w), type,
+                     checked_int(p.w_stride, "strides"), pointer(p.x), type,
                      checked_int(p.x_stride, "strides"), &beta, pointer(p.y), CUDA_R_32F,
                      checked_int(p.y_stride, "strides"), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
                  "multiplying");

@@ -1,6 +1,7 @@
 #include "device/cuda/cuda_accelerator.h"
 
 #include "base/error.h"
+#include "base/log.h"
 #include "device/cuda/cuda_device.h"
 
 namespace qi::cuda {
@@ -27,6 +28,7 @@ class CudaAccelerator final : public Accelerator {
     void prepare(std::span<const Type> weight_types, Type kv_type) override {
         const Current current(*share_.gpu);
         share_.kernels->load_common_kernels();
+        find_cublas();
         // Code takes memory, too; under a budget it is not counted, and loaded when first used.
         if (share_.budget) return;
         for (const Type type : weight_types)
@@ -59,6 +61,20 @@ class CudaAccelerator final : public Accelerator {
     }
 
   private:
+    void find_cublas() {
+        if (share_.choice) return;
+        try {
+            share_.choice = std::make_shared<ProductChoice>(*share_.gpu);
+            // Its code takes memory, too.
+            if (!share_.budget)
+                Cublas(Stream(share_.gpu), std::make_shared<Budget>(Budget::unlimited));
+        } catch (const Error& error) {
+            share_.choice.reset();
+            log(LogLevel::info,
+                format("prompts are multiplied without cuBLAS, which may be slower: %s",
+                       error.what()));
+        }
+    }
     void take_budget(size_t n_bytes) {
         share_.budget = std::make_shared<Budget>(n_bytes);
         share_.weights = std::make_shared<Weights>(share_.gpu, share_.budget);

@@ -48,6 +48,13 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     totals_ = take(sizes.totals, "counters");
     tallies_.resize(share_.weights->n_ffns());
     stream_.fill(totals_, 0, sizes.totals);
+    if (sizes.cublas) {
+        const CUdeviceptr narrowed = take(sizes.narrowed, "activations");
+        const CUdeviceptr widened = take(sizes.widened, "weights of prompts");
+        halves_.emplace(stream_, share_.budget, *share_.kernels,
+                        HalfProducts::Room{narrowed, widened, sizes.widened});
+        scratch_bytes_ += sizes.cublas;
+    }
     kv_.pool = take(sizes.kv, "keys and values");
     AttendArgs tickets;
     tickets.kv = kv_;
@@ -299,6 +306,8 @@ void CudaDevice::project(const float* x, int64_t n_rows, std::span<const Project
             products.push_back(
                 {kept.weight, kept.bias, address(outputs[end].y), kept.weight.n_rows});
         }
+        if (n_rows > few_tokens)
+            choose_cublas(products[0].w, ProductChoice::Inner::rows, address(x), n_rows);
         multiply(type, address(x), n_rows, n_cols, products, accumulate);
         first = end;
     }

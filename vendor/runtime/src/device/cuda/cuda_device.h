@@ -9,11 +9,13 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <optional>
 #include <tuple>
 #include <unordered_map>
 #include <vector>
 
 #include "device/cuda/gpu.h"
+#include "device/cuda/half_products.h"
 #include "device/cuda/launch.h"
 #include "device/cuda/weights.h"
 #include "device/cuda/working_space.h"
@@ -74,9 +76,17 @@ class CudaDevice final : public Device {
 
     // x in the form that weights of that type want: quantised at most once while x does not change.
     Input prepared(Type type, CUdeviceptr x, int64_t n_rows, int64_t n_cols);
-    // Products of x with matrices of one type, by rows or tiles as the tokens are few or many.
+    // Products of x with matrices of one type: by rows for few tokens, for many by tiles or through
+    // cuBLAS, whichever is faster.
     void multiply(Type type, CUdeviceptr x, int64_t n_rows, int64_t n_cols,
                   std::span<const cuda::Product> products, bool accumulate);
+    void multiply_by_neuron(const DownTileArgs& args);
+    // Whether cuBLAS multiplies such matrices faster, measured if it is not known yet; hidden_ and
+    // lifted_ may be overwritten then.
+    bool choose_cublas(const DeviceWeight& w, ProductChoice::Inner inner, CUdeviceptr x,
+                       int64_t n_tokens);
+    bool known_cublas(Type type, ProductChoice::Inner inner, int64_t n_tokens) const;
+    void choose_for(const FeedForward& ffn, const DeviceFfn& kept, CUdeviceptr x);
     void forget_prepared(const void* written) {
         if (prepared_from_ == address(static_cast<const float*>(written))) prepared_from_ = 0;
     }
@@ -118,6 +128,8 @@ class CudaDevice final : public Device {
     PinnedMemory host_x_, host_z_, host_y_;  // [n_tokens][n_embd], what the host's neurons need
     PinnedMemory host_names_;                // [n_tokens][n_words]
     Event sent_to_host_;
+
+    std::optional<HalfProducts> halves_;
 
     BatchInputs batch_{};
     int64_t n_tiles_ = 0;

@@ -185,8 +185,8 @@ constexpr const char* norm = "qi_norm";
 constexpr const char* quantise = "qi_quantise";
 constexpr const char* act_mul = "qi_act_mul";
 constexpr const char* add = "qi_add";
-constexpr const char* add_bias = "qi_add_bias";
-constexpr const char* narrow = "qi_narrow";
+constexpr const char* scale_rows = "qi_scale_rows";
+constexpr const char* narrow_rows = "qi_narrow_rows";
 constexpr const char* matvec[] = {"qi_matvec_1", "qi_matvec_1x2", "qi_matvec_2", "qi_matvec_3",
                                   "qi_matvec_4", "qi_matvec_6",   "qi_matvec_8"};
 constexpr const char* matmul[] = {"qi_matmul_128x64", "qi_matmul_32x32", "qi_matmul_32x16"};
@@ -240,9 +240,9 @@ void Kernels::load_kv_kernels(Type type) {
 }
 
 void Kernels::load_common_kernels() {
-    load(
-        Source::norm, Type::f32,
-        {names::norm, names::quantise, names::act_mul, names::add, names::add_bias, names::narrow});
+    load(Source::norm, Type::f32,
+         {names::norm, names::quantise, names::act_mul, names::add, names::scale_rows,
+          names::narrow_rows});
     load(Source::select, Type::f32,
          {names::predicted_masks, names::gate_masks, names::compact, names::count_active,
           names::count_bits, names::add_partials});
@@ -283,18 +283,18 @@ void Kernels::add(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t
                 int(n), y);
 }
 
-void Kernels::add_bias(const Stream& stream, CUdeviceptr bias, int64_t n_tokens, int64_t n,
-                       CUdeviceptr y) {
-    function(Source::norm, Type::f32, names::add_bias)
-        .launch(stream, {blocks(n, 4 * row_threads), unsigned(n_tokens)}, {row_threads}, 0, bias,
-                int(n), y);
+void Kernels::scale_rows(const Stream& stream, CUdeviceptr factors, CUdeviceptr bias,
+                         int64_t n_tokens, int64_t n, CUdeviceptr y, int64_t y_stride) {
+    function(Source::norm, Type::f32, names::scale_rows)
+        .launch(stream, {blocks(n, 4 * row_threads), unsigned(n_tokens)}, {row_threads}, 0, factors,
+                bias, int(n), y, (long long)y_stride);
 }
 
-void Kernels::narrow(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n, Type to,
-                     CUdeviceptr out) {
-    function(Source::norm, Type::f32, names::narrow)
-        .launch(stream, {blocks(n, 4 * row_threads), unsigned(n_tokens)}, {row_threads}, 0, x,
-                int(n), int(to == Type::bf16), out);
+void Kernels::narrow_rows(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n, Type to,
+                          CUdeviceptr out, int64_t out_stride, CUdeviceptr powers) {
+    function(Source::norm, Type::f32, names::narrow_rows)
+        .launch(stream, {unsigned(n_tokens)}, {row_threads}, 0, x, int(n), int(to == Type::bf16),
+                out, (long long)out_stride, powers);
 }
 
 // ---- products ----

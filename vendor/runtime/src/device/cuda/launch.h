@@ -225,12 +225,13 @@ class Kernels {
     // y += x
     void add(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n, CUdeviceptr y);
 
-    // y += bias [n]
-    void add_bias(const Stream& stream, CUdeviceptr bias, int64_t n_tokens, int64_t n,
-                  CUdeviceptr y);
-    // out = x as f16 or bf16, what cuBLAS multiplies. Beyond 65504 f16 is infinite.
-    void narrow(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n, Type to,
-                CUdeviceptr out);
+    // y[t] = y[t] · factors[t] + bias; factors float [n_tokens], bias [n] or 0.
+    void scale_rows(const Stream& stream, CUdeviceptr factors, CUdeviceptr bias, int64_t n_tokens,
+                    int64_t n, CUdeviceptr y, int64_t y_stride);
+    // out[t] = x[t] · powers[t] as f16, or x[t] as bf16, what cuBLAS multiplies; powers float
+    // [2][n_tokens], powers of two that keep a row within f16's range, and their reciprocals.
+    void narrow_rows(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n, Type to,
+                     CUdeviceptr out, int64_t out_stride, CUdeviceptr powers);
 
     // ---- products ----
     // Products of one input with up to three matrices of one type and width: by rows one launch for

@@ -1,8 +1,11 @@
-// Self-tests of what only prompts use: the down projection of many tokens by neuron.
+// Self-tests of what only prompts use: the down projection of many tokens by neuron, and products
+// through cuBLAS.
 #include <algorithm>
 #include <numeric>
 
 #include "base/error.h"
+#include "base/log.h"
+#include "device/cuda/half_products.h"
 #include "device/cuda/self_test_bench.h"
 #include "kernels/row_sums.h"
 
@@ -81,6 +84,104 @@ void test_down_tiles(Bench& bench, const DownCase& c) {
         }
 }
 
+// ---- through cuBLAS ----
+
+struct HalfCase {
+    Type type;
+    int64_t n_rows, n_cols, n_tokens;
+    bool by_neuron;  // rows along the inner dimension
+
+    int64_t n_inner() const { return by_neuron ? n_rows : n_cols; }
+    int64_t n_outer() const { return by_neuron ? n_cols : n_rows; }
+};
+
+// Activations of ordinary size, some tokens' beyond f16's range or near its lower end.
+std::vector<float> random_activations(Bench& bench, int64_t n_tokens, int64_t width) {
+    std::vector<float> x = bench.normal(size_t(n_tokens * width));
+    for (int64_t i = 0; i < width; ++i) {
+        x[size_t(n_tokens / 2 * width + i)] *= 1e6f;
+        x[size_t(n_tokens / 3 * width + i)] *= 1e-5f;
+    }
+    return x;
+}
+
+// Against sums of the decoded weights in double. An activation and a weight of a block type are
+// rounded to a half each, or to steps of the smallest half: for a weight 2^-24, for an activation
+// that over the power of two its row is scaled by, which leaves its largest at 2^-4 or more. BF16
+// has 8 bits.
+void compare_halves(Bench& bench, const TestWeight& w, const HalfCase& c,
+                    const std::vector<float>& x, const std::vector<float>& got,
+                    const std::function<double(int64_t, int64_t)>& added) {
+    const int64_t n_inner = c.n_inner(), n_outer = c.n_outer();
+    const double of_x = c.type == Type::bf16 ? 0x1p-8 : 0x1p-11;
+    const double rounding =
+        of_x + (wants_q8(c.type) ? 0x1p-11 : 0.0) + double(n_inner + 8) * float_rounding;
+    for (int64_t t = 0; t < c.n_tokens; ++t) {
+        const float* row = &x[size_t(t * n_inner)];
+        double largest = 0;
+        for (int64_t k = 0; k < n_inner; ++k)
+            largest = std::max(largest, std::fabs(double(row[k])));
+        for (int64_t r = 0; r < n_outer; ++r) {
+            double want = 0, size = 0, small = 0;
+            for (int64_t k = 0; k < n_inner; ++k) {
+                const int64_t at = c.by_neuron ? k * c.n_cols + r : r * c.n_cols + k;
+                const auto weight = double(w.values[size_t(at)]), value = double(row[k]);
+                want += weight * value;
+                size += std::fabs(weight * value);
+                small += std::fabs(value) * 0x1p-25 + std::fabs(weight) * largest * 0x1p-21;
+            }
+            const double more = added(t, r);
+            bench.compare(double(got[size_t(t * n_outer + r)]), want + more,
+                          rounding * size + small +
+                              16 * float_rounding * (std::fabs(more) + std::fabs(want) + 4.0));
+        }
+    }
+}
+
+void test_halves(Bench& bench, const HalfCase& c) {
+    if (!HalfProducts::takes(c.type, bench.kernels.gpu()->attributes().architecture))
+        return bench.expect(true);  // tiles compute it, and are tested
+    try {
+        cublas_info();
+    } catch (const Error& error) {
+        log(LogLevel::info, format("products through cuBLAS are not tested: %s", error.what()));
+        return bench.expect(true);
+    }
+    const int64_t n_inner = c.n_inner(), n_outer = c.n_outer();
+    const TestWeight w(bench, c.type, c.n_rows, c.n_cols);
+    const std::vector<float> x = random_activations(bench, c.n_tokens, n_inner);
+    const std::vector<float> bias = bench.normal(size_t(n_outer));
+    const std::vector<float> before = bench.normal(size_t(c.n_tokens * n_outer));
+    // Room for a few rows at a time.
+    const auto widened_bytes = size_t(16 * c.n_cols) * 2;
+    HalfProducts halves(bench.stream, std::make_shared<Budget>(Budget::unlimited), bench.kernels,
+                        {bench.room(HalfProducts::narrowed_bytes(c.n_tokens, n_inner)),
+                         bench.room(widened_bytes), widened_bytes});
+    const CUdeviceptr x_at = bench.upload(x), bias_at = bench.upload(bias);
+    for (const bool accumulate : {true, false}) {
+        if (c.by_neuron && !accumulate) continue;
+        const CUdeviceptr y = bench.upload(before);
+        if (c.by_neuron) {
+            DownTileArgs args;
+            args.w = w.device;
+            args.h = x_at;
+            args.h_stride = n_inner;
+            args.n_tokens = c.n_tokens;
+            args.bias = bias_at;
+            args.y = y;
+            halves.multiply_by_neuron(args);
+        } else {
+            const Product product{w.device, bias_at, y, n_outer};
+            halves.multiply(x_at, c.n_tokens, {&product, 1}, accumulate);
+        }
+        const auto got = bench.download<float>(y, before.size());
+        compare_halves(bench, w, c, x, got, [&](int64_t t, int64_t r) {
+            const auto was = double(before[size_t(t * n_outer + r)]);
+            return double(bias[size_t(r)]) + (accumulate ? was : 0.0);
+        });
+    }
+}
+
 }  // namespace
 
 void add_prompt_tests(std::vector<SelfTest>& tests) {
@@ -99,6 +200,15 @@ void add_prompt_tests(std::vector<SelfTest>& tests) {
                 {format("down tiles %s %lldx%lld, %lld tokens", traits.name, (long long)c.n_rows,
                         (long long)c.n_cols, (long long)c.n_tokens),
                  [=](Bench& bench) { test_down_tiles(bench, c); }});
+        for (const bool by_neuron : {false, true}) {
+            if (type == Type::f32) continue;
+            const HalfCase c{type, 37 + turn, n_cols, 11, by_neuron};
+            tests.push_back(
+                {format("cuBLAS %s %s %lldx%lld, %lld tokens", by_neuron ? "by neuron" : "by row",
+                        traits.name, (long long)c.n_rows, (long long)c.n_cols,
+                        (long long)c.n_tokens),
+                 [=](Bench& bench) { test_halves(bench, c); }});
+        }
         ++turn;
     }
 }

@@ -136,16 +136,63 @@ void test_add(Bench& bench, int64_t n, int64_t n_tokens) {
     const auto got = bench.download<float>(y_at, y.size());
     for (size_t i = 0; i < got.size(); ++i)
         bench.expect(got[i] == x[i] + y[i]);
-    bench.kernels.add_bias(bench.stream, bench.upload(x), n_tokens, n, y_at);
-    const auto biased = bench.download<float>(y_at, y.size());
-    for (size_t i = 0; i < got.size(); ++i)
-        bench.expect(biased[i] == got[i] + x[i % size_t(n)]);
-    const CUdeviceptr out = bench.room(x.size() * 2), x_at = bench.upload(x);
+}
+
+// Rows within f16's range, beyond it, below it, of zeros, and not finite.
+void test_narrow(Bench& bench, int64_t n) {
+    constexpr float sizes[] = {1.0f, 1e6f, 1e-5f, 0.0f, HUGE_VALF};
+    const auto n_tokens = int64_t(std::size(sizes)), stride = n + 3;
+    std::vector<float> x = bench.normal(size_t(n * n_tokens));
+    for (size_t i = 0; i < x.size(); ++i) {
+        const float size = sizes[i / size_t(n)];
+        x[i] = std::isinf(size) ? (i % size_t(n) ? x[i] : size) : x[i] * size;
+    }
+    const CUdeviceptr x_at = bench.upload(x), out = bench.room(size_t(n_tokens * stride) * 2);
+    const CUdeviceptr powers_at = bench.room(size_t(2 * n_tokens) * sizeof(float));
     for (const Type to : {Type::f16, Type::bf16}) {
-        bench.kernels.narrow(bench.stream, x_at, n_tokens, n, to, out);
-        const auto narrowed = bench.download<uint16_t>(out, x.size());
-        for (size_t i = 0; i < x.size(); ++i)
-            bench.expect(narrowed[i] == (to == Type::f16 ? f32_to_f16(x[i]) : f32_to_bf16(x[i])));
+        bench.kernels.narrow_rows(bench.stream, x_at, n_tokens, n, to, out, stride, powers_at);
+        const auto got = bench.download<uint16_t>(out, size_t((n_tokens - 1) * stride + n));
+        const auto powers = bench.download<float>(powers_at, size_t(2 * n_tokens));
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            const auto of_token = std::span(x).subspan(size_t(t * n), size_t(n));
+            const float power = powers[size_t(t)];
+            float largest = 0.0f;
+            for (const float value : of_token)
+                largest = std::max(largest, std::fabs(value));
+            const bool fits = largest == 0.0f || (largest >= 0x1p-4f && largest <= 65504.0f);
+            bench.expect(fits || std::isinf(largest) || to == Type::bf16 ? power == 1.0f
+                                                                         : power != 1.0f);
+            bench.expect(powers[size_t(n_tokens + t)] * power == 1.0f);
+            int exponent = 0;
+            bench.expect(std::frexp(power, &exponent) == 0.5f);
+            for (int64_t i = 0; i < n; ++i) {
+                const uint16_t value = got[size_t(t * stride + i)];
+                const float scaled = of_token[size_t(i)] * power;
+                bench.expect(value == (to == Type::f16 ? f32_to_f16(scaled) : f32_to_bf16(scaled)));
+                bench.expect(std::isinf(largest) || std::fabs(scaled) <= 65504.0f ||
+                             to == Type::bf16);
+            }
+        }
+    }
+}
+
+void test_scale(Bench& bench, int64_t n, int64_t n_tokens) {
+    const int64_t stride = n + 5;
+    const std::vector<float> y = bench.normal(size_t(n_tokens * stride));
+    const std::vector<float> bias = bench.normal(size_t(n));
+    std::vector<float> factors(static_cast<size_t>(n_tokens), 1.0f);
+    factors.back() = 0x1p-20f;
+    for (const bool biased : {false, true}) {
+        const CUdeviceptr y_at = bench.upload(y);
+        bench.kernels.scale_rows(bench.stream, bench.upload(factors),
+                                 biased ? bench.upload(bias) : 0, n_tokens, n, y_at, stride);
+        const auto got = bench.download<float>(y_at, y.size());
+        for (size_t i = 0; i < got.size(); ++i) {
+            const size_t t = i / size_t(stride), column = i % size_t(stride);
+            float want = y[i];
+            if (column < size_t(n)) want = y[i] * factors[t] + (biased ? bias[column] : 0.0f);
+            bench.expect(got[i] == want);
+        }
     }
 }
 
@@ -161,6 +208,10 @@ void add_row_tests(std::vector<SelfTest>& tests) {
                          [=](Bench& bench) { test_quantise(bench, n, n_tokens); }});
         tests.push_back({format("add %lld", (long long)n),
                          [=](Bench& bench) { test_add(bench, n, n_tokens); }});
+        tests.push_back(
+            {format("narrow %lld", (long long)n), [=](Bench& bench) { test_narrow(bench, n); }});
+        tests.push_back({format("scale %lld", (long long)n),
+                         [=](Bench& bench) { test_scale(bench, n, n_tokens); }});
     }
     constexpr std::pair<DeviceAct, const char*> acts[] = {
         {DeviceAct::silu, "silu"},         {DeviceAct::relu, "relu"},

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "device/cuda/half_products.h"
 #include "kernels/attention.h"
 
 namespace qi::cuda {
@@ -39,6 +40,18 @@ WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, cons
     terms = size_t(n) * (sizeof(Kernels::LogTerms) + sizeof(int32_t));
     totals = size_t(needs.kv.n_layer) * 2 * sizeof(uint64_t);
     kv = size_t(needs.n_pages) * kv_args.page_stride;
+
+    narrowed = widened = cublas = 0;
+    if (!share.choice || needs.deterministic || n <= few_tokens) return;
+    constexpr size_t mib = size_t(1) << 20;
+    const size_t limit = share.budget->limit_bytes();
+    // Half a matrix at least fills a card; more room than a layer's largest is of no use.
+    const size_t of_matrix = size_t(std::max(widest, needs.n_embd) * widest) * 2;
+    narrowed = HalfProducts::narrowed_bytes(n, widest);
+    widened = std::min(of_matrix, std::clamp(limit / 32, 8 * mib, 64 * mib));
+    cublas = Cublas::n_bytes(share.gpu->attributes().architecture);
+    // Where memory is short it is better spent on weights.
+    if (narrowed + widened + cublas > limit / 8) narrowed = widened = cublas = 0;
 }
 
 KvArgs kv_args_for(const DeviceNeeds& needs) {
@@ -54,9 +67,11 @@ KvArgs kv_args_for(const DeviceNeeds& needs) {
 size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs) {
     const WorkingSizes s(share, needs, kv_args_for(needs));
     size_t bytes = 0;
-    for (const size_t n : {s.inputs, s.q8, s.hidden, s.lifted, s.low, s.predictions, s.masks,
-                           s.named, s.list, s.partial, s.other, s.attend, s.terms, s.totals, s.kv})
+    for (const size_t n :
+         {s.inputs, s.q8, s.hidden, s.lifted, s.low, s.predictions, s.masks, s.named, s.list,
+          s.partial, s.other, s.attend, s.terms, s.totals, s.kv, s.narrowed, s.widened})
         if (n > 0) bytes += DeviceMemory::counted_bytes(n);
+    bytes += s.cublas;
     for (const size_t n : needs.arrays)
         if (n > 0) bytes += DeviceMemory::counted_bytes(n * sizeof(float));
     return bytes;

@@ -8,6 +8,7 @@
 #include "device/accelerator.h"
 #include "device/cuda/gpu.h"
 #include "device/cuda/launch.h"
+#include "device/cuda/product_choice.h"
 #include "device/cuda/weights.h"
 
 namespace qi::cuda {
@@ -18,6 +19,7 @@ struct GpuShare {
     std::shared_ptr<Budget> budget;
     std::shared_ptr<Kernels> kernels;
     std::shared_ptr<Weights> weights;
+    std::shared_ptr<ProductChoice> choice;  // null without cuBLAS
 };
 
 // Tokens that one launch of the matrix kernels takes.
@@ -34,6 +36,8 @@ struct InputLayout {
 struct WorkingSizes {
     size_t inputs, q8, hidden, lifted, low, predictions, masks, named, list, partial, other, attend,
         terms, totals, kv;
+    // Of prompts through cuBLAS; 0 where it is not used.
+    size_t narrowed, widened, cublas;
 
     WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, const KvArgs& kv_args);
 };

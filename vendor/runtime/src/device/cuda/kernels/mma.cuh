@@ -155,11 +155,3 @@ struct SplitPair {
         low = u32(f32_to_f16(x - f16_to_f32(hx))) | u32(f32_to_f16(y - f16_to_f32(hy))) << 16;
     }
 };
-
-// The power of two that brings the largest of some magnitudes to about 2^13, so that their halves
-// neither overflow nor lose their low parts.
-QI_DEVICE f32 power_for(f32 largest) {
-    const int exponent = int(__float_as_uint(largest) >> 23 & 255u);
-    const int wanted = 127 + 13 - exponent + 127;
-    return __uint_as_float(u32(min_of(max_of(wanted, 1), 253)) << 23);
-}

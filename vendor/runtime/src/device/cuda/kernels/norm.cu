@@ -102,29 +102,56 @@ QI_KERNEL qi_add(const f32* x, int n, f32* y) {
     store_quad(y + token * n, quad, n, aligned, a);
 }
 
-// y[t] += bias. grid (quads of a row / 256, n_tokens).
-QI_KERNEL qi_add_bias(const f32* bias, int n, f32* y) {
+// y[t] = y[t] · factors[t] + bias, where there is anything to do; bias may be null. Rows of y are
+// `stride` floats apart. grid (quads of a row / 256, n_tokens).
+QI_KERNEL qi_scale_rows(const f32* factors, const f32* bias, int n, f32* y, i64 stride) {
     const i64 token = blockIdx.y;
+    const f32 factor = factors[token];
+    if (factor == 1.0f && !bias) return;
     const int quad = int(blockIdx.x * blockDim.x + threadIdx.x);
-    const bool aligned = n % 4 == 0;
-    f32 a[4], b[4];
-    load_quad(bias, quad, n, aligned, a);
-    load_quad(y + token * n, quad, n, aligned, b);
+    const bool aligned = n % 4 == 0 && stride % 4 == 0;
+    f32 v[4], b[4] = {};
+    load_quad(y + token * stride, quad, n, aligned, v);
+    if (bias) load_quad(bias, quad, n, n % 4 == 0, b);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-        a[i] += b[i];
-    store_quad(y + token * n, quad, n, aligned, a);
+        v[i] = mul(v[i], factor) + b[i];
+    store_quad(y + token * stride, quad, n, aligned, v);
 }
 
-// out[t] = x[t] as f16, or with `bf16` as bfloat16, for cuBLAS. grid (quads of a row / 256,
-// n_tokens).
-QI_KERNEL qi_narrow(const f32* x, int n, int bf16, u16* out) {
-    const i64 token = blockIdx.y;
-    const int quad = int(blockIdx.x * blockDim.x + threadIdx.x);
-    f32 v[4];
-    load_quad(x + token * n, quad, n, n % 4 == 0, v);
-    u16* to = out + token * n + 4 * quad;
+// out[t] = x[t] · power as f16, or x[t] as bfloat16, for cuBLAS. The power of two is 1 unless a row
+// would lose values to the ends of f16's range: its largest magnitude is beyond 65504 or below
+// 2^-4. powers[t] is it, powers[n_tokens + t] its reciprocal. grid n_tokens.
+QI_KERNEL qi_narrow_rows(const f32* x, int n, int bf16, u16* out, i64 out_stride, f32* powers) {
+    __shared__ f32 room[warp_size];
+    const i64 token = blockIdx.x;
+    const f32* row = x + token * n;
+    const bool aligned = n % 4 == 0;
+    const int n_quads = ceil_div(n, 4);
+    f32 largest = 0.0f;
+    for (int quad = int(threadIdx.x); !bf16 && quad < n_quads; quad += int(blockDim.x)) {
+        f32 v[4];
+        load_quad(row, quad, n, aligned, v);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        if (4 * quad + i < n) to[i] = bf16 ? f32_to_bf16(v[i]) : f32_to_f16(v[i]);
+        for (int i = 0; i < 4; ++i)
+            largest = fmaxf(largest, fabsf(v[i]));
+    }
+    largest = block_max(largest, room);
+    const bool fits = largest == 0.0f || (largest >= 0.0625f && largest <= 65504.0f);
+    // A tiny row is left tiny: what it is added to must stay finite when it is scaled likewise.
+    f32 power = 1.0f;
+    if (!fits && largest < infinity()) power = fminf(power_for(largest), 16777216.0f);
+    if (threadIdx.x == 0) {
+        powers[token] = power;
+        powers[gridDim.x + token] = 1.0f / power;
+    }
+    u16* to = out + token * out_stride;
+    for (int quad = int(threadIdx.x); quad < n_quads; quad += int(blockDim.x)) {
+        f32 v[4];
+        load_quad(row, quad, n, aligned, v);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (4 * quad + i < n)
+                to[4 * quad + i] = bf16 ? f32_to_bf16(v[i]) : f32_to_f16(mul(v[i], power));
+    }
 }

@@ -121,6 +121,14 @@ QI_DEVICE u16 f32_to_bf16(f32 value) {
     return u16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// The power of two that brings the largest of some magnitudes to about 2^13, so that their halves
+// neither overflow nor lose their low parts.
+QI_DEVICE f32 power_for(f32 largest) {
+    const int exponent = int(__float_as_uint(largest) >> 23 & 255u);
+    const int wanted = 127 + 13 - exponent + 127;
+    return __uint_as_float(u32(min_of(max_of(wanted, 1), 253)) << 23);
+}
+
 // ---- memory ----
 
 // Weights, read once by a step: past L1, where activations stay.
