@@ -141,7 +141,7 @@ def _shared(path: str, share: str) -> Model:
 
 
 def cancelled(path: str, share: str) -> dict[str, Any]:
-    """Steps that another thread cancels after ever longer delays; then the logits of one that ends."""
+    """Steps that another thread cancels, each later than the one before; then one that ends."""
     n_cancelled = 0
     with _shared(path, share) as model, model.context() as context:
         expected = _logits(context, 1, TOKENS[:4])
@@ -157,7 +157,11 @@ def cancelled(path: str, share: str) -> dict[str, Any]:
             except Cancelled:
                 n_cancelled += 1
         same = np.array_equal(_logits(context, 1, TOKENS[:4]), expected)
-    return {"n_cancelled": n_cancelled, "same": bool(same), "left": int(_cuda().standin_allocated())}
+    return {
+        "n_cancelled": n_cancelled,
+        "same": bool(same),
+        "left": int(_cuda().standin_allocated()),
+    }
 
 
 def counted(path: str) -> dict[str, list[Any]]:
