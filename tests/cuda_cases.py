@@ -346,6 +346,25 @@ def together(path: str) -> list[list[float]]:
         return [rows]
 
 
+def side_by_side(path: str) -> list[bool]:
+    """Two threads, each with a context of a model that shares its layers with the processor."""
+    same = []
+
+    def run(model: Model) -> None:
+        with model.context() as context:
+            rows = [_logits(context, 1, TOKENS[:8]) for _ in range(3)]
+        same.append(all(np.array_equal(row, rows[0]) for row in rows))
+
+    with _shared(path, "half") as one, _shared(path, "half") as other:
+        run(one)
+        threads = [threading.Thread(target=run, args=(model,)) for model in (one, other, one)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return same
+
+
 def automatic(path: str) -> dict[str, Any]:
     """What device="auto" does here."""
     lines = _log()

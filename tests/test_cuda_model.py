@@ -177,6 +177,11 @@ def test_models_share_a_gpu() -> None:
     assert max(errors) < 1e-5
 
 
+def test_threads_share_a_gpu() -> None:
+    """Kernels of one context wait for their thread while those of another do for theirs."""
+    assert on_gpu("side_by_side", DATA / "stories260K.F32.gguf") == [True] * 4
+
+
 @pytest.mark.parametrize(("code", "share"), [(2, "half"), (999, "whole")])
 def test_any_call_may_fail(code: int, share: str) -> None:
     """Out of memory, or an unknown error: a typed exception, nothing leaked, and it goes on."""
