@@ -23,10 +23,10 @@ from test_sparsity import CASES, QUANTISED, Case
 DATA = Path(__file__).parent / "data"
 STORIES = Path(__file__).parents[1] / "qinfer" / "data" / "relu-stories-15M.gguf"
 PROGRAM = """
-import json, sys
-import cuda_cases
+import importlib, json, sys
 name, arguments = json.loads(sys.argv[1])
-print(json.dumps(getattr(cuda_cases, name)(*arguments)))
+module, function = name.rsplit(".", 1) if "." in name else ("cuda_cases", name)
+print(json.dumps(getattr(importlib.import_module(module), function)(*arguments)))
 """
 
 
@@ -48,7 +48,10 @@ def kernel_cache() -> str:
 def on_gpu(
     name: str, *arguments: Any, variables: dict[str, str] | None = None, **settings: object
 ) -> Any:
-    """What a function of cuda_cases answers in a process that has the stand-in for a GPU."""
+    """What a function answers in a process that has the stand-in for a GPU.
+
+    One without a module is cuda_cases's.
+    """
     words = json.dumps([name, [str(a) if isinstance(a, Path) else a for a in arguments]])
     environment = cuda_standin.environment(**settings) | (variables or {})
     environment["QINFER_CACHE_DIR"] = kernel_cache()
@@ -102,72 +105,29 @@ def test_q8_0_keys_and_values(tmp_path: Path) -> None:
         assert np.median(errors) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama-f16", "llama-q4_0", "llama-q4_0-ordinary"])
-def test_prompts_through_cublas(name: str, tmp_path: Path) -> None:
-    """Halves lose what tiles keep; both are close, and everything is counted."""
-    path = (CASES | QUANTISED)[name].write(tmp_path)
-    tiles, cublas = on_gpu("prompts", path, ["cuda:0", "cuda:1"], devices=2)
-    exact = name in CASES
-    assert tiles["error"] < (2e-5 if exact else 2e-2)
-    assert (2e-5 if exact else 0.0) < cublas["error"] < (2e-3 if exact else 3e-2)
-    assert cublas["error"] != tiles["error"]
-    for found in (tiles, cublas):
-        assert 0 < found["held"] <= found["used"] <= found["budget"]
-        assert found["log"] == []
-
-
-def test_what_is_faster_is_measured_once(tmp_path: Path) -> None:
-    path = CASES["llama-f16"].write(tmp_path)
-    products(2).unlink(missing_ok=True)
-    (first,) = on_gpu("prompts", path, ["cuda:2"], devices=3)
-    assert first["error"] < 2e-3
-    head, *findings = products(2).read_text().splitlines()
-    assert head.startswith("cuBLAS 13.0, kernels ")
-    cases = {tuple(line.split()[:3]) for line in findings}
-    # The head computes 32 rows at a time.
-    assert cases == {("F16", "rows", "64"), ("F16", "rows", "32"), ("F16", "neurons", "64")}
-    assert len(findings) == len(cases)
-    assert {line.split()[3] for line in findings} <= {"cublas", "tiles"}
-    written = products(2).stat()
-    on_gpu("prompts", path, ["cuda:2"], devices=3)
-    assert products(2).stat().st_mtime_ns == written.st_mtime_ns
-    products(2).write_text("\n".join(["cuBLAS 1.0, kernels 0", *findings]))
-    on_gpu("prompts", path, ["cuda:2"], devices=3)
-    assert products(2).read_text().splitlines()[0] == head
-
-
-def test_without_cublas_prompts_are_multiplied_by_tiles(tmp_path: Path) -> None:
-    folder = tmp_path / "lib"
-    folder.mkdir()
-    for library in cuda_standin.libraries().iterdir():
-        if not library.name.startswith("libcublas"):
-            (folder / library.name).symlink_to(library)
-    variables = {
-        "LD_LIBRARY_PATH": str(folder),
-        "LD_PRELOAD": str(folder / "libnvrtc.so.13"),
-        "CUDA_PATH": "",
-    }
-    path = CASES["llama-f16"].write(tmp_path)
-    (found,) = on_gpu("prompts", path, ["cuda:1"], devices=2, variables=variables)
-    assert found["error"] < 2e-5
-    (line,) = found["log"]
-    assert "without cuBLAS" in line
-    assert "libcublas.so.13" in line
-
-
-@pytest.mark.parametrize("name", ["llama", "llama-q4_0-ordinary"])
-def test_deterministic(name: str, tmp_path: Path) -> None:
-    """The same bits however a prompt is cut."""
-    found = on_gpu("chunked", (CASES | QUANTISED)[name].write(tmp_path))
-    assert found["dense"] == found["sparse"] == 1
-    # Tiles add in another order, and a sum may then fall on the other side of an int8 code.
-    assert 0 < found["distance"] < (1e-3 if name in CASES else 0.2)
-
-
-def test_steps_are_recorded_and_replayed() -> None:
+@pytest.mark.parametrize("share", ["whole", "half", "none"])
+def test_steps_are_recorded_and_replayed(share: str) -> None:
     """The same bits, whether kernels are launched one by one, recorded or replayed."""
-    found = on_gpu("replayed", DATA / "stories260K.F32.gguf")
+    found = on_gpu("replayed", DATA / "stories260K.F32.gguf", share)
     assert found["n_graphs"] > 0
+    assert all(row == found["rows"][0] for row in found["rows"])
+    for seconds, on_gpu_seconds, on_host, waiting in found["layers"]:
+        assert (on_host > 0) == (share != "whole")
+        assert seconds == pytest.approx(on_gpu_seconds + waiting)
+
+
+@pytest.mark.parametrize("share", ["whole", "half"])
+def test_steps_can_be_cancelled(share: str) -> None:
+    """Wherever it meets a step, the next ones are right."""
+    found = on_gpu("cancelled", DATA / "stories260K.F32.gguf", share)
+    assert found["n_cancelled"] > 0
+    assert found["same"]
+    assert found["left"] == 0
+
+
+def test_kernels_do_not_wait_where_a_watchdog_ends_them() -> None:
+    found = on_gpu("replayed", DATA / "stories260K.F32.gguf", "half", watchdog_ms=9000)
+    assert found["n_graphs"] == 0
     assert all(row == found["rows"][0] for row in found["rows"])
 
 
@@ -231,10 +191,15 @@ def test_models_share_a_gpu() -> None:
     assert max(errors) < 1e-5
 
 
-@pytest.mark.parametrize("code", [2, 999])
-def test_any_call_may_fail(code: int) -> None:
+def test_threads_share_a_gpu() -> None:
+    """Kernels of one context wait for their thread while those of another do for theirs."""
+    assert on_gpu("side_by_side", DATA / "stories260K.F32.gguf") == [True] * 4
+
+
+@pytest.mark.parametrize(("code", "share"), [(2, "half"), (999, "whole")])
+def test_any_call_may_fail(code: int, share: str) -> None:
     """Out of memory, or an unknown error: a typed exception, nothing leaked, and it goes on."""
-    found = on_gpu("failures", DATA / "stories260K.F32.gguf", code, 7)
+    found = on_gpu("failures", DATA / "stories260K.F32.gguf", share, code, 7)
     kinds = found["kinds"]
     assert found["n_calls"] > 100
     assert kinds.get("DeviceError", 0) + kinds.get("OutOfMemory", 0) > 10
@@ -242,8 +207,9 @@ def test_any_call_may_fail(code: int) -> None:
     assert found["same"]
 
 
-def test_a_lost_device_is_an_error() -> None:
-    found = on_gpu("lost", DATA / "stories260K.F32.gguf")
+@pytest.mark.parametrize("share", ["whole", "half"])
+def test_a_lost_device_is_an_error(share: str) -> None:
+    found = on_gpu("lost", DATA / "stories260K.F32.gguf", share)
     assert found["error"] == "DeviceError"
 
 

@@ -27,7 +27,8 @@ inline constexpr int64_t few_tokens = 8;
 
 // Where everything lies that begin() brings: one array of 32-bit words.
 struct InputLayout {
-    size_t positions = 0, tables, rules, tiles, pages, cos_sin, n_words;
+    // base: what rounds of an Exchange are counted from.
+    size_t positions = 0, tables, rules, tiles, base, pages, cos_sin, n_words;
 
     explicit InputLayout(const DeviceNeeds& needs);
 };
@@ -35,7 +36,7 @@ struct InputLayout {
 // Arrays in device memory that a context has beside those it allocates, and their bytes.
 struct WorkingSizes {
     size_t inputs, q8, hidden, lifted, low, predictions, masks, named, list, partial, other, attend,
-        terms, totals, kv;
+        terms, totals, exchange, kv;
     // Of prompts through cuBLAS; 0 where it is not used.
     size_t narrowed, widened, cublas;
 
