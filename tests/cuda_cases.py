@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qinfer import Model, QInferError, UnsupportedError
+from qinfer import Model, QInferError, Sampling, UnsupportedError
+from qinfer.sampling import Sampler
 
 N_TOKENS = 24
 TOKENS = np.random.default_rng(5).integers(0, 301, N_TOKENS).tolist()
@@ -22,7 +23,8 @@ TOKENS = np.random.default_rng(5).integers(0, 301, N_TOKENS).tolist()
 
 def _cuda() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
-    for name in ("standin_calls", "standin_allocated", "standin_live_objects"):
+    names = ("calls", "allocated", "copied_to_host", "live_objects")
+    for name in (f"standin_{name}" for name in names):
         getattr(library, name).restype = ctypes.c_uint64
     library.standin_fail_at.argtypes = [ctypes.c_int64, ctypes.c_int]
     library.standin_fail_at.restype = None
@@ -213,6 +215,56 @@ def texts(path: str, prompt: str, n: int) -> list[str]:
     for device in ("cpu", "cuda"):
         with Model(path, device=device) as model:
             found.append(model.generate(prompt, max_tokens=n, temperature=0).text)
+    return found
+
+
+# Settings whose draws need the best logit, the best few, all of them, or all in the end.
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "top-k": {"temperature": 0.9, "top_k": 20, "top_p": 1.0, "min_p": 0.0},
+    "top-k and top-p": {"temperature": 1.2, "top_k": 40, "top_p": 0.8, "typical_p": 0.9},
+    "most": {"temperature": 0.9, "top_k": 511, "dynatemp_range": 0.5, "min_p": 0.01},
+    "all": {"temperature": 0.9, "top_k": 512, "top_p": 1.0},
+    "top-p": {"temperature": 1.0, "top_k": 0, "top_p": 0.9},
+    "penalties": {"temperature": 0, "repeat_penalty": 1.3, "penalty_window": -1},
+    "bias": {"temperature": 0.8, "top_k": 5, "logit_bias": {13: 2.5, 400: -float("inf")}},
+    "mirostat": {"temperature": 1.0, "mirostat": 2},
+}
+
+
+def sampled(path: str, n_steps: int) -> dict[str, Any]:
+    """Tokens by settings on both devices; on the GPU also those drawn from all its logits.
+
+    Sequences of several settings are computed in one step.
+    """
+    found: dict[str, Any] = {"bytes": {}}
+    for device in ("cpu", "cuda"):
+        with (
+            Model(path, device=device, n_ctx=128, sparsity="off") as model,
+            model.context(n_seq=len(SAMPLINGS)) as context,
+        ):
+            prompt = model.tokenizer.encode("Once upon a time")
+            chosen = [Sampling(seed=3, **settings) for settings in SAMPLINGS.values()]
+            ours, twins = ([Sampler(model.info.n_vocab, s) for s in chosen] for _ in range(2))
+            context.feed_batch(dict.fromkeys(range(len(chosen)), prompt))
+            tokens = [[s.sample(row)] for s, row in zip(ours, context.all_logits, strict=True)]
+            again = [[s.sample(row)] for s, row in zip(twins, context.all_logits, strict=True)]
+            for _ in range(n_steps):
+                drawn = context.step([t[-1] for t in tokens], ours, seqs=list(range(len(chosen))))
+                for mine, token in zip(tokens, drawn, strict=True):
+                    mine.append(token)
+                for other, s, row in zip(again, twins, context.all_logits, strict=True):
+                    other.append(s.sample(row))
+            found[device] = dict(zip(SAMPLINGS, tokens, strict=True))
+            assert again == tokens
+            if device == "cpu":
+                continue
+            # One sequence alone, to see what crosses.
+            for seq, (name, sampler) in enumerate(zip(SAMPLINGS, ours, strict=True)):
+                before = int(_cuda().standin_copied_to_host())
+                context.step(tokens[seq][-1:], [sampler], seqs=[seq])
+                found["bytes"][name] = int(_cuda().standin_copied_to_host()) - before
+            found["n_vocab"] = model.info.n_vocab
     return found
 
 

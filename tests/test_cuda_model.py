@@ -149,6 +149,20 @@ def test_texts() -> None:
     assert len(first) > 100
 
 
+def test_sampling_on_the_device() -> None:
+    """The same tokens as from all logits, of which only what decides crosses to the host."""
+    found = on_gpu("sampled", DATA / "stories260K.F32.gguf", 12)
+    assert found["cuda"] == found["cpu"]
+    candidate, all_logits = 8, 4 * found["n_vocab"]
+    assert found["bytes"] == {
+        "greedy": candidate,
+        "top-k": 21 * candidate,
+        "top-k and top-p": 41 * candidate,
+        "most": 512 * candidate,
+        **dict.fromkeys(["all", "top-p", "penalties", "bias", "mirostat"], all_logits),
+    }
+
+
 def test_states_move_between_devices() -> None:
     assert max(on_gpu("states", STORIES)) < 1e-2
 

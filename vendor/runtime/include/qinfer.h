@@ -29,7 +29,7 @@ extern "C" {
 
 /* --- declarations begin --- */
 
-#define QI_ABI_VERSION 4
+#define QI_ABI_VERSION 5
 
 typedef enum qi_status {
     QI_OK = 0,
@@ -465,8 +465,8 @@ int32_t qi_context_set_threads(qi_context* context, int32_t n_threads, qi_error*
 int32_t qi_context_feed(qi_context* context, const int32_t* tokens, const int32_t* seqs,
                         const uint8_t* flags, uint64_t n_tokens, qi_error* error);
 /* Outputs of the last feed in the order asked for: n_vocab logits, or n_embd of the hidden state.
- * Valid until the next feed. */
-int32_t qi_context_logits(const qi_context* context, uint64_t index, const float** logits,
+ * Valid until the next feed. Logits on an accelerator come from there when they are asked for. */
+int32_t qi_context_logits(qi_context* context, uint64_t index, const float** logits,
                           qi_error* error);
 int32_t qi_context_hidden(const qi_context* context, uint64_t index, const float** hidden,
                           qi_error* error);

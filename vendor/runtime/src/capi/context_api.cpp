@@ -96,12 +96,11 @@ int32_t qi_context_feed(qi_context* context, const int32_t* tokens, const int32_
     });
 }
 
-int32_t qi_context_logits(const qi_context* context, uint64_t index, const float** logits,
+int32_t qi_context_logits(qi_context* context, uint64_t index, const float** logits,
                           qi_error* error) {
-    return guard(error, [&] {
-        require_pointer(context, "context");
+    return enter(context, error, [&](Context& c) {
         require_pointer(logits, "logits");
-        *logits = context->context.logits(index).data();
+        *logits = c.logits(index).data();
     });
 }
 

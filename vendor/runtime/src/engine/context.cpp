@@ -14,8 +14,9 @@ namespace qi {
 namespace {
 
 constexpr int64_t default_batch = 512;
-// Rows of logits that a device holds at a time: 32 rows of a 128k vocabulary are 16 MB.
-constexpr int64_t logits_rows = 32;
+// Rows of logits that a device holds at a time, by the number of sequences: 32 rows of a 128k
+// vocabulary are 16 MB.
+constexpr int64_t logits_rows_least = 32, logits_rows_most = 256;
 
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) {
@@ -83,6 +84,8 @@ Context::Context(std::shared_ptr<const Model> model, const ContextOptions& optio
     if (accelerator_) {
         accelerator_->set_cancel(&cancel_);
         forward_.reserve(options_.n_batch);
+        if (&last_device() == accelerator_.get())
+            logits_.reserve(size_t(logits_rows() * model_->hyper_params().n_vocab));
     }
     monitor_.threshold = options_.policy.threshold;
     monitor_.counters.resize(size_t(model_->hyper_params().n_layer));
@@ -97,7 +100,8 @@ std::vector<Stage> Context::make_stages() {
     needs.n_pages = KvCache::n_pages(options_.n_seq, options_.n_ctx);
     needs.kv = kv_layout(*model_, options_.kv_type);
     needs.arrays = ForwardPass::array_sizes(hp, options_.n_batch);
-    needs.arrays.push_back(size_t(logits_rows * hp.n_vocab));
+    needs.n_logits = logits_rows();
+    needs.n_vocab = hp.n_vocab;
     needs.n_head = hp.n_head;
     needs.n_embd = hp.n_embd;
     needs.n_ff = hp.n_ff;
@@ -108,6 +112,10 @@ std::vector<Stage> Context::make_stages() {
     if (part.n_layers < hp.n_layer || !part.head)
         stages.push_back({host_.get(), part.n_layers, hp.n_layer});
     return stages;
+}
+
+int64_t Context::logits_rows() const {
+    return std::clamp(options_.n_seq, logits_rows_least, logits_rows_most);
 }
 
 void Context::check_seq(int32_t seq) const {
@@ -162,6 +170,8 @@ void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done
             chunk_done(int64_t(first), int64_t(chunk.size()));
             tokens_done_.fetch_add(int64_t(chunk.size()), std::memory_order_relaxed);
         }
+        for (const Stage& stage : stages_)
+            stage.device->finish();
     } catch (...) {
         for (const Start& start : starts)
             kv_.truncate(start.seq, start.length);
@@ -219,7 +229,7 @@ void Context::want_last_logits(std::span<FeedToken> tokens) const {
     }
 }
 
-void Context::feed(std::span<const FeedToken> tokens) {
+void Context::feed(std::span<const FeedToken> tokens, int64_t n_best) {
     const HyperParams& hp = model_->hyper_params();
     uint64_t n_logits = 0, n_hidden = 0;
     for (const FeedToken& t : tokens) {
@@ -227,13 +237,16 @@ void Context::feed(std::span<const FeedToken> tokens) {
         n_hidden += (t.flags & QI_WANT_HIDDEN) != 0;
     }
     n_logits_ = n_hidden_ = 0;
+    host_logits_ = nullptr;
     if (tokens.empty()) return;
     const auto n_embd = size_t(hp.n_embd), n_vocab = size_t(hp.n_vocab);
     // Few rows stay where they are computed, more are brought to the host block by block.
-    const bool few = n_logits <= uint64_t(logits_rows);
-    float* logits = logits_.reserve(std::min(n_logits, uint64_t(logits_rows)) * n_vocab);
+    const auto rows_max = size_t(logits_rows());
+    const bool few = n_logits <= rows_max;
+    float* logits = logits_.reserve(std::min(n_logits, rows_max) * n_vocab);
     float* all_logits = few ? nullptr : all_logits_.reserve(n_logits * n_vocab);
     hidden_.reserve(n_hidden * n_embd);
+    best_.resize(n_logits * size_t(n_best));
 
     std::vector<int64_t> rows;
     const auto rows_that_want = [&](uint8_t what, int64_t first, int64_t n) {
@@ -251,30 +264,32 @@ void Context::feed(std::span<const FeedToken> tokens) {
             hidden_done += n_rows;
         }
         const size_t n_rows = rows_that_want(QI_WANT_LOGITS, first, n);
-        for (size_t begin = 0; begin < n_rows; begin += size_t(logits_rows)) {
-            const size_t n_block = std::min(n_rows - begin, size_t(logits_rows));
+        for (size_t begin = 0; begin < n_rows; begin += rows_max) {
+            const size_t n_block = std::min(n_rows - begin, rows_max);
             const std::span block(rows.data() + begin, n_block);
             float* out = few ? logits + logits_done * n_vocab : logits;
-            forward_.head(forward_.final_norm(block), int64_t(n_block), out);
+            forward_.head(block, out, out == logits);
+            if (n_best > 0)
+                last_device().best(out, int64_t(n_block), hp.n_vocab, n_best,
+                                   best_.data() + logits_done * size_t(n_best));
             if (!few)
                 std::copy_n(last_device().host_view(out, n_block * n_vocab, host_room_),
                             n_block * n_vocab, all_logits + logits_done * n_vocab);
             logits_done += n_block;
         }
     });
-    if (!few)
-        host_logits_ = all_logits;
-    else if (n_logits > 0)
-        host_logits_ = last_device().host_view(logits, n_logits * n_vocab, host_room_);
+    if (!few) host_logits_ = all_logits;
     n_logits_ = n_logits;
     n_hidden_ = n_hidden;
 }
 
-std::span<const float> Context::logits(uint64_t index) const {
+std::span<const float> Context::logits(uint64_t index) {
     if (index >= n_logits_)
         fail(QI_ARGUMENT, "logits %llu were not asked for: the last feed gave %llu rows",
              (unsigned long long)index, (unsigned long long)n_logits_);
     const auto n = size_t(model_->hyper_params().n_vocab);
+    if (!host_logits_)
+        host_logits_ = last_device().host_view(logits_.data(), n_logits_ * n, host_room_);
     return {host_logits_ + index * n, n};
 }
 
@@ -294,10 +309,23 @@ void Context::step(std::span<const FeedToken> tokens, std::span<Sampler* const> 
         if (seen[size_t(t.seq)]) fail(QI_ARGUMENT, "sequence %d is given twice in one step", t.seq);
         seen[size_t(t.seq)] = true;
     }
-    feed(tokens);
+    // Some samplers need no more than the best logits.
+    const int64_t most = last_device().best_max();
+    std::vector<size_t> n_deciding;
+    size_t n_best = 0;
+    for (const Sampler* sampler : samplers) {
+        const size_t n = sampler->n_deciding();
+        n_deciding.push_back(int64_t(n) <= most ? n : 0);
+        n_best = std::max(n_best, n_deciding.back());
+    }
+    feed(tokens, int64_t(n_best));
     const auto start = Clock::now();
-    for (size_t i = 0; i < tokens.size(); ++i)
-        next[i] = samplers[i]->sample(logits(i));
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        std::optional<int32_t> token;
+        if (n_deciding[i] > 0)
+            token = samplers[i]->sample_best({best_.data() + i * n_best, n_deciding[i]});
+        next[i] = token ? *token : samplers[i]->sample(logits(i));
+    }
     stats_.sample_seconds += seconds_since(start);
 }
 
@@ -321,7 +349,7 @@ void Context::score(int32_t seq, std::span<const int32_t> tokens, std::span<cons
             rows.clear();
             wanted.clear();
             const int64_t begin = i;
-            for (; i < n && int64_t(rows.size()) < logits_rows; ++i) {
+            for (; i < n && int64_t(rows.size()) < logits_rows_least; ++i) {
                 if (targets[size_t(first + i)] == -1) continue;
                 rows.push_back(row_of_[size_t(i)]);
                 wanted.push_back(targets[size_t(first + i)]);
@@ -329,7 +357,7 @@ void Context::score(int32_t seq, std::span<const int32_t> tokens, std::span<cons
             if (rows.empty()) break;
             const auto n_rows = int64_t(rows.size());
             float* logits = logits_.reserve(rows.size() * size_t(hp.n_vocab));
-            forward_.head(forward_.final_norm(rows), n_rows, logits);
+            forward_.head(rows, logits, true);
             found.resize(rows.size());
             last_device().log_probabilities(logits, n_rows, hp.n_vocab, wanted.data(),
                                             found.data());

@@ -43,8 +43,9 @@ class Context {
     // Asks for the logits of the last token of each sequence.
     void want_last_logits(std::span<FeedToken> tokens) const;
     // Appends tokens to their sequences; on any failure no sequence has changed.
-    void feed(std::span<const FeedToken> tokens);
-    std::span<const float> logits(uint64_t index) const;
+    void feed(std::span<const FeedToken> tokens) { feed(tokens, 0); }
+    // Brings them to the host when they are first asked for; valid until the next feed.
+    std::span<const float> logits(uint64_t index);
     std::span<const float> hidden(uint64_t index) const;
     uint64_t n_logits() const { return n_logits_; }
 
@@ -95,6 +96,10 @@ class Context {
     void collect_counters() const;
     uint64_t ffn_bytes_read() const;
     void run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done);
+    // n_best: how many of each row's best logits to find on the device.
+    void feed(std::span<const FeedToken> tokens, int64_t n_best);
+    // Rows of logits that a device holds at a time.
+    int64_t logits_rows() const;
     // next: by sequence, the position of its next token.
     void compute_chunk(std::span<const FeedToken> tokens, std::vector<int64_t>& next);
 
@@ -117,9 +122,11 @@ class Context {
     int64_t check_every_ = 0, n_until_check_ = 0;
 
     DeviceArray logits_;                  // of the last device
-    const float* host_logits_ = nullptr;  // [n_logits][n_vocab] where the host can read them
+    const float* host_logits_ = nullptr;  // [n_logits][n_vocab] once they are where the host can
+                                          // read them
     AlignedBuffer<float> all_logits_;     // the same when they are many
     AlignedBuffer<float> host_room_;      // copies from devices whose memory is not the host's
+    std::vector<Candidate> best_;         // [n_logits][n_best]
     AlignedBuffer<float> hidden_;
     uint64_t n_logits_ = 0, n_hidden_ = 0;
 

@@ -45,6 +45,10 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     other_ = take(sizes.other, "activations");
     attend_room_ = take(sizes.attend, "attention");
     terms_ = take(sizes.terms, "log-probabilities");
+    tickets_ = take(sizes.tickets, "logits");
+    if (tickets_) stream_.fill(tickets_, 0, sizes.tickets);
+    partial_best_ = take(sizes.partial_best, "logits");
+    best_ = take(sizes.best, "logits");
     totals_ = take(sizes.totals, "counters");
     tallies_.resize(share_.weights->n_ffns());
     stream_.fill(totals_, 0, sizes.totals);
@@ -96,7 +100,7 @@ void CudaDevice::release(float* array) {
 }
 
 const float* CudaDevice::host_view(const float* x, size_t n, AlignedBuffer<float>&) {
-    const Current current = enter();
+    const Current current(*share_.gpu);
     if (readback_.n_bytes() < n * sizeof(float))
         readback_ = PinnedMemory(share_.gpu, n * sizeof(float), "results");
     stream_.copy_to_host(readback_.data(), address(x), n * sizeof(float));
@@ -364,19 +368,6 @@ void CudaDevice::attend(int64_t layer, const AttentionShape& shape, const float*
         some.kv.tables += size_t(first) * sizeof(int32_t);
         share_.kernels->attend(stream_, some);
     }
-}
-
-void CudaDevice::log_probabilities(const float* logits, int64_t n, int64_t n_vocab,
-                                   const int32_t* targets, float* out) {
-    const Current current = enter();
-    const CUdeviceptr device_targets = terms_ + size_t(n) * sizeof(Kernels::LogTerms);
-    stream_.copy_to_device(device_targets, targets, size_t(n) * sizeof(int32_t));
-    share_.kernels->log_terms(stream_, address(logits), n, n_vocab, device_targets, terms_);
-    std::vector<Kernels::LogTerms> terms(static_cast<size_t>(n));
-    stream_.copy_to_host(terms.data(), terms_, terms.size() * sizeof(Kernels::LogTerms));
-    stream_.synchronize();
-    for (int64_t i = 0; i < n; ++i)
-        out[i] = float(terms[size_t(i)].log_probability());
 }
 
 }  // namespace qi::cuda

@@ -61,6 +61,9 @@ class CudaDevice final : public Device {
     void feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) override;
     void log_probabilities(const float* logits, int64_t n, int64_t n_vocab, const int32_t* targets,
                            float* out) override;
+    int64_t best_max() const override { return best_of(needs_); }
+    void best(const float* logits, int64_t n, int64_t n_vocab, int64_t k, Candidate* out) override;
+    void finish() override;
 
   private:
     CUdeviceptr take(size_t n_bytes, const char* what);
@@ -101,7 +104,7 @@ class CudaDevice final : public Device {
 
     // Addresses of the arrays that WorkingSizes lists.
     CUdeviceptr inputs_, q8_, hidden_, lifted_, low_, predictions_, masks_, named_, partial_,
-        other_, attend_room_, terms_;
+        other_, attend_room_, terms_, tickets_, partial_best_, best_;
     NeuronList list_;
     KvArgs kv_;
 
@@ -110,6 +113,7 @@ class CudaDevice final : public Device {
     PinnedMemory embedded_;  // [n_batch][n_embd]
     Event embedded_sent_;
     PinnedMemory readback_;
+    PinnedMemory candidates_;                // [n][k]
     PinnedMemory host_x_, host_z_, host_y_;  // [n_tokens][n_embd], what the host's neurons need
     PinnedMemory host_names_;                // [n_tokens][n_words]
     Event sent_to_host_;

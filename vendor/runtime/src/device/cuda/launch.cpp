@@ -637,25 +637,21 @@ void Kernels::widen(const Stream& stream, const DeviceWeight& w, int64_t first, 
 
 static constexpr int64_t argmax_cols = 8192;
 
-size_t Kernels::argmax_ticket_bytes(int64_t n) {
-    return round256(size_t(n) * sizeof(uint32_t));
-}
-
-size_t Kernels::argmax_room_bytes(int64_t n, int64_t n_vocab) {
-    return argmax_ticket_bytes(n) + size_t(n * ceil_div(n_vocab, argmax_cols)) * sizeof(uint64_t);
+size_t Kernels::argmax_partial_bytes(int64_t n, int64_t n_vocab) {
+    return size_t(n * ceil_div(n_vocab, argmax_cols)) * sizeof(uint64_t);
 }
 
 void Kernels::argmax(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab,
-                     CUdeviceptr room, CUdeviceptr ids) {
+                     CUdeviceptr tickets, CUdeviceptr partial, CUdeviceptr best) {
     function(Source::logits, Type::f32, names::argmax)
         .launch(stream, {blocks(n_vocab, argmax_cols), unsigned(n)}, {256}, 0, logits, int(n_vocab),
-                room + argmax_ticket_bytes(n), room, ids);
+                partial, tickets, best);
 }
 
 void Kernels::top_k(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab, int64_t k,
-                    CUdeviceptr values, CUdeviceptr ids) {
+                    CUdeviceptr best) {
     function(Source::logits, Type::f32, names::top_k)
-        .launch(stream, {unsigned(n)}, {1024}, 0, logits, int(n_vocab), int(k), values, ids);
+        .launch(stream, {unsigned(n)}, {1024}, 0, logits, int(n_vocab), int(k), best);
 }
 
 void Kernels::log_terms(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab,

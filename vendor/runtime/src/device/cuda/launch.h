@@ -280,14 +280,14 @@ class Kernels {
                CUdeviceptr out);
 
     // ---- logits [n][n_vocab] ----
-    // ids int32 [n]; room of argmax_room_bytes whose first argmax_ticket_bytes were zeroed once.
+    // best Candidate [n]; tickets uint32 [n], zeroed once; partial of argmax_partial_bytes.
     void argmax(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab,
-                CUdeviceptr room, CUdeviceptr ids);
-    static size_t argmax_room_bytes(int64_t n, int64_t n_vocab);
-    static size_t argmax_ticket_bytes(int64_t n);
-    // values float [n][k], ids int32 [n][k], falling, lower ids first among equals; k to 1024.
+                CUdeviceptr tickets, CUdeviceptr partial, CUdeviceptr best);
+    static size_t argmax_partial_bytes(int64_t n, int64_t n_vocab);
+    // best Candidate [n][k], falling, lower ids first among equals, NaN before everything; k to
+    // 1024.
     void top_k(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab, int64_t k,
-               CUdeviceptr values, CUdeviceptr ids);
+               CUdeviceptr best);
     static constexpr int64_t top_k_max = 1024;
     // terms [n] of targets int32 [n].
     struct LogTerms {
