@@ -562,8 +562,7 @@ class Context:
     def check_predictions(self, every: int) -> None:
         """Holds the predictions for every n-th generated token against all gates; 0 stops it.
 
-        What was found is in `stats()`: `n_checked`, `n_due` and `n_missed` of each layer. Raises
-        UnsupportedError where a GPU computes.
+        What was found is in `stats()`: `n_checked`, `n_due` and `n_missed` of each layer.
         """
         if not 0 <= every <= _INT32_MAX:
             raise ArgumentError(f"every={every!r} is not 0 or a positive number of tokens")
@@ -572,10 +571,7 @@ class Context:
             check(lib.qi_context_check_predictions(self._handle.pointer, every, error), error)
 
     def count_activations(self, on: bool = True) -> None:
-        """Starts counting, from 0, for how many tokens each neuron is active; or stops.
-
-        Raises UnsupportedError where a GPU computes.
-        """
+        """Starts counting, from 0, for how many tokens each neuron is active; or stops."""
         error = new_error()
         with self._exclusive():
             check(lib.qi_context_count_activations(self._handle.pointer, on, error), error)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qinfer import Model, QInferError, Sampling, UnsupportedError
+from qinfer import Model, QInferError, Sampling
 from qinfer.sampling import Sampler
 
 N_TOKENS = 24
@@ -143,19 +143,73 @@ def counted(path: str) -> dict[str, list[Any]]:
             context.feed(TOKENS[:12])
             for token in TOKENS[12:]:
                 context.feed([token], generated=True)
-            if name != "cpu":
-                for refused in (context.count_activations, lambda: context.check_predictions(2)):
-                    try:
-                        refused()
-                    except UnsupportedError:
-                        continue
-                    raise AssertionError("what the GPU does not count was not refused")
             stats = context.stats()
             found[name] = [stats.weight_bytes_read] + [
                 [layer.n_tokens, layer.n_active, layer.n_predicted, layer.n_bytes]
                 for layer in stats.layers
             ]
     return found
+
+
+def neurons_counted(path: str, mode: str, shares: list[str]) -> dict[str, Any]:
+    """Tokens by neuron, and predictions held against the gates, on the processor and by share."""
+
+    def count(model: Model) -> dict[str, Any]:
+        info = model.info
+        with model.context(n_batch=32) as context:
+            context.feed(TOKENS[:3])
+            context.count_activations()
+            context.check_predictions(2)
+            context.reset_stats()
+            context.feed(TOKENS[:12])
+            for token in TOKENS[12:]:  # by the fourth they are replayed
+                context.feed([token], generated=True)
+            first = [context.activation_counts(layer).tolist() for layer in range(info.n_layer)]
+            checks = [[x.n_checked, x.n_due, x.n_missed] for x in context.stats().layers]
+            # Anew from 0, and in steps that count nothing no more.
+            context.check_predictions(0)
+            context.count_activations()
+            for token in TOKENS[:4]:
+                context.feed([token], generated=True)
+            second = [context.activation_counts(layer).tolist() for layer in range(info.n_layer)]
+            context.count_activations(False)
+            for token in TOKENS[:4]:
+                context.feed([token], generated=True)
+            after = [[x.n_checked, x.n_due, x.n_missed] for x in context.stats().layers]
+            assert checks == after
+        return {"first": first, "second": second, "checks": checks}
+
+    options: dict[str, Any] = {"n_ctx": 64, "sparsity": mode}
+    found = {}
+    with Model(path, device="cpu", **options) as model:
+        found["cpu"] = count(model)
+    for share in shares:
+        with Model(path, device="cuda", vram_budget="900MiB", **options) as model:
+            if share == "half":
+                _keep_half(model)
+            found[share] = count(model)
+    return found
+
+
+def profiled(path: str, folder: str) -> dict[str, Any]:
+    """What `qinfer profile` counts with and without a GPU: the differences, and the sum."""
+    from click.testing import CliRunner
+
+    from qinfer.activation import read_activations
+    from qinfer.cli import cli
+
+    text = Path(folder) / "text"
+    text.write_text("Once upon a time there was a little girl who liked to play. " * 3)
+    counts = {}
+    for device, options in (("cpu", []), ("cuda", ["--vram-budget", "12MiB"])):
+        into = Path(folder) / device
+        words = ["profile", path, "-f", str(text), "-o", str(into), "-c", "32", "--no-plot"]
+        done = CliRunner().invoke(cli, [*words, "--device", device, *options])
+        assert done.exit_code == 0, (done.output, done.exception)
+        counted = read_activations(into / "activation", n_layers=6, n_ff=768)
+        counts[device] = np.stack(list(counted))
+    difference = np.abs(counts["cuda"] - counts["cpu"])
+    return {"different": float(difference.sum()), "sum": float(counts["cpu"].sum())}
 
 
 def split_by(path: str, neurons: list[list[int]]) -> list[str]:

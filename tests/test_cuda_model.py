@@ -142,6 +142,33 @@ def test_counters() -> None:
             assert mine[1:3] == pytest.approx(expected[1:3], rel=5e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("llama", "predict"), ("llama", "exact"), ("opt", "predict"), ("falcon", "off")],
+)
+def test_neurons_are_counted(name: str, mode: str, tmp_path: Path) -> None:
+    """Tokens by neuron and checked predictions, with all and with half of the neurons there."""
+    path = CASES[name].write(tmp_path)
+    found = on_gpu("neurons_counted", path, mode, ["whole", "half"])
+    expected = found.pop("cpu")
+    assert {layer[0] for layer in expected["checks"]} == {6 if mode == "predict" else 0}
+    assert all(layer[2] > 0 for layer in expected["checks"]) or mode != "predict"
+    for share, counted in found.items():
+        assert counted["checks"] == expected["checks"], share
+        for part in ("first", "second"):
+            mine, theirs = np.array(counted[part]), np.array(expected[part])
+            assert theirs.sum() > 0
+            # A gate that is all but 0 may be on its other side.
+            assert np.abs(mine - theirs).sum() <= 2, (share, part)
+
+
+def test_profiles(tmp_path: Path) -> None:
+    """Of a model that GPU and CPU share; int8 codes that flip move gates that are all but 0."""
+    found = on_gpu("profiled", STORIES, tmp_path)
+    assert found["sum"] > 10_000
+    assert found["different"] < 0.005 * found["sum"]
+
+
 def test_texts() -> None:
     """Both tell the published story."""
     first, second = on_gpu("texts", DATA / "stories260K.F32.gguf", "Once upon a time", 60)

@@ -83,7 +83,7 @@ Context::Context(std::shared_ptr<const Model> model, const ContextOptions& optio
     host_->set_cancel(&cancel_);
     if (accelerator_) {
         accelerator_->set_cancel(&cancel_);
-        forward_.reserve(options_.n_batch);
+        forward_.reserve(batch_max());
         if (&last_device() == accelerator_.get())
             logits_.reserve(size_t(logits_rows() * model_->hyper_params().n_vocab));
     }
@@ -95,11 +95,11 @@ std::vector<Stage> Context::make_stages() {
     const HyperParams& hp = model_->hyper_params();
     if (!offload_) return {{host_.get(), 0, hp.n_layer}};
     DeviceNeeds needs;
-    needs.n_batch = options_.n_batch;
+    needs.n_batch = batch_max();
     needs.n_seq = options_.n_seq;
     needs.n_pages = KvCache::n_pages(options_.n_seq, options_.n_ctx);
     needs.kv = kv_layout(*model_, options_.kv_type);
-    needs.arrays = ForwardPass::array_sizes(hp, options_.n_batch);
+    needs.arrays = ForwardPass::array_sizes(hp, batch_max());
     needs.n_logits = logits_rows();
     needs.n_vocab = hp.n_vocab;
     needs.n_head = hp.n_head;
@@ -112,6 +112,10 @@ std::vector<Stage> Context::make_stages() {
     if (part.n_layers < hp.n_layer || !part.head)
         stages.push_back({host_.get(), part.n_layers, hp.n_layer});
     return stages;
+}
+
+int64_t Context::batch_max() const {
+    return std::min(options_.n_batch, options_.n_ctx * options_.n_seq);
 }
 
 int64_t Context::logits_rows() const {
@@ -436,15 +440,13 @@ void Context::reset_stats() {
 }
 
 void Context::check_predictions(int64_t every) {
-    if (every > 0 && accelerator_)
-        fail(QI_UNSUPPORTED, "predictions are checked on the processor only: device=\"cpu\"");
     check_every_ = every;
 }
 
 void Context::count_activations(bool on) {
-    if (on && accelerator_)
-        fail(QI_UNSUPPORTED, "activations are counted on the processor only: device=\"cpu\"");
+    collect_counters();
     const HyperParams& hp = model_->hyper_params();
+    // The array stays where it is: devices have been told of it.
     monitor_.activations.clear();
     if (on) monitor_.activations.resize(size_t(hp.n_layer * hp.n_ff));
 }
@@ -457,6 +459,7 @@ const FfnCounters& Context::layer_counters(int64_t layer) const {
 
 std::span<const uint64_t> Context::activations(int64_t layer) const {
     check_layer(layer);
+    collect_counters();
     if (monitor_.activations.empty()) fail(QI_ARGUMENT, "activations are not being counted");
     const auto n_ff = size_t(model_->hyper_params().n_ff);
     return {monitor_.activations.data() + size_t(layer) * n_ff, n_ff};

@@ -98,6 +98,8 @@ class Context {
     void run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done);
     // n_best: how many of each row's best logits to find on the device.
     void feed(std::span<const FeedToken> tokens, int64_t n_best);
+    // Tokens that are ever computed together.
+    int64_t batch_max() const;
     // Rows of logits that a device holds at a time.
     int64_t logits_rows() const;
     // next: by sequence, the position of its next token.

@@ -50,8 +50,10 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     partial_best_ = take(sizes.partial_best, "logits");
     best_ = take(sizes.best, "logits");
     totals_ = take(sizes.totals, "counters");
+    counts_ = take(sizes.counts, "counters");
     tallies_.resize(share_.weights->n_ffns());
     stream_.fill(totals_, 0, sizes.totals);
+    stream_.fill(counts_, 0, sizes.counts);
     kv_.pool = take(sizes.kv, "keys and values");
     AttendArgs tickets;
     tickets.kv = kv_;

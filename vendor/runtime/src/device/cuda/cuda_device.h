@@ -88,6 +88,15 @@ class CudaDevice final : public Device {
                   int64_t n, CUdeviceptr y);
     void count_active(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
                       int64_t h_stride, int64_t first, int64_t n);
+    CUdeviceptr total(const DeviceFfn& kept, size_t which) const {
+        return totals_ + (n_totals * kept.index + which) * sizeof(uint64_t);
+    }
+    CUdeviceptr counts_of(size_t index) const {
+        return counts_ + index * size_t(needs_.n_ff) * sizeof(uint64_t);
+    }
+    void check_predictions(const FeedForward& ffn, const DeviceFfn& kept, CUdeviceptr x,
+                           int64_t first, int64_t n);
+    void collect_activations();
     void send_to_host(const DeviceFfn& kept, const FfnBatch& batch, bool predicting);
     void add_of_host(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
                      bool predicting, float* y);
@@ -125,13 +134,16 @@ class CudaDevice final : public Device {
     CUdeviceptr prepared_from_ = 0;
     int64_t prepared_rows_ = 0, prepared_cols_ = 0;
 
-    // What a network did since the counters were last collected, as far as the host knows; active
-    // and predicted neurons are counted in device memory, [n_ffns][2].
+    // What a network did since the counters were last collected, as far as the host knows; the rest
+    // is counted in device memory: totals_ uint64 [n_ffns][n_totals], and by neuron
+    // counts_ uint64 [n_ffns][n_ff].
     struct Tally {
         const FeedForward* ffn = nullptr;
         const DeviceFfn* kept = nullptr;
         FfnCounters* counters = nullptr;
+        uint64_t* activations = nullptr;   // [n_ff], or null where neurons are not counted
         uint64_t n_tokens = 0;             // under a rule other than `all`
+        uint64_t n_checked = 0;            // under `predict`, whose predictions were checked
         uint64_t n_steps = 0;              // that predicted
         uint64_t n_groups = 0;             // of tokens computed together,
         uint64_t n_gates = 0;              // those that looked at every neuron kept,
@@ -140,7 +152,8 @@ class CudaDevice final : public Device {
     };
     void add_tally(const Tally& more);
     std::vector<Tally> tallies_;
-    CUdeviceptr totals_ = 0;
+    CUdeviceptr totals_ = 0, counts_ = 0;
+    bool counting_ = false;  // neurons, in the step now computed
     FfnCounters of_host_{};  // what its neurons did in the step now computed
 
     // Steps recorded, by all that their launches depend on.

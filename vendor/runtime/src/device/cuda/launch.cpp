@@ -205,6 +205,7 @@ constexpr const char* gate_masks = "qi_gate_masks";
 constexpr const char* compact = "qi_compact";
 constexpr const char* count_active = "qi_count_active";
 constexpr const char* count_bits = "qi_count_bits";
+constexpr const char* count_missed = "qi_count_missed";
 constexpr const char* add_partials = "qi_add_partials";
 constexpr const char* argmax = "qi_argmax";
 constexpr const char* top_k = "qi_top_k";
@@ -244,7 +245,7 @@ void Kernels::load_common_kernels() {
         {names::norm, names::quantise, names::act_mul, names::add, names::add_bias, names::narrow});
     load(Source::select, Type::f32,
          {names::predicted_masks, names::gate_masks, names::compact, names::count_active,
-          names::count_bits, names::add_partials});
+          names::count_bits, names::count_missed, names::add_partials});
     load(Source::logits, Type::f32, {names::argmax, names::top_k, names::log_terms});
 }
 
@@ -596,6 +597,14 @@ void Kernels::count_active(const Stream& stream, const DownArgs& args, CUdevicep
 void Kernels::count_bits(const Stream& stream, CUdeviceptr words, int64_t n, CUdeviceptr total) {
     function(Source::select, Type::f32, names::count_bits)
         .launch(stream, {1}, {1024}, 0, words, int(n), total);
+}
+
+void Kernels::count_missed(const Stream& stream, CUdeviceptr gates, float threshold,
+                           CUdeviceptr slot_of_neuron, CUdeviceptr masks, CUdeviceptr rules,
+                           int64_t n_tokens, int64_t n_ff, CUdeviceptr totals) {
+    function(Source::select, Type::f32, names::count_missed)
+        .launch(stream, {1}, {1024}, 0, gates, threshold, slot_of_neuron, masks, rules,
+                int(n_tokens), int(n_ff), totals);
 }
 
 void Kernels::add_partials(const Stream& stream, CUdeviceptr partial, CUdeviceptr bias,

@@ -264,11 +264,16 @@ class Kernels {
                       CUdeviceptr other, int64_t n_tokens, int64_t n_embd, CUdeviceptr y);
 
     // active uint64 [n_ff] (or 0) grows by the tokens each listed neuron was active for, total
-    // uint64 [1] by their sum; h as in DownArgs.
+    // uint64 [1] (or 0) by their sum; h as in DownArgs.
     void count_active(const Stream& stream, const DownArgs& args, CUdeviceptr active,
                       CUdeviceptr total);
     // total uint64 [1] grows by the bits set in n words.
     void count_bits(const Stream& stream, CUdeviceptr words, int64_t n, CUdeviceptr total);
+    // totals uint64 [2] grow by the neurons whose gate passes the threshold, of tokens of rule
+    // `predict`, and by those of them that the masks leave out; gates as in gate_masks.
+    void count_missed(const Stream& stream, CUdeviceptr gates, float threshold,
+                      CUdeviceptr slot_of_neuron, CUdeviceptr masks, CUdeviceptr rules,
+                      int64_t n_tokens, int64_t n_ff, CUdeviceptr totals);
 
     // ---- rows of a weight as numbers ----
     // Float rows of activations can be gathered too, where n_cols is a multiple of 4. out[i] = row

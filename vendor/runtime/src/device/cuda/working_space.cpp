@@ -40,7 +40,8 @@ WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, cons
     tickets = size_t(needs.n_logits) * sizeof(uint32_t);
     partial_best = Kernels::argmax_partial_bytes(needs.n_logits, needs.n_vocab);
     best = size_t(needs.n_logits * best_of(needs)) * sizeof(Candidate);
-    totals = size_t(needs.kv.n_layer) * 2 * sizeof(uint64_t);
+    totals = size_t(needs.kv.n_layer) * n_totals * sizeof(uint64_t);
+    counts = size_t(needs.kv.n_layer * n_ff) * sizeof(uint64_t);
     kv = size_t(needs.n_pages) * kv_args.page_stride;
 }
 
@@ -57,10 +58,16 @@ KvArgs kv_args_for(const DeviceNeeds& needs) {
 size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs) {
     const WorkingSizes s(share, needs, kv_args_for(needs));
     size_t bytes = 0;
-    for (const size_t n :
-         {s.inputs, s.q8, s.hidden, s.lifted, s.low, s.predictions, s.masks, s.named, s.list,
-          s.partial, s.other, s.attend, s.terms, s.tickets, s.partial_best, s.best, s.totals, s.kv,
-          size_t(needs.n_logits * needs.n_vocab) * sizeof(float)})
+    for (const size_t n : {s.inputs,       s.q8,
+                           s.hidden,       s.lifted,
+                           s.low,          s.predictions,
+                           s.masks,        s.named,
+                           s.list,         s.partial,
+                           s.other,        s.attend,
+                           s.terms,        s.tickets,
+                           s.partial_best, s.best,
+                           s.totals,       s.counts,
+                           s.kv,           size_t(needs.n_logits * needs.n_vocab) * sizeof(float)})
         if (n > 0) bytes += DeviceMemory::counted_bytes(n);
     for (const size_t n : needs.arrays)
         if (n > 0) bytes += DeviceMemory::counted_bytes(n * sizeof(float));

@@ -34,10 +34,14 @@ struct InputLayout {
 // Arrays in device memory that a context has beside those it allocates, and their bytes.
 struct WorkingSizes {
     size_t inputs, q8, hidden, lifted, low, predictions, masks, named, list, partial, other, attend,
-        terms, tickets, partial_best, best, totals, kv;
+        terms, tickets, partial_best, best, totals, counts, kv;
 
     WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, const KvArgs& kv_args);
 };
+
+// What is counted of each feed-forward network: neurons that were active, predicted, and, of
+// predictions that are checked, due and missed.
+inline constexpr size_t n_totals = 4;
 
 // Candidates of a row of logits that the device finds at most.
 inline int64_t best_of(const DeviceNeeds& needs) {
