@@ -134,7 +134,7 @@ def counted(path: str) -> dict[str, list[Any]]:
     for name, device, budget in (
         ("cpu", "cpu", None),
         ("gpu", "cuda", None),
-        ("both", "cuda", "12MiB"),
+        ("both", "cuda", "8MiB"),
     ):
         with (
             Model(path, device=device, vram_budget=budget, n_ctx=64, sparsity="predict") as model,
@@ -201,7 +201,7 @@ def profiled(path: str, folder: str) -> dict[str, Any]:
     text = Path(folder) / "text"
     text.write_text("Once upon a time there was a little girl who liked to play. " * 3)
     counts = {}
-    for device, options in (("cpu", []), ("cuda", ["--vram-budget", "12MiB"])):
+    for device, options in (("cpu", []), ("cuda", ["--vram-budget", "8MiB"])):
         into = Path(folder) / device
         words = ["profile", path, "-f", str(text), "-o", str(into), "-c", "32", "--no-plot"]
         done = CliRunner().invoke(cli, [*words, "--device", device, *options])
@@ -322,12 +322,57 @@ def sampled(path: str, n_steps: int) -> dict[str, Any]:
     return found
 
 
+def contexts(path: str) -> dict[str, Any]:
+    """Contexts beyond what the GPU has room for: where each is computed, and what of a model stays.
+
+    Errors are those of logits, by context, against the processor's.
+    """
+    lines = _log()
+    options: dict[str, Any] = {"n_ctx": 64, "sparsity": "off"}
+    with Model(path, device="cpu", **options) as cpu, cpu.context() as context:
+        expected = _logits(context, 24)
+    found: dict[str, Any] = {"on_gpu": {}, "errors": {}, "kept": {}}
+    with Model(path, device="cuda", vram_budget="8MiB", **options) as model:
+
+        def look(name: str, context: Any) -> Any:
+            found["on_gpu"][name] = context.info.on_gpu
+            found["errors"][name] = float(np.median(_errors(_logits(context, 24), expected)))
+            assert model.placement is not None
+            assert model.placement.used_bytes <= model.placement.budget_bytes
+            found["kept"][name] = model.placement.n_neurons
+            return context
+
+        first = look("first", model.context())
+        second = look("second", model.context())
+        look("another", model.context()).close()
+        found["warnings"] = [line for line in lines if "processor alone" in line]
+        generated = model.generate("Once", max_tokens=4, temperature=0)
+        first.close()
+        third = look("third", model.context())
+        second.close()
+        third.close()
+        # A context kept for calls makes room; with none left, so do the neurons.
+        again = model.generate("Once", max_tokens=4, temperature=0)
+        assert again.tokens == generated.tokens
+        assert model.placement is not None
+        found["kept"]["generate"] = model.placement.n_neurons
+        look("after a call", model.context()).close()
+        look("larger", model.context(n_ctx=128)).close()
+        look("last", model.context()).close()
+        with model.context(n_ctx=256, n_seq=64) as context:  # not even with all neurons away
+            found["on_gpu"]["huge"] = context.info.on_gpu
+            found["why"] = lines[-1]
+        look("at last", model.context()).close()
+    found["left"] = int(_cuda().standin_allocated())
+    return found
+
+
 def states(path: str) -> list[float]:
     """A sequence begun on one device and continued on the other: errors of its next logits."""
     found = []
     with (
         Model(path, device="cpu", n_ctx=128, sparsity="off") as cpu,
-        Model(path, device="cuda", n_ctx=128, sparsity="off", vram_budget="12MiB") as gpu,
+        Model(path, device="cuda", n_ctx=128, sparsity="off", vram_budget="8MiB") as gpu,
     ):
         for one, other in ((cpu, gpu), (gpu, cpu)):
             with one.context(n_batch=32) as a, other.context(n_batch=32) as b:
@@ -417,7 +462,13 @@ def automatic(path: str) -> dict[str, Any]:
     lines = _log()
     with Model(path, n_ctx=64) as model:
         placement = model.placement
-        return {"log": lines, "device": None if placement is None else placement.device}
+        found = {"log": list(lines), "device": None if placement is None else placement.device}
+    if placement is not None:
+        lines.clear()
+        with Model(path, n_ctx=64, vram_budget="100KiB") as model, model.context() as context:
+            context.feed(TOKENS[:1])
+            found |= {"small": list(lines), "on_gpu": context.info.on_gpu}
+    return found
 
 
 def distrusted(path: str, cache: str) -> list[Any]:

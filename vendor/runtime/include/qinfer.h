@@ -340,8 +340,8 @@ typedef struct qi_offload_info {
 } qi_offload_info;
 
 /* device: "cuda" or "cuda:N". budget_bytes: of its memory, everything counted; below 0: all that is
- * free less a reserve. What is kept there is decided when the first context with it
- * is made. */
+ * free less a reserve. What is kept there is decided when the first context with it is made, and
+ * again when one finds no room and no other is alive. */
 int32_t qi_offload_create(qi_model* model, const char* device, int64_t budget_bytes,
                           qi_offload** out, qi_error* error);
 void qi_offload_close(qi_offload* offload); /* contexts keep it alive */
@@ -448,6 +448,7 @@ typedef struct qi_layer_stats {
     double seconds; /* all of it, prediction included */
 } qi_layer_stats;
 
+/* QI_MEMORY also where the offload's device has no room for another context. */
 int32_t qi_context_create(qi_model* model, const qi_context_params* params, qi_context** out,
                           qi_error* error);
 void qi_context_close(qi_context* context);

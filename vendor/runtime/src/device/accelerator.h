@@ -57,7 +57,10 @@ class Accelerator {
     // `resident` here, `rest` with the host: together all neurons.
     virtual void keep(const FeedForward& ffn, NeuronShard resident, NeuronShard rest) = 0;
 
-    // `host` computes what is not kept here.
+    // Gives up all copies and their memory; no device made here may be alive.
+    virtual void drop() = 0;
+
+    // `host` computes what is not kept here. Takes all memory that the needs name.
     virtual std::unique_ptr<Device> make_device(const DeviceNeeds& needs, Device& host) = 0;
 };
 

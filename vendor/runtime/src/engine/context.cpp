@@ -107,6 +107,7 @@ std::vector<Stage> Context::make_stages() {
     needs.n_ff = hp.n_ff;
     needs.predictor_rank = model_->predictor_rank();
     Offload::Part part = offload_->make_part(needs, *host_);
+    part_alive_ = std::move(part.alive);
     accelerator_ = std::move(part.device);
     std::vector<Stage> stages{{accelerator_.get(), 0, part.n_layers}};
     if (part.n_layers < hp.n_layer || !part.head)

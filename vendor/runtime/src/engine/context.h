@@ -108,6 +108,7 @@ class Context {
     std::shared_ptr<const Model> model_;
     ContextOptions options_;
     std::shared_ptr<Offload> offload_;
+    std::shared_ptr<const void> part_alive_;  // of the offload, for as long as the accelerator is
     std::unique_ptr<Device> host_;
     std::unique_ptr<Device> accelerator_;  // or null
     std::vector<Stage> stages_;

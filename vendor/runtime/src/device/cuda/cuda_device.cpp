@@ -60,6 +60,10 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     tickets.n_head = needs.n_head;
     tickets.n_tokens = std::min(needs.n_batch, few_tokens);
     stream_.fill(attend_room_, 0, Kernels::attend_ticket_bytes(tickets));
+    for (const size_t n : needs.arrays)
+        spare_.emplace_back(share_.gpu, share_.budget, n * sizeof(float), "activations");
+    spare_.emplace_back(share_.gpu, share_.budget,
+                        size_t(needs.n_logits * needs.n_vocab) * sizeof(float), "logits");
     stream_.synchronize();
 }
 
@@ -88,7 +92,16 @@ Current CudaDevice::enter() const {
 
 float* CudaDevice::allocate(size_t n) {
     const Current current(*share_.gpu);
-    DeviceMemory memory(share_.gpu, share_.budget, n * sizeof(float), "activations");
+    const auto spare = std::find_if(spare_.begin(), spare_.end(), [&](const DeviceMemory& memory) {
+        return memory.n_bytes() == n * sizeof(float);
+    });
+    DeviceMemory memory;
+    if (spare != spare_.end()) {
+        memory = std::move(*spare);
+        spare_.erase(spare);
+    } else {
+        memory = DeviceMemory(share_.gpu, share_.budget, n * sizeof(float), "activations");
+    }
     auto* const array = reinterpret_cast<float*>(memory.address());
     stream_.fill(memory.address(), 0, n * sizeof(float));
     arrays_.emplace(array, std::move(memory));

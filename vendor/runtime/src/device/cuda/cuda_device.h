@@ -108,6 +108,7 @@ class CudaDevice final : public Device {
     Stream stream_;
     std::vector<DeviceMemory> memory_;
     std::unordered_map<float*, DeviceMemory> arrays_;
+    std::vector<DeviceMemory> spare_;  // arrays that will be asked for
     size_t scratch_bytes_ = 0;
     const std::atomic<bool>* cancel_ = nullptr;
 
