@@ -572,16 +572,19 @@ class Context:
             check(lib.qi_context_set_threads(self._handle.pointer, n, error), error)
 
     def stats(self) -> Stats:
-        """The counters since the context was made or `reset_stats` was called."""
+        """The counters since the context was made or `reset_stats` was called.
+
+        From any thread: while another computes, as they were after one of its last steps.
+        """
         out = ffi.new("qi_stats *")
         layer = ffi.new("qi_layer_stats *")
         layers = []
-        with self._exclusive():
-            check(lib.qi_context_get_stats(self._handle.pointer, out))
-            for index in range(self.model_info.n_layer):
-                check(lib.qi_context_get_layer_stats(self._handle.pointer, index, layer, ffi.NULL))
-                fields = {name: getattr(layer, name) for name in LayerStats.__slots__}
-                layers.append(LayerStats(**fields))
+        pointer = self._handle.pointer
+        check(lib.qi_context_get_stats(pointer, out))
+        for index in range(self.model_info.n_layer):
+            check(lib.qi_context_get_layer_stats(pointer, index, layer, ffi.NULL))
+            fields = {name: getattr(layer, name) for name in LayerStats.__slots__}
+            layers.append(LayerStats(**fields))
         return Stats(
             n_prompt_tokens=out.n_prompt_tokens,
             n_generated_tokens=out.n_generated_tokens,

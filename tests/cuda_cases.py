@@ -367,6 +367,48 @@ def contexts(path: str) -> dict[str, Any]:
     return found
 
 
+def polled(path: str) -> dict[str, Any]:
+    """A thread looks at the counters while another generates on a GPU and the processor."""
+    import threading
+
+    seen: list[tuple[int, int]] = []
+    failures: list[BaseException] = []
+    with (
+        Model(path, device="cuda", vram_budget="8MiB", n_ctx=64, sparsity="exact") as model,
+        model.context() as context,
+    ):
+        done = threading.Event()
+
+        def look() -> None:
+            try:
+                while not done.is_set():
+                    stats = context.stats()
+                    seen.append((stats.n_generated_tokens, stats.layers[0].n_active))
+            except BaseException as failure:
+                failures.append(failure)
+
+        thread = threading.Thread(target=look)
+        context.feed(TOKENS[:8])
+        thread.start()
+        for token in TOKENS[8:]:
+            context.feed([token], generated=True)
+        done.set()
+        thread.join()
+        stats = context.stats()
+        last = [stats.n_generated_tokens, stats.layers[0].n_active]
+        context.truncate(8)
+        context.reset_stats()
+        for token in TOKENS[8:]:
+            context.feed([token], generated=True)
+        alone = context.stats()
+    return {
+        "seen": seen,
+        "failures": [repr(failure) for failure in failures],
+        "last": last,
+        "alone": [alone.n_generated_tokens, alone.layers[0].n_active],
+    }
+
+
 def states(path: str) -> list[float]:
     """A sequence begun on one device and continued on the other: errors of its next logits."""
     found = []

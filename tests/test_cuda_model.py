@@ -208,6 +208,16 @@ def test_contexts_beyond_the_first() -> None:
     assert found["left"] == 0
 
 
+def test_counters_are_read_while_steps_are_computed() -> None:
+    """By another thread, without disturbing anybody; none is lost or counted twice."""
+    found = on_gpu("polled", STORIES)
+    assert found["failures"] == []
+    assert found["last"] == found["alone"]
+    for values in zip(*found["seen"], strict=True):
+        assert list(values) == sorted(values)
+        assert len(set(values)) > 5
+
+
 def test_states_move_between_devices() -> None:
     assert max(on_gpu("states", STORIES)) < 1e-2
 

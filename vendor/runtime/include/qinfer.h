@@ -502,9 +502,12 @@ void qi_context_cancel(qi_context* context);
 void qi_context_clear_cancel(qi_context* context);
 /* From any thread: tokens done of the feed now running, as a share in [0, 1]. */
 double qi_context_progress(const qi_context* context);
+/* From any thread: while another computes in the context, as it was after one of its last calls. */
 int32_t qi_context_get_stats(const qi_context* context, qi_stats* out);
-/* Also of the layers, and of the activations counted. */
+/* From any thread, once no other computes in the context. Also of the layers, and of the
+ * activations counted. */
 void qi_context_reset_stats(qi_context* context);
+/* From any thread, as qi_context_get_stats. */
 int32_t qi_context_get_layer_stats(const qi_context* context, int32_t layer, qi_layer_stats* out,
                                    qi_error* error);
 /* Holds the predictions for every n-th generated token against all gates, which costs computing
@@ -513,8 +516,8 @@ int32_t qi_context_check_predictions(qi_context* context, int32_t every, qi_erro
 /* Starts counting, from 0, for how many tokens each neuron is active (on 1), or stops (on 0). */
 int32_t qi_context_count_activations(qi_context* context, int32_t on, qi_error* error);
 /* The counts of a layer: n_ff of them into out. */
-int32_t qi_context_activations(const qi_context* context, int32_t layer, uint64_t* out,
-                               uint64_t n_ff, qi_error* error);
+int32_t qi_context_activations(qi_context* context, int32_t layer, uint64_t* out, uint64_t n_ff,
+                               qi_error* error);
 
 /* --- declarations end --- */
 

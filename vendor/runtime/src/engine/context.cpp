@@ -89,6 +89,7 @@ Context::Context(std::shared_ptr<const Model> model, const ContextOptions& optio
     }
     monitor_.threshold = options_.policy.threshold;
     monitor_.counters.resize(size_t(model_->hyper_params().n_layer));
+    published_.layers = monitor_.counters;
 }
 
 std::vector<Stage> Context::make_stages() {
@@ -156,7 +157,8 @@ void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done
     tokens_all_.store(int64_t(tokens.size()), std::memory_order_relaxed);
     tokens_done_.store(0, std::memory_order_relaxed);
     const auto start_time = Clock::now();
-    const uint64_t ffn_bytes_before = generating ? 0 : ffn_bytes_read();
+    if (!generating) collect_counters();
+    const uint64_t ffn_bytes_before = ffn_bytes_counted();
     if (generating && check_every_ > 0) {
         monitor_.check = n_until_check_ == 0;
         n_until_check_ = monitor_.check ? check_every_ - 1 : n_until_check_ - 1;
@@ -188,7 +190,8 @@ void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done
         stats_.generated_seconds += seconds_since(start_time);
         stats_.weight_bytes_read += model_->n_bytes_per_token() - model_->n_ffn_bytes_per_token();
     } else {
-        ffn_bytes_of_prompts_ += ffn_bytes_read() - ffn_bytes_before;
+        collect_counters();
+        ffn_bytes_of_prompts_ += ffn_bytes_counted() - ffn_bytes_before;
         stats_.n_prompt_tokens += tokens.size();
         stats_.prompt_seconds += seconds_since(start_time);
     }
@@ -234,7 +237,13 @@ void Context::want_last_logits(std::span<FeedToken> tokens) const {
     }
 }
 
-void Context::feed(std::span<const FeedToken> tokens, int64_t n_best) {
+void Context::feed(std::span<const FeedToken> tokens) {
+    const std::lock_guard lock(counting_);
+    compute(tokens, 0);
+    publish();
+}
+
+void Context::compute(std::span<const FeedToken> tokens, int64_t n_best) {
     const HyperParams& hp = model_->hyper_params();
     uint64_t n_logits = 0, n_hidden = 0;
     for (const FeedToken& t : tokens) {
@@ -323,7 +332,8 @@ void Context::step(std::span<const FeedToken> tokens, std::span<Sampler* const> 
         n_deciding.push_back(int64_t(n) <= most ? n : 0);
         n_best = std::max(n_best, n_deciding.back());
     }
-    feed(tokens, int64_t(n_best));
+    const std::lock_guard lock(counting_);
+    compute(tokens, int64_t(n_best));
     const auto start = Clock::now();
     for (size_t i = 0; i < tokens.size(); ++i) {
         std::optional<int32_t> token;
@@ -332,6 +342,7 @@ void Context::step(std::span<const FeedToken> tokens, std::span<Sampler* const> 
         next[i] = token ? *token : samplers[i]->sample(logits(i));
     }
     stats_.sample_seconds += seconds_since(start);
+    publish();
 }
 
 void Context::score(int32_t seq, std::span<const int32_t> tokens, std::span<const int32_t> targets,
@@ -349,6 +360,7 @@ void Context::score(int32_t seq, std::span<const int32_t> tokens, std::span<cons
     std::vector<int64_t> rows;
     std::vector<int32_t> wanted;
     std::vector<float> found;
+    const std::lock_guard lock(counting_);
     run(feed_tokens, [&](int64_t first, int64_t n) {
         for (int64_t i = 0; i < n;) {
             rows.clear();
@@ -371,6 +383,7 @@ void Context::score(int32_t seq, std::span<const int32_t> tokens, std::span<cons
                 if (targets[size_t(first + j)] != -1) logprobs[first + j] = found[row++];
         }
     });
+    publish();
 }
 
 int64_t Context::length(int32_t seq) const {
@@ -417,15 +430,32 @@ void Context::collect_counters() const {
     if (accelerator_) accelerator_->collect_counters();
 }
 
-qi_stats Context::stats() const {
+// What others read from now on. Devices' own counters cost a moment and are brought only where
+// somebody looks.
+void Context::publish() const {
+    if (wanted_.exchange(false, std::memory_order_relaxed)) collect_counters();
     qi_stats stats = stats_;
     if (stats.n_generated_tokens > 0)
-        stats.weight_bytes_read += ffn_bytes_read() - ffn_bytes_of_prompts_;
-    return stats;
+        stats.weight_bytes_read += ffn_bytes_counted() - ffn_bytes_of_prompts_;
+    const std::lock_guard lock(publishing_);
+    published_.stats = stats;
+    published_.layers = monitor_.counters;
 }
 
-uint64_t Context::ffn_bytes_read() const {
-    collect_counters();
+// Where no other thread computes.
+void Context::refresh_published() const {
+    wanted_.store(true, std::memory_order_relaxed);
+    const std::unique_lock lock(counting_, std::try_to_lock);
+    if (lock) publish();
+}
+
+qi_stats Context::stats() const {
+    refresh_published();
+    const std::lock_guard lock(publishing_);
+    return published_.stats;
+}
+
+uint64_t Context::ffn_bytes_counted() const {
     uint64_t total = 0;
     for (const FfnCounters& counters : monitor_.counters)
         total += counters.n_bytes;
@@ -433,11 +463,13 @@ uint64_t Context::ffn_bytes_read() const {
 }
 
 void Context::reset_stats() {
+    const std::lock_guard lock(counting_);
     collect_counters();
     stats_ = {};
     ffn_bytes_of_prompts_ = 0;
     std::fill(monitor_.counters.begin(), monitor_.counters.end(), FfnCounters{});
     std::fill(monitor_.activations.begin(), monitor_.activations.end(), 0);
+    publish();
 }
 
 void Context::check_predictions(int64_t every) {
@@ -445,6 +477,7 @@ void Context::check_predictions(int64_t every) {
 }
 
 void Context::count_activations(bool on) {
+    const std::lock_guard lock(counting_);
     collect_counters();
     const HyperParams& hp = model_->hyper_params();
     // The array stays where it is: devices have been told of it.
@@ -452,14 +485,16 @@ void Context::count_activations(bool on) {
     if (on) monitor_.activations.resize(size_t(hp.n_layer * hp.n_ff));
 }
 
-const FfnCounters& Context::layer_counters(int64_t layer) const {
+FfnCounters Context::layer_counters(int64_t layer) const {
     check_layer(layer);
-    collect_counters();
-    return monitor_.counters[size_t(layer)];
+    refresh_published();
+    const std::lock_guard lock(publishing_);
+    return published_.layers[size_t(layer)];
 }
 
 std::span<const uint64_t> Context::activations(int64_t layer) const {
     check_layer(layer);
+    const std::lock_guard lock(counting_);
     collect_counters();
     if (monitor_.activations.empty()) fail(QI_ARGUMENT, "activations are not being counted");
     const auto n_ff = size_t(model_->hyper_params().n_ff);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <vector>
 
@@ -33,7 +34,8 @@ struct FeedToken {
     uint8_t flags;  // QI_WANT_*, QI_GENERATED or-ed together
 };
 
-// Not safe for two threads at once, except cancel(), clear_cancel() and progress().
+// Not safe for two threads at once, except cancel(), clear_cancel(), progress(), stats(),
+// layer_counters() and reset_stats().
 class Context {
   public:
     // offload: the model's share on an accelerator, or null.
@@ -43,7 +45,7 @@ class Context {
     // Asks for the logits of the last token of each sequence.
     void want_last_logits(std::span<FeedToken> tokens) const;
     // Appends tokens to their sequences; on any failure no sequence has changed.
-    void feed(std::span<const FeedToken> tokens) { feed(tokens, 0); }
+    void feed(std::span<const FeedToken> tokens);
     // Brings them to the host when they are first asked for; valid until the next feed.
     std::span<const float> logits(uint64_t index);
     std::span<const float> hidden(uint64_t index) const;
@@ -71,13 +73,15 @@ class Context {
     void set_threads(int n_threads);
     const Model& model() const { return *model_; }
     const ContextOptions& options() const { return options_; }
+    // While another thread computes: as they were after one of its last calls.
     qi_stats stats() const;
+    FfnCounters layer_counters(int64_t layer) const;
+    // Waits for another thread's call.
     void reset_stats();
     // Holds the predictions of every n-th generated token against all gates; 0: of none.
     void check_predictions(int64_t every);
     // Starts counting, from 0, for how many tokens each neuron is active; or stops.
     void count_activations(bool on);
-    const FfnCounters& layer_counters(int64_t layer) const;
     std::span<const uint64_t> activations(int64_t layer) const;  // [n_ff]
     int page_size() const;
     uint64_t kv_bytes_used() const { return kv_.bytes_used(); }
@@ -94,10 +98,12 @@ class Context {
     void check_token(int32_t token) const;
     void check_layer(int64_t layer) const;
     void collect_counters() const;
-    uint64_t ffn_bytes_read() const;
+    void publish() const;
+    void refresh_published() const;
+    uint64_t ffn_bytes_counted() const;
     void run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done);
     // n_best: how many of each row's best logits to find on the device.
-    void feed(std::span<const FeedToken> tokens, int64_t n_best);
+    void compute(std::span<const FeedToken> tokens, int64_t n_best);
     // Tokens that are ever computed together.
     int64_t batch_max() const;
     // Rows of logits that a device holds at a time.
@@ -138,6 +144,16 @@ class Context {
     std::atomic<int64_t> tokens_done_{0}, tokens_chunk_{0}, tokens_all_{0};
     qi_stats stats_{};
     uint64_t ffn_bytes_of_prompts_ = 0;
+
+    // Held while counters change, so that a thread that asks for them sees whether it may collect.
+    mutable std::mutex counting_;
+    mutable std::atomic<bool> wanted_{false};  // somebody asked while it was held
+    struct Published {
+        qi_stats stats{};
+        std::vector<FfnCounters> layers;
+    };
+    mutable std::mutex publishing_;
+    mutable Published published_;
 };
 
 }  // namespace qi
