@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "device/cuda/exchange.h"
 #include "kernels/attention.h"
 
 namespace qi::cuda {
@@ -11,7 +12,8 @@ InputLayout::InputLayout(const DeviceNeeds& needs) {
     tables = n;
     rules = 2 * n;
     tiles = rules + (n + 3) / 4;
-    pages = tiles + 2 * n;
+    base = tiles + 2 * n;
+    pages = base + 1;
     cos_sin = pages + size_t(needs.n_pages);
     n_words = cos_sin + n * size_t(needs.kv.head_dim);
 }
@@ -29,7 +31,6 @@ WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, cons
     named = needs.predictor_rank ? size_t(name_words(n_ff)) * sizeof(uint32_t) : 0;
     list = needs.predictor_rank ? NeuronList::n_bytes(n_ff) : 0;
     partial = size_t(n_partitions * few * needs.n_embd) * sizeof(float);
-    other = size_t(n * needs.n_embd) * sizeof(float);
     AttendArgs attend_args;
     attend_args.kv = kv_args;
     attend_args.n_head = needs.n_head;
@@ -42,6 +43,7 @@ WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, cons
     best = size_t(needs.n_logits * best_of(needs)) * sizeof(Candidate);
     totals = size_t(needs.kv.n_layer) * n_totals * sizeof(uint64_t);
     counts = size_t(needs.kv.n_layer * n_ff) * sizeof(uint64_t);
+    exchange = Exchange::room_bytes(needs.kv.n_layer);
     kv = size_t(needs.n_pages) * kv_args.page_stride;
 }
 
@@ -63,7 +65,7 @@ size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs) {
                            s.low,          s.predictions,
                            s.masks,        s.named,
                            s.list,         s.partial,
-                           s.other,        s.attend,
+                           s.exchange,     s.attend,
                            s.terms,        s.tickets,
                            s.partial_best, s.best,
                            s.totals,       s.counts,
