@@ -61,6 +61,10 @@ class Placement:
     n_layers: int
     has_head: bool
 
+    def __str__(self) -> str:
+        kept = self.summary or "what it will keep is decided with the first context"
+        return f"{self.device}: {kept}"
+
 
 class Offload:
     """A model's share on a GPU. Closing it, or the model, gives the memory back."""

@@ -80,13 +80,11 @@ std::vector<Type> weight_types(const Model& model) {
 void Offload::place_anew(const DeviceNeeds& needs) {
     accelerator_->prepare(weight_types(*model_), needs.kv.type);
     // With all that is known to fit: what is kept is only given up for something.
-    Placement placement = place(*model_, *accelerator_, needs, split_, 0);
+    Placement placement = place(*model_, *accelerator_, needs, split_);
     accelerator_->drop();
     placement_.reset();
     keep(*model_, placement, *accelerator_);
     placement_ = std::move(placement);
-    log(LogLevel::info, format("%s keeps %s", accelerator_->name().c_str(),
-                               describe(*placement_, *model_, *accelerator_).c_str()));
 }
 
 Offload::Part Offload::make_part(const DeviceNeeds& needs, Device& host) {
@@ -97,7 +95,8 @@ Offload::Part Offload::make_part(const DeviceNeeds& needs, Device& host) {
         if (!placement_->head) part.n_logits = 0;
         return part;
     };
-    if (!placement_) place_anew(needs);
+    bool is_new = !placement_;
+    if (is_new) place_anew(needs);
     const size_t wanted = accelerator_->bytes_of(of_part());
     const size_t left = accelerator_->budget() - accelerator_->used();
     if (wanted > left) {
@@ -108,8 +107,12 @@ Offload::Part Offload::make_part(const DeviceNeeds& needs, Device& host) {
                  size_text(wanted).c_str(), size_text(left).c_str(),
                  size_text(accelerator_->budget()).c_str());
         place_anew(needs);
+        is_new = true;
     }
     auto device = accelerator_->make_device(of_part(), host);
+    if (is_new)
+        log(LogLevel::info, format("%s keeps %s", accelerator_->name().c_str(),
+                                   describe(*placement_, *model_, *accelerator_).c_str()));
     return {alive_, std::move(device), placement_->n_layers, placement_->head};
 }
 

@@ -112,10 +112,10 @@ std::string size_text(size_t n_bytes) {
 }
 
 Placement place(const Model& model, const Accelerator& accelerator, const DeviceNeeds& needs,
-                const SplitChoice& split, size_t held) {
+                const SplitChoice& split) {
     const HyperParams& hp = model.hyper_params();
-    const size_t taken = held + accelerator.reserve_overhead();
-    const size_t room = accelerator.budget() - std::min(accelerator.budget(), taken);
+    const size_t overhead = accelerator.reserve_overhead();
+    const size_t room = accelerator.budget() - std::min(accelerator.budget(), overhead);
     Placement result;
     size_t used = 0;
     const auto fits = [&](size_t bytes) { return bytes <= room - used; };
@@ -130,9 +130,11 @@ Placement place(const Model& model, const Accelerator& accelerator, const Device
         if (attention + device > room) {
             if (result.n_layers == 0)
                 fail(QI_MEMORY,
-                     "one layer's attention, its keys and values and the working space take %s, "
-                     "of the device's memory %s are left for them",
-                     size_text(attention + device).c_str(), size_text(room).c_str());
+                     "one layer's attention with its keys and values and the working space of a "
+                     "context take %s of the device's memory, of which %s may be used: a larger "
+                     "budget is needed, or a smaller context",
+                     size_text(attention + device + overhead).c_str(),
+                     size_text(accelerator.budget()).c_str());
             break;
         }
         result.attention_bytes = attention;

@@ -35,10 +35,10 @@ struct Placement {
     size_t device_bytes = 0;  // keys, values and working space of the first context
 };
 
-// held: bytes of the budget that others use. QI_MEMORY when not even the first layer fits, and when
-// given lists do not.
+// For an accelerator that holds nothing yet, or gives up what it holds. QI_MEMORY when not even the
+// first layer fits, and when given lists do not.
 Placement place(const Model& model, const Accelerator& accelerator, const DeviceNeeds& needs,
-                const SplitChoice& split, size_t held);
+                const SplitChoice& split);
 
 // Makes the copies.
 void keep(const Model& model, const Placement& placement, Accelerator& accelerator);
