@@ -76,20 +76,44 @@ std::vector<Type> weight_types(const Model& model) {
 
 }  // namespace
 
+// Where nobody computes: what is kept by now makes room.
+void Offload::place_anew(const DeviceNeeds& needs) {
+    accelerator_->prepare(weight_types(*model_), needs.kv.type);
+    // With all that is known to fit: what is kept is only given up for something.
+    Placement placement = place(*model_, *accelerator_, needs, split_);
+    accelerator_->drop();
+    placement_.reset();
+    keep(*model_, placement, *accelerator_);
+    placement_ = std::move(placement);
+}
+
 Offload::Part Offload::make_part(const DeviceNeeds& needs, Device& host) {
     const std::lock_guard lock(mutex_);
-    if (!placement_) {
-        accelerator_->prepare(weight_types(*model_), needs.kv.type);
-        Placement placement = place(*model_, *accelerator_, needs, split_);
-        keep(*model_, placement, *accelerator_);
-        placement_ = std::move(placement);
+    const auto of_part = [&] {
+        DeviceNeeds part = needs;
+        part.kv.n_layer = placement_->n_layers;
+        if (!placement_->head) part.n_logits = 0;
+        return part;
+    };
+    bool is_new = !placement_;
+    if (is_new) place_anew(needs);
+    const size_t wanted = accelerator_->bytes_of(of_part());
+    const size_t left = accelerator_->budget() - accelerator_->used();
+    if (wanted > left) {
+        if (alive_.use_count() > 1)
+            fail(QI_MEMORY,
+                 "a context of these sizes takes %s of the device's memory, %s of %s are left "
+                 "beside the model and its other contexts",
+                 size_text(wanted).c_str(), size_text(left).c_str(),
+                 size_text(accelerator_->budget()).c_str());
+        place_anew(needs);
+        is_new = true;
+    }
+    auto device = accelerator_->make_device(of_part(), host);
+    if (is_new)
         log(LogLevel::info, format("%s keeps %s", accelerator_->name().c_str(),
                                    describe(*placement_, *model_, *accelerator_).c_str()));
-    }
-    DeviceNeeds of_part = needs;
-    of_part.kv.n_layer = placement_->n_layers;
-    auto device = accelerator_->make_device(of_part, host);
-    return {std::move(device), placement_->n_layers, placement_->head};
+    return {alive_, std::move(device), placement_->n_layers, placement_->head};
 }
 
 Offload::Report Offload::report() const {
