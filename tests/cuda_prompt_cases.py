@@ -68,3 +68,47 @@ def chunked(path: str) -> dict[str, Any]:
                 rows.append(context.logits.copy())
         found["distance"] = _errors(rows[0][None], rows[1][None])[0]
     return found
+
+
+def streamed(path: str, shares: list[str]) -> dict[str, Any]:
+    """A prompt of 40 tokens on the processor, and on device 3 with its neurons with the host.
+
+    Errors of logits, what is held, and by layer the bytes of all neurons, and tokens and neurons
+    active where those alone are computed.
+    """
+    tokens = (TOKENS * 2)[:40]
+    found: dict[str, Any] = {}
+    expected = None
+    for share in ["cpu", *shares]:
+        device = "cpu" if share == "cpu" else "cuda:3"
+        with Model(
+            path,
+            device=device,
+            vram_budget=None if share == "cpu" else "32MiB",
+            gpu_split="none" if share == "none" else "auto",
+            n_ctx=64,
+            sparsity="off",
+        ) as model:
+            if share == "half":
+                _keep_half(model)
+            with model.context(n_batch=64) as context:
+                context.feed(tokens, logits="all")
+                logits = context.all_logits.copy()
+                expected = logits if expected is None else expected
+                layers = context.stats().layers
+                row: dict[str, Any] = {
+                    "error": float(np.median(_errors(logits, expected))),
+                    "dense": [layer.n_bytes for layer in layers],
+                    "host_seconds": sum(layer.host_seconds for layer in layers),
+                }
+            with model.context(n_batch=64, sparsity="exact", prefill="sparse") as context:
+                context.feed(tokens)
+                layers = context.stats().layers
+                row["exact"] = [[layer.n_tokens, layer.n_active] for layer in layers]
+                if model.placement is not None:
+                    row |= {
+                        "held": int(_cuda().standin_allocated()),
+                        "budget": model.placement.budget_bytes,
+                    }
+            found[share] = row
+    return found

@@ -38,10 +38,13 @@ def products(device: int) -> Path:
 
 @cache
 def kernel_cache() -> str:
-    """Compiled kernels, kept from one process to the next; cuBLAS multiplies on device 1 alone."""
+    """Compiled kernels, kept from one process to the next.
+
+    cuBLAS multiplies on device 1 alone, and device 3 alone computes neurons of the host.
+    """
     products(0).parent.mkdir(parents=True, exist_ok=True)
-    products(0).write_text("by hand\n* * * tiles\n")
-    products(1).write_text("by hand\n* * * cublas\n")
+    for device, faster in {0: "tiles", 1: "cublas", 3: "gpu"}.items():
+        products(device).write_text(f"by hand\n* * * {faster}\n")
     return str(cuda_standin.FOLDER / "qinfer-cache")
 
 
@@ -252,7 +255,10 @@ def test_counters_are_read_while_steps_are_computed() -> None:
 
 
 def test_states_move_between_devices() -> None:
-    assert max(on_gpu("states", STORIES)) < 1e-2
+    errors = on_gpu("states", STORIES)
+    # What a float's last bit makes of a state, unless an int8 code flips; see test_budgets.
+    assert min(errors) < 1e-5
+    assert max(errors) < 0.03
 
 
 def test_models_share_a_gpu() -> None:

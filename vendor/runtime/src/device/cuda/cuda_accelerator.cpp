@@ -65,13 +65,14 @@ class CudaAccelerator final : public Accelerator {
   private:
     void find_cublas() {
         if (share_.choice) return;
+        share_.choice = std::make_shared<ProductChoice>(*share_.gpu);
         try {
-            share_.choice = std::make_shared<ProductChoice>(*share_.gpu);
+            cublas_info();
             // Its code takes memory, too.
             if (!share_.budget)
                 Cublas(Stream(share_.gpu), std::make_shared<Budget>(Budget::unlimited));
+            share_.has_cublas = true;
         } catch (const Error& error) {
-            share_.choice.reset();
             log(LogLevel::info,
                 format("prompts are multiplied without cuBLAS, which may be slower: %s",
                        error.what()));

@@ -59,6 +59,8 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
                         HalfProducts::Room{narrowed, widened, sizes.widened});
         scratch_bytes_ += sizes.cublas;
     }
+    if (sizes.panels && !share_.weights->all_resident())
+        panels_.emplace(share_.gpu, take(sizes.panels, "neurons of the host"), sizes.panels / 2);
     const CUdeviceptr exchange_room = take(sizes.exchange, "counters");
     kv_.pool = take(sizes.kv, "keys and values");
     AttendArgs tickets;
@@ -343,7 +345,7 @@ void CudaDevice::project(const float* x, int64_t n_rows, std::span<const Project
                 {kept.weight, kept.bias, address(outputs[end].y), kept.weight.n_rows});
         }
         if (n_rows > few_tokens)
-            choose_cublas(products[0].w, ProductChoice::Inner::rows, address(x), n_rows);
+            choose_cublas(products[0].w, ProductChoice::What::rows, address(x), n_rows);
         multiply(type, address(x), n_rows, n_cols, products, accumulate);
         first = end;
     }

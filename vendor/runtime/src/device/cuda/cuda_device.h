@@ -18,6 +18,7 @@
 #include "device/cuda/gpu.h"
 #include "device/cuda/half_products.h"
 #include "device/cuda/launch.h"
+#include "device/cuda/neuron_panels.h"
 #include "device/cuda/weights.h"
 #include "device/cuda/working_space.h"
 #include "device/device.h"
@@ -87,10 +88,17 @@ class CudaDevice final : public Device {
     void multiply_by_neuron(const DownTileArgs& args);
     // Whether cuBLAS multiplies such matrices faster, measured if it is not known yet; hidden_ and
     // lifted_ may be overwritten then.
-    bool choose_cublas(const DeviceWeight& w, ProductChoice::Inner inner, CUdeviceptr x,
+    bool choose_cublas(const DeviceWeight& w, ProductChoice::What what, CUdeviceptr x,
                        int64_t n_tokens);
-    bool known_cublas(Type type, ProductChoice::Inner inner, int64_t n_tokens) const;
+    bool known_cublas(Type type, ProductChoice::What what, int64_t n_tokens) const;
     void choose_for(const FeedForward& ffn, const DeviceFfn& kept, CUdeviceptr x);
+
+    // Whether neurons that the host keeps are brought over and computed here, for this batch. Where
+    // it is not known what takes less time, one network is computed each way, and both are timed.
+    bool streams(const FeedForward& ffn, const DeviceFfn& kept);
+    void compute_streamed(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
+                          float* y);
+    void add_trial(const FeedForward& ffn, const DeviceFfn& kept, bool streamed, double seconds);
     void forget_prepared(const void* written) {
         if (prepared_from_ == address(static_cast<const float*>(written))) prepared_from_ = 0;
     }
@@ -152,6 +160,13 @@ class CudaDevice final : public Device {
     std::vector<FfnCounters*> shared_;       // by DeviceFfn::index, of networks computed so
 
     std::optional<HalfProducts> halves_;
+    std::optional<NeuronPanels> panels_;
+    // Seconds per neuron, brought here and with the host, of batches whose way is not known yet; 0:
+    // not measured. By type and tokens, as ProductChoice has them.
+    struct Trial {
+        double streamed = 0, host = 0;
+    };
+    std::map<std::pair<Type, int64_t>, Trial> trials_;
 
     BatchInputs batch_{};
     int64_t n_tiles_ = 0;
@@ -175,6 +190,7 @@ class CudaDevice final : public Device {
         uint64_t n_gates = 0;              // those that looked at every neuron kept,
         uint64_t n_whole = 0;              // and those that computed it
         uint64_t n_predicted_of_host = 0;  // predicted neurons that the host keeps
+        uint64_t n_streamed_bytes = 0;     // of neurons that were brought here
     };
     void add_tally(const Tally& more);
     std::vector<Tally> tallies_;

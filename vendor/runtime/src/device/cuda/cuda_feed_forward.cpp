@@ -15,6 +15,20 @@ uint64_t bytes_of(const Linear& linear) {
     return uint64_t(linear.weight.n_rows) * linear.weight.row_bytes;
 }
 
+// Bytes of the neurons that the host keeps, as far as tokens of those rules read them whoever is
+// active; all together.
+uint64_t streamed_bytes(const FeedForward& ffn, const DeviceFfn& kept,
+                        std::span<const NeuronRule> rules) {
+    const auto n = uint64_t(kept.rest.neurons().size());
+    const bool whole = std::find(rules.begin(), rules.end(), NeuronRule::all) != rules.end();
+    uint64_t row_bytes = ffn.first().weight.row_bytes;
+    if (whole && ffn.gated) row_bytes += ffn.up.weight.row_bytes;
+    if (whole && ffn.down_by_neuron) row_bytes += ffn.down.weight.row_bytes;
+    const uint64_t columns =
+        ffn.down_by_neuron ? 0 : bytes_of(ffn.down) * n / uint64_t(ffn.down.weight.n_cols);
+    return n * row_bytes + columns;
+}
+
 }  // namespace
 
 DeviceAct device_act(HiddenAct::Kind kind) {
@@ -62,22 +76,28 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
         tally.n_gates += gates;
         tally.n_whole += whole;
     }
-    if (kept.n_slots() > 0) add_tally(tally);  // else the host counts everything
+    const bool streamed = streams(ffn, kept);
+    if (streamed) tally.n_streamed_bytes = streamed_bytes(ffn, kept, batch_.rules);
+    if (kept.n_slots() > 0 || streamed) add_tally(tally);  // else the host counts everything
     if (predicting) predict(ffn, kept, batch);
     // The host computes while the GPU does.
     std::optional<Exchange::Round> round;
-    if (!kept.whole()) round = send_to_host(ffn, kept, batch, predicting);
+    if (!kept.whole() && !streamed) round = send_to_host(ffn, kept, batch, predicting);
     if (many && kept.n_slots() > 0)
         compute_many(ffn, kept, batch, y);
     else if (kept.n_slots() > 0)
         compute_few(ffn, kept, batch, predicting, y);
     if (round) {
-        exchange_->answer(stream_, *round, [this, &ffn, &kept, batch, predicting] {
+        exchange_->answer(stream_, *round, [this, &ffn, &kept, batch, predicting, wanted] {
+            const auto start = std::chrono::steady_clock::now();
             compute_of_host(ffn, kept, batch, predicting);
+            const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+            if (batch_.n_tokens > few_tokens && !wanted) add_trial(ffn, kept, false, taken.count());
         });
         exchange_->receive(stream_, input(layout_.base), *round, host_y_.device_address(),
                            batch_.n_tokens * needs_.n_embd, true, address(y));
     }
+    if (streamed) compute_streamed(ffn, kept, batch, y);
     forget_prepared(y);
 }
 
@@ -250,6 +270,7 @@ void CudaDevice::collect_counters() {
         if (!ffn.down_by_neuron)
             counters.n_bytes +=
                 tally.n_groups * bytes_of(ffn.down) * n_slots / uint64_t(ffn.down.weight.n_cols);
+        counters.n_bytes += tally.n_streamed_bytes;
         if (ffn.predictor)
             counters.n_bytes +=
                 tally.n_steps * (bytes_of(ffn.predictor->fc1) + bytes_of(ffn.predictor->fc2));
@@ -328,6 +349,7 @@ void CudaDevice::add_tally(const Tally& more) {
     tally.n_gates += more.n_gates;
     tally.n_predicted_of_host += more.n_predicted_of_host;
     tally.n_whole += more.n_whole;
+    tally.n_streamed_bytes += more.n_streamed_bytes;
 }
 
 }  // namespace qi::cuda

@@ -1,5 +1,7 @@
 // What only batches of more than a few tokens do: whole matrices, multiplied by tiles or by cuBLAS.
 #include <algorithm>
+#include <bit>
+#include <chrono>
 #include <cmath>
 
 #include "base/error.h"
@@ -8,26 +10,26 @@
 
 namespace qi::cuda {
 
-using Inner = ProductChoice::Inner;
+using What = ProductChoice::What;
 
 void CudaDevice::multiply(Type type, CUdeviceptr x, int64_t n_rows, int64_t n_cols,
                           std::span<const cuda::Product> products, bool accumulate) {
-    if (known_cublas(type, Inner::rows, n_rows))
+    if (known_cublas(type, What::rows, n_rows))
         return halves_->multiply(x, n_rows, products, accumulate);
     share_.kernels->multiply(stream_, prepared(type, x, n_rows, n_cols), products, accumulate,
                              needs_.deterministic ? ProductKernel::rows : ProductKernel::automatic);
 }
 
 void CudaDevice::multiply_by_neuron(const DownTileArgs& args) {
-    if (known_cublas(args.w.type, Inner::neurons, args.n_tokens))
+    if (known_cublas(args.w.type, What::neurons, args.n_tokens))
         return halves_->multiply_by_neuron(args);
     share_.kernels->down_tiles(stream_, args);
 }
 
-bool CudaDevice::known_cublas(Type type, Inner inner, int64_t n_tokens) const {
+bool CudaDevice::known_cublas(Type type, What what, int64_t n_tokens) const {
     return halves_ && n_tokens > few_tokens &&
            HalfProducts::takes(type, share_.gpu->attributes().architecture) &&
-           share_.choice->cublas(type, inner, n_tokens).value_or(false);
+           share_.choice->known(type, what, n_tokens).value_or(false);
 }
 
 namespace {
@@ -52,18 +54,17 @@ double seconds_of(const Stream& stream, const std::shared_ptr<Gpu>& gpu, const E
 
 }  // namespace
 
-bool CudaDevice::choose_cublas(const DeviceWeight& w, Inner inner, CUdeviceptr x,
-                               int64_t n_tokens) {
+bool CudaDevice::choose_cublas(const DeviceWeight& w, What what, CUdeviceptr x, int64_t n_tokens) {
     if (!halves_ || !HalfProducts::takes(w.type, share_.gpu->attributes().architecture))
         return false;
-    if (const auto known = share_.choice->cublas(w.type, inner, n_tokens)) return *known;
+    if (const auto known = share_.choice->known(w.type, what, n_tokens)) return *known;
     // Results go to room that is free now, as much of the matrix as has room there.
     const int64_t room = needs_.n_batch * needs_.n_ff;
     DeviceWeight part = w;
-    if (inner == Inner::rows) part.n_rows = std::min(w.n_rows, room / n_tokens);
-    if (part.n_rows == 0 || (inner == Inner::neurons && n_tokens * w.n_cols > room)) return false;
+    if (what == What::rows) part.n_rows = std::min(w.n_rows, room / n_tokens);
+    if (part.n_rows == 0 || (what == What::neurons && n_tokens * w.n_cols > room)) return false;
     double tiles = 0, halves = 0;
-    if (inner == Inner::rows) {
+    if (what == What::rows) {
         const cuda::Product product{part, 0, lifted_, part.n_rows};
         tiles = seconds_of(stream_, share_.gpu, [&] {
             prepared_from_ = 0;
@@ -85,7 +86,7 @@ bool CudaDevice::choose_cublas(const DeviceWeight& w, Inner inner, CUdeviceptr x
     }
     // Tiles lose less to rounding, so a tie is theirs.
     const bool cublas = halves < 0.95 * tiles;
-    share_.choice->set(w.type, inner, n_tokens, cublas);
+    share_.choice->set(w.type, what, n_tokens, cublas);
     log(LogLevel::debug,
         format("products of %s with up to %lld tokens: %s (%.3g ms by tiles, %.3g ms by cuBLAS)",
                traits(w.type).name, (long long)n_tokens, cublas ? "cuBLAS" : "tiles", 1e3 * tiles,
@@ -96,13 +97,13 @@ bool CudaDevice::choose_cublas(const DeviceWeight& w, Inner inner, CUdeviceptr x
 // Before anything is computed: what is measured writes where results will stand.
 void CudaDevice::choose_for(const FeedForward& ffn, const DeviceFfn& kept, CUdeviceptr x) {
     const int64_t n = batch_.n_tokens;
-    if (ffn.gated) choose_cublas(kept.gate(), Inner::rows, x, n);
-    choose_cublas(kept.up(), Inner::rows, x, n);
+    if (ffn.gated) choose_cublas(kept.gate(), What::rows, x, n);
+    choose_cublas(kept.up(), What::rows, x, n);
     // Any numbers do for neurons' values; not a number would do as well.
     if (ffn.down_by_neuron)
-        choose_cublas(kept.by_neuron(), Inner::neurons, hidden_, n);
+        choose_cublas(kept.by_neuron(), What::neurons, hidden_, n);
     else
-        choose_cublas(kept.down, Inner::rows, hidden_, n);
+        choose_cublas(kept.down, What::rows, hidden_, n);
     prepared_from_ = 0;
 }
 
@@ -131,7 +132,7 @@ void CudaDevice::compute_many(const FeedForward& ffn, const DeviceFfn& kept, con
     act.n_tokens = n;
     act.n = n_slots;
     const bool quantised =
-        !by_neuron && wants_q8(kept.down.type) && !known_cublas(kept.down.type, Inner::rows, n);
+        !by_neuron && wants_q8(kept.down.type) && !known_cublas(kept.down.type, What::rows, n);
     if (quantised) act.q8 = Q8::at(q8_, n, n_slots);
     kernels.act_mul(stream_, act);
     count_active(kept, kept.whole() ? nullptr : &kept.list, hidden_, n_slots, 0, n);
@@ -154,6 +155,59 @@ void CudaDevice::compute_many(const FeedForward& ffn, const DeviceFfn& kept, con
     down.room = lifted_;
     down.room_bytes = size_t(needs_.n_batch * needs_.n_ff) * sizeof(float);
     multiply_by_neuron(down);
+}
+
+// ---- neurons that the host keeps ----
+
+bool CudaDevice::streams(const FeedForward& ffn, const DeviceFfn& kept) {
+    const int64_t n = batch_.n_tokens;
+    const bool predicted = std::any_of(batch_.rules.begin(), batch_.rules.end(),
+                                       [](NeuronRule r) { return r == NeuronRule::predict; });
+    if (!panels_ || n <= few_tokens || predicted || kept.whole()) return false;
+    if (panels_->neurons_together(ffn) == 0) return false;
+    const Type type = ffn.up.weight.type;
+    if (const auto known = share_.choice->known(type, What::streamed, n)) return *known;
+    const Trial& trial = trials_[{type, int64_t(std::bit_ceil(uint64_t(n)))}];
+    return trial.host > 0;
+}
+
+void CudaDevice::add_trial(const FeedForward& ffn, const DeviceFfn& kept, bool streamed,
+                           double seconds) {
+    const int64_t n = batch_.n_tokens;
+    const Type type = ffn.up.weight.type;
+    if (!panels_ || share_.choice->known(type, What::streamed, n)) return;
+    Trial& trial = trials_[{type, int64_t(std::bit_ceil(uint64_t(n)))}];
+    (streamed ? trial.streamed : trial.host) = seconds / double(kept.rest.neurons().size());
+    if (trial.streamed == 0 || trial.host == 0) return;
+    share_.choice->set(type, What::streamed, n, trial.streamed < trial.host);
+    log(LogLevel::debug,
+        format("neurons of %s that the host keeps, up to %lld tokens: %s (%.3g us each brought to "
+               "the GPU, %.3g us with the host)",
+               traits(type).name, (long long)n, trial.streamed < trial.host ? "brought" : "host",
+               1e6 * trial.streamed, 1e6 * trial.host));
+}
+
+void CudaDevice::compute_streamed(const FeedForward& ffn, const DeviceFfn& kept,
+                                  const FfnBatch& batch, float* y) {
+    using Clock = std::chrono::steady_clock;
+    const bool trial =
+        !share_.choice->known(ffn.up.weight.type, What::streamed, batch_.n_tokens).has_value();
+    if (trial) stream_.synchronize();
+    const auto start = Clock::now();
+    const std::span<const int32_t> rest = kept.rest.neurons();
+    const auto together = size_t(panels_->neurons_together(ffn));
+    for (size_t first = 0; first < rest.size(); first += together) {
+        if (cancel_ && cancel_->load(std::memory_order_relaxed)) fail(QI_CANCELLED, "cancelled");
+        const auto some = rest.subspan(first, std::min(together, rest.size() - first));
+        // With some neurons here, their sum has the bias.
+        DeviceFfn panel = panels_->bring(ffn, some, first == 0 && kept.n_slots() == 0, stream_);
+        panel.index = kept.index;
+        compute_many(ffn, panel, batch, y);
+        panels_->done(stream_);
+    }
+    if (!trial) return;
+    stream_.synchronize();
+    add_trial(ffn, kept, true, std::chrono::duration<double>(Clock::now() - start).count());
 }
 
 }  // namespace qi::cuda

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <sstream>
 
+#include "base/cpu.h"
 #include "base/error.h"
 #include "base/log.h"
 #include "base/output_file.h"
@@ -22,22 +23,32 @@ namespace {
 
 constexpr const char* by_hand = "by hand";
 
-std::string name_of(ProductChoice::Inner inner) {
-    return inner == ProductChoice::Inner::rows ? "rows" : "neurons";
-}
+using What = ProductChoice::What;
+
+constexpr const char* names[] = {"rows", "neurons", "streamed"};
+// What is faster, and what is not.
+constexpr const char* winners[][2] = {{"cublas", "tiles"}, {"cublas", "tiles"}, {"gpu", "host"}};
 
 // Batches up to a power of two are measured together.
 std::string tokens_of(int64_t n_tokens) {
     return std::to_string(std::bit_ceil(uint64_t(n_tokens)));
 }
 
-// Findings hold for a version of cuBLAS and of our kernels.
+std::string cublas_version() {
+    try {
+        const CublasInfo cublas = cublas_info();
+        return format("cuBLAS %d.%d", cublas.major, cublas.minor);
+    } catch (const Error&) {
+        return "no cuBLAS";
+    }
+}
+
+// Findings hold for a version of cuBLAS, of our kernels and of the processor's side.
 std::string head_line() {
     Sha256Stream sources;
     for (const KernelSource& source : kernel_sources())
         sources.update(source.text);
-    const CublasInfo cublas = cublas_info();
-    return format("cuBLAS %d.%d, kernels %s", cublas.major, cublas.minor,
+    return format("%s, %d cores, kernels %s", cublas_version().c_str(), cpu_info().n_usable_cores,
                   hex(sources.finish()).substr(0, 16).c_str());
 }
 
@@ -66,8 +77,10 @@ void ProductChoice::read() {
     while (std::getline(file, line)) {
         std::istringstream words(line);
         Finding finding;
-        words >> finding.type >> finding.inner >> finding.tokens >> finding.winner;
-        const bool known = finding.winner == "cublas" || finding.winner == "tiles";
+        words >> finding.type >> finding.what >> finding.tokens >> finding.winner;
+        bool known = false;
+        for (const auto& pair : winners)
+            known |= finding.winner == pair[0] || finding.winner == pair[1];
         if (known) {
             findings_.push_back(finding);
         } else if (by_hand_) {
@@ -78,19 +91,19 @@ void ProductChoice::read() {
     }
 }
 
-std::optional<bool> ProductChoice::cublas(Type type, Inner inner, int64_t n_tokens) const {
+std::optional<bool> ProductChoice::known(Type type, What what, int64_t n_tokens) const {
     const std::lock_guard lock(mutex_);
     for (const Finding& finding : findings_)
-        if (fits(finding.type, traits(type).name) && fits(finding.inner, name_of(inner)) &&
+        if (fits(finding.type, traits(type).name) && fits(finding.what, names[size_t(what)]) &&
             fits(finding.tokens, tokens_of(n_tokens)))
-            return finding.winner == "cublas";
+            return finding.winner == winners[size_t(what)][0];
     return std::nullopt;
 }
 
-void ProductChoice::set(Type type, Inner inner, int64_t n_tokens, bool cublas) {
+void ProductChoice::set(Type type, What what, int64_t n_tokens, bool faster) {
     const std::lock_guard lock(mutex_);
-    findings_.push_back(
-        {traits(type).name, name_of(inner), tokens_of(n_tokens), cublas ? "cublas" : "tiles"});
+    findings_.push_back({traits(type).name, names[size_t(what)], tokens_of(n_tokens),
+                         winners[size_t(what)][faster ? 0 : 1]});
     if (!path_.empty() && !by_hand_) write();
 }
 
@@ -100,7 +113,7 @@ void ProductChoice::write() const {
         std::filesystem::create_directories(std::filesystem::path(path_).parent_path(), failure);
         std::string text = head_ + "\n";
         for (const Finding& f : findings_)
-            text += f.type + " " + f.inner + " " + f.tokens + " " + f.winner + "\n";
+            text += f.type + " " + f.what + " " + f.tokens + " " + f.winner + "\n";
         OutputFile file(path_);
         file.write(std::as_bytes(std::span(text)));
         file.commit();

@@ -1,14 +1,15 @@
-// Whether cuBLAS or our own tiles multiply prompts faster on a card: found by measuring, once per
-// card, type of weights and number of tokens, and kept on disk.
+// How a card computes prompts faster: found by measuring, once per card, type of weights and number
+// of tokens, and kept on disk.
 //
 // The file is text: a line that says what the findings hold for, then one line each, such as
 //
 //     Q4_0 rows 128 cublas
 //
-// the weights' type, what lies along their rows' inner dimension ("neurons": a down projection that
-// is stored by neuron), tokens up to which it holds, a power of two, and what is faster. A file
-// whose first line is "by hand" is left alone; there a * stands for anything, and what comes first
-// holds.
+// the weights' type; what is computed: products with "rows", with the rows of "neurons" along the
+// inner dimension (a down projection that is stored by neuron), or "streamed" neurons, which the
+// host keeps; tokens up to which it holds, a power of two; and what is faster: "cublas" or "tiles"
+// of products, of streamed neurons "gpu" or "host". A file whose first line is "by hand" is left
+// alone; there a * stands for anything, and what comes first holds.
 #pragma once
 
 #include <cstdint>
@@ -28,15 +29,15 @@ class ProductChoice {
     // Reads what is known of the card.
     explicit ProductChoice(const Gpu& gpu);
 
-    enum class Inner { rows, neurons };
+    enum class What { rows, neurons, streamed };
 
-    // Whether cuBLAS is faster; nothing if it has not been measured.
-    std::optional<bool> cublas(Type type, Inner inner, int64_t n_tokens) const;
-    void set(Type type, Inner inner, int64_t n_tokens, bool cublas);
+    // Whether cuBLAS, or streaming, is faster; nothing if it has not been measured.
+    std::optional<bool> known(Type type, What what, int64_t n_tokens) const;
+    void set(Type type, What what, int64_t n_tokens, bool faster);
 
   private:
     struct Finding {
-        std::string type, inner, tokens, winner;
+        std::string type, what, tokens, winner;
     };
     void read();
     void write() const;

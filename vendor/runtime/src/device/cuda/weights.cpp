@@ -25,17 +25,35 @@ size_t floats_bytes(size_t n) {
     return aligned(n * sizeof(float));
 }
 
-NeuronLayout layout_of(const FeedForward& ffn) {
-    return neuron_layout(ffn.gated ? &ffn.gate.weight.type : nullptr, &ffn.up.weight.type,
-                         ffn.down_by_neuron ? &ffn.down.weight.type : nullptr,
-                         ffn.up.weight.n_cols);
-}
-
 void repack_row(const Weight& w, int64_t row, std::byte* out) {
     repack_rows(w.type, w.n_cols, w.data + size_t(row) * w.row_bytes, 1, out, 0);
 }
 
 }  // namespace
+
+NeuronLayout record_layout(const FeedForward& ffn) {
+    return neuron_layout(ffn.gated ? &ffn.gate.weight.type : nullptr, &ffn.up.weight.type,
+                         ffn.down_by_neuron ? &ffn.down.weight.type : nullptr,
+                         ffn.up.weight.n_cols);
+}
+
+void write_record(const FeedForward& ffn, const NeuronLayout& layout, int32_t neuron,
+                  std::byte* out) {
+    if (ffn.gated) repack_row(ffn.gate.weight, neuron, out + layout.gate_offset);
+    repack_row(ffn.up.weight, neuron, out + layout.up_offset);
+    if (ffn.down_by_neuron) repack_row(ffn.down.weight, neuron, out + layout.down_offset);
+}
+
+void write_columns(const Weight& w, int64_t row, std::span<const int32_t> neurons, std::byte* out) {
+    const auto n = neurons.size(), block = size_t(traits(w.type).block_size);
+    const auto block_bytes = size_t(traits(w.type).block_bytes);
+    std::vector<std::byte> blocks(n / block * block_bytes);
+    for (size_t i = 0; i < n; i += block)
+        std::memcpy(&blocks[i / block * block_bytes],
+                    w.data + size_t(row) * w.row_bytes + size_t(neurons[i]) / block * block_bytes,
+                    block_bytes);
+    repack_rows(w.type, int64_t(n), blocks.data(), 1, out, 0);
+}
 
 Weights::Weights(std::shared_ptr<Gpu> gpu, std::shared_ptr<Budget> budget)
     : gpu_(std::move(gpu)),
@@ -122,7 +140,8 @@ size_t Weights::bytes_of(const Norm& norm) {
 size_t Weights::bytes_of(const FeedForward& ffn, int64_t n_neurons) {
     if (n_neurons == 0) return 0;
     const auto n = size_t(n_neurons);
-    size_t bytes = aligned(n * layout_of(ffn).stride) + aligned(NeuronList::n_bytes(n_neurons)) +
+    size_t bytes = aligned(n * record_layout(ffn).stride) +
+                   aligned(NeuronList::n_bytes(n_neurons)) +
                    aligned(size_t(ffn.up.weight.n_rows) * sizeof(int32_t)) +
                    floats_bytes(ffn.gate.bias.size()) + floats_bytes(ffn.up.bias.size()) +
                    floats_bytes(ffn.down.bias.size());
@@ -159,15 +178,12 @@ void Weights::keep(const FeedForward& ffn, NeuronShard resident, NeuronShard res
         w.up_type = up.type;
         w.down_type = down.type;
         w.gated = ffn.gated;
-        w.layout = layout_of(ffn);
+        w.layout = record_layout(ffn);
         w.n_embd = up.n_cols;
         w.n_ff = up.n_rows;
         w.records = allocate(neurons.size() * w.layout.stride);
         upload(w.records, n_slots, w.layout.stride, [&](int64_t slot, std::byte* out) {
-            const int32_t j = neurons[size_t(slot)];
-            if (ffn.gated) repack_row(gate, j, out + w.layout.gate_offset);
-            repack_row(up, j, out + w.layout.up_offset);
-            if (ffn.down_by_neuron) repack_row(down, j, out + w.layout.down_offset);
+            write_record(ffn, w.layout, neurons[size_t(slot)], out);
         });
         w.gate_bias = upload_floats(ffn.gate.bias);
         w.up_bias = upload_floats(ffn.up.bias);
@@ -205,19 +221,10 @@ void Weights::keep_list(std::span<const int32_t> neurons, int64_t n_ff, DeviceFf
 // Of each row the blocks of the kept neurons, side by side.
 void Weights::keep_down(const Weight& down, std::span<const int32_t> neurons, DeviceFfn& kept) {
     const auto n_slots = int64_t(neurons.size());
-    const int64_t block = traits(down.type).block_size;
-    const auto block_bytes = size_t(traits(down.type).block_bytes);
     const size_t stride = device_row_bytes(down.type, n_slots);
     kept.down = {down.type, allocate(size_t(down.n_rows) * stride), down.n_rows, n_slots, stride};
-    upload(kept.down.data, down.n_rows, stride, [&](int64_t row, std::byte* out) {
-        std::vector<std::byte> blocks(size_t(n_slots / block) * block_bytes);
-        for (int64_t s = 0; s < n_slots; s += block)
-            std::memcpy(blocks.data() + size_t(s / block) * block_bytes,
-                        down.data + size_t(row) * down.row_bytes +
-                            size_t(neurons[size_t(s)] / block) * block_bytes,
-                        block_bytes);
-        repack_rows(down.type, n_slots, blocks.data(), 1, out, 0);
-    });
+    upload(kept.down.data, down.n_rows, stride,
+           [&](int64_t row, std::byte* out) { write_columns(down, row, neurons, out); });
 }
 
 namespace {

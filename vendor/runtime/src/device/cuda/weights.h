@@ -52,6 +52,15 @@ struct DeviceFfn {
     }
 };
 
+// How a neuron's rows lie in its record.
+NeuronLayout record_layout(const FeedForward& ffn);
+// The record of one neuron, as the device has it.
+void write_record(const FeedForward& ffn, const NeuronLayout& layout, int32_t neuron,
+                  std::byte* out);
+// Of one row of a weight the columns of those neurons, whole blocks side by side, as the device has
+// it.
+void write_columns(const Weight& w, int64_t row, std::span<const int32_t> neurons, std::byte* out);
+
 class Weights {
   public:
     Weights(std::shared_ptr<Gpu> gpu, std::shared_ptr<Budget> budget);

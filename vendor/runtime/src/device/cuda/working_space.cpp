@@ -47,16 +47,19 @@ WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, cons
     exchange = Exchange::room_bytes(needs.kv.n_layer);
     kv = size_t(needs.n_pages) * kv_args.page_stride;
 
-    narrowed = widened = cublas = 0;
-    if (!share.choice || needs.deterministic || n <= few_tokens) return;
+    narrowed = widened = cublas = panels = 0;
+    if (needs.deterministic || n <= few_tokens) return;
+    // Where memory is short it is better spent on weights.
     constexpr size_t mib = size_t(1) << 20;
     const size_t limit = share.budget->limit_bytes();
+    // 8 MiB take a third of a millisecond to bring: many times what launching costs.
+    if (limit >= 32 * mib) panels = 2 * std::clamp(limit / 128, mib / 4, 8 * mib);
+    if (!share.has_cublas) return;
     // Half a matrix at least fills a card; more room than a layer's largest is of no use.
     const size_t of_matrix = size_t(std::max(widest, needs.n_embd) * widest) * 2;
     narrowed = HalfProducts::narrowed_bytes(n, widest);
     widened = std::min(of_matrix, std::clamp(limit / 32, 8 * mib, 64 * mib));
     cublas = Cublas::n_bytes(share.gpu->attributes().architecture);
-    // Where memory is short it is better spent on weights.
     if (narrowed + widened + cublas > limit / 8) narrowed = widened = cublas = 0;
 }
 
@@ -84,7 +87,7 @@ size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs) {
                            s.totals,       s.counts,
                            s.kv,           size_t(needs.n_logits * needs.n_vocab) * sizeof(float)})
         if (n > 0) bytes += DeviceMemory::counted_bytes(n);
-    for (const size_t n : {s.narrowed, s.widened})
+    for (const size_t n : {s.narrowed, s.widened, s.panels})
         if (n > 0) bytes += DeviceMemory::counted_bytes(n);
     bytes += s.cublas;
     for (const size_t n : needs.arrays)

@@ -20,7 +20,8 @@ struct GpuShare {
     std::shared_ptr<Budget> budget;
     std::shared_ptr<Kernels> kernels;
     std::shared_ptr<Weights> weights;
-    std::shared_ptr<ProductChoice> choice;  // null without cuBLAS
+    std::shared_ptr<ProductChoice> choice;
+    bool has_cublas = false;
 };
 
 // Tokens that one launch of the matrix kernels takes.
@@ -40,6 +41,7 @@ struct WorkingSizes {
         tickets, partial_best, best, totals, counts, exchange, kv;
     // Of prompts through cuBLAS; 0 where it is not used.
     size_t narrowed, widened, cublas;
+    size_t panels;  // two, for neurons that the host keeps; 0: none are brought
 
     WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, const KvArgs& kv_args);
 };
