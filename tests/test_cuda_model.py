@@ -72,6 +72,13 @@ def test_float_weights(name: str, tmp_path: Path) -> None:
     assert found["left"] == 0
 
 
+def test_one_layer(tmp_path: Path) -> None:
+    """Rounds with the host are told apart from step to step, also where a step has only one."""
+    path = Case("llama", sizes={"n_layer": 1}).write(tmp_path)
+    found = on_gpu("compare", path, ["half"], ["off"], [1])
+    assert max(found["half"]["off"]["1"]) < 2e-5
+
+
 @pytest.mark.parametrize("name", QUANTISED)
 def test_quantised_weights(name: str, tmp_path: Path) -> None:
     """A sum that differs in its last bit may fall on the other side of an int8 code."""
