@@ -18,6 +18,7 @@ import pytest
 
 import cuda_standin
 from cuda_cases import N_TOKENS
+from qinfer._gguf import GGUF
 from test_sparsity import CASES, QUANTISED, Case
 
 DATA = Path(__file__).parent / "data"
@@ -214,6 +215,22 @@ def test_sampling_on_the_device() -> None:
         "most": 512 * candidate,
         **dict.fromkeys(["all", "top-p", "penalties", "bias", "mirostat"], all_logits),
     }
+
+
+def test_logits_that_are_not_numbers(tmp_path: Path) -> None:
+    """One NaN among them is an error on every way, and the tensor is named."""
+    path = Case("llama").write(tmp_path)
+    with GGUF(path) as file:
+        (head,) = (tensor for tensor in file.tensors if tensor.name == "output.weight")
+        at = head.file_offset + head.n_bytes // head.shape[0] * 77
+    with path.open("r+b") as stream:
+        stream.seek(at)
+        stream.write(np.float32(np.nan).tobytes())
+    said = on_gpu("not_a_number", path)
+    assert len(said) == 6
+    for message in said.values():
+        assert message.startswith("FormatError: ")
+        assert "output.weight" in message
 
 
 def test_contexts_beyond_the_first() -> None:
