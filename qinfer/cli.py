@@ -126,6 +126,11 @@ _CONTEXT_OPTIONS = [
                  help="How keys and values are kept."),
     click.option("--hidden-act", help="Override the activation, e.g. relu."),
 ]  # fmt: skip
+_CROSS_LAYER_FROM = click.option(
+    "--cross-layer-from", metavar="LAYER", type=click.IntRange(1), expose_value=False,
+    callback=_keep_for_load,
+    help="From this layer on, predict one layer early, at some cost of accuracy; Q-Infer: 5.",
+)  # fmt: skip
 _SPARSITY_OPTIONS = [
     click.option("--sparsity", type=click.Choice(["auto", "off", "exact", "predict"]),
                  default="auto", show_default=True,
@@ -133,6 +138,7 @@ _SPARSITY_OPTIONS = [
                  "zero (exact), those that predictors name, or what is fastest here."),
     click.option("--sparse-threshold", type=float,
                  help="Leave out neurons predicted below; default: what the file says."),
+    _CROSS_LAYER_FROM,
     click.option("--prefill", type=click.Choice(["dense", "sparse"]), default="dense",
                  help="Compute all neurons of prompt tokens (default), or as of generated ones."),
 ]  # fmt: skip
@@ -207,8 +213,9 @@ def _path(name: str) -> str:
 def _load(name: str, **options: Any) -> Model:
     """The model of a MODEL."""
     path = _path(name)
+    early = click.get_current_context().meta.get("qinfer.cross_layer_from")
     with Bar("loading", in_bytes=True) as bar:
-        return Model(path, progress=bar, **_device_arguments(), **options)
+        return Model(path, progress=bar, cross_layer_from=early, **_device_arguments(), **options)
 
 
 def _text(prompt: str | None, file: TextIO | None) -> str:
@@ -438,6 +445,7 @@ def bench(
     type=float,
     help="Leave out neurons predicted below; default: what the file says.",
 )
+@_CROSS_LAYER_FROM
 @_with(_MACHINE_OPTIONS, _DEVICE_OPTIONS)
 def perplexity(
     model: str,

@@ -96,6 +96,7 @@ class Context:
         params.prompt_rule = policy.prompt_rule
         params.generated_rule = policy.generated_rule
         params.sparse_threshold = math.nan if policy.threshold is None else policy.threshold
+        params.cross_layer_from = policy.cross_layer_from or 0
         params.offload = ffi.NULL if weights.offload is None else weights.offload.pointer
         out = ffi.new("qi_context **")
         error = new_error()

@@ -81,6 +81,9 @@ class Model:
             of PowerInfer files without usable predictors it is "exact".
         sparse_threshold: predictions below it leave a neuron out; None takes the file's.
         prefill: "dense" computes all neurons of prompt tokens, "sparse" treats them as generated.
+        cross_layer_from: layers from this one on predict from what the predictor of the layer
+            before looked at, as Q-Infer does from layer 5, so that their neurons are known one
+            layer early; it costs accuracy. None: every layer looks at its own.
 
     Raises:
         FileError: the file cannot be read.
@@ -109,6 +112,7 @@ class Model:
         sparsity: SparsityMode = "auto",
         sparse_threshold: float | None = None,
         prefill: Prefill = "dense",
+        cross_layer_from: int | None = None,
     ) -> None:
         self._arguments = {
             "device": device,
@@ -123,6 +127,7 @@ class Model:
             "sparsity": sparsity,
             "sparse_threshold": sparse_threshold,
             "prefill": prefill,
+            "cross_layer_from": cross_layer_from,
         }
         positive("n_ctx", n_ctx)
         positive("threads", threads)
@@ -143,8 +148,9 @@ class Model:
             _shared_context, weights, n_ctx=self.n_ctx, threads=threads, kv_type=kv_type
         )
         self.policy = choose(
-            weights, sparsity, prefill, sparse_threshold, threads, self._make_context
-        )
+            weights, sparsity, prefill, sparse_threshold, threads, self._make_context,
+            cross_layer_from,
+        )  # fmt: skip
         self._pool = ContextPool(partial(self._make_context, self.policy))
 
     @classmethod
@@ -439,6 +445,7 @@ class Model:
         sparsity: SparsityMode | None = None,
         sparse_threshold: float | None = None,
         prefill: Prefill | None = None,
+        cross_layer_from: int | Literal[False] | None = None,
     ) -> Context:
         """A context of one's own: tokens in, logits out. Everything else is built on it.
 
@@ -448,7 +455,8 @@ class Model:
             n_batch: tokens computed together at most; None means 512.
             threads: how many compute; None takes the model's.
             kv_type: "f16" or "q8_0"; None takes the model's.
-            sparsity, sparse_threshold, prefill: as of `Model`; None takes the model's.
+            sparsity, sparse_threshold, prefill, cross_layer_from: as of `Model`; None takes the
+                model's, and `cross_layer_from=False` predicts in every layer by itself.
         """
         if positive("n_ctx", n_ctx) and n_ctx != self.n_ctx:
             _beyond_training(self.info, positive("n_ctx", n_ctx))
@@ -460,6 +468,7 @@ class Model:
             own.threshold if sparse_threshold is None else sparse_threshold,
             self._threads if threads is None else threads,
             self._make_context,
+            (own.cross_layer_from if cross_layer_from is None else cross_layer_from) or None,
         )
         return Context(
             self._weights,

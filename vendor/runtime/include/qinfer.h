@@ -29,7 +29,7 @@ extern "C" {
 
 /* --- declarations begin --- */
 
-#define QI_ABI_VERSION 4
+#define QI_ABI_VERSION 5
 
 typedef enum qi_status {
     QI_OK = 0,
@@ -412,6 +412,9 @@ typedef struct qi_context_params {
     int32_t generated_rule; /* and of those with it */
     float sparse_threshold; /* a neuron is left out when its prediction is below; NaN: the file's */
     qi_offload* offload;    /* of the same model; NULL: the processor alone */
+    /* Layers from this one on predict from what the predictor of the layer before looked at; 0: no
+     * layer does. */
+    int32_t cross_layer_from;
 } qi_context_params;
 
 typedef struct qi_context_info {
