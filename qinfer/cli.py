@@ -89,6 +89,10 @@ _DEVICE_OPTIONS = [
                  help="Choose by activation/ even if there is such a file."),
     click.option("--disable-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
                  help="Keep no neurons on the GPU."),
+    click.option("--neuron-cache", type=click.Choice(["static", "balance", "frequency"]),
+                 default="static", show_default=True, expose_value=False, callback=_keep_for_load,
+                 help="Neurons on the GPU stay, or change so that both sides need the same time, or "
+                 "so that those used most of late are there."),
 ]  # fmt: skip
 
 
@@ -109,6 +113,7 @@ def _device_arguments() -> dict[str, Any]:
         "device": meta["qinfer.device"],
         "vram_budget": meta["qinfer.vram_budget"],
         "gpu_split": next(iter(given.values()), "auto"),
+        "neuron_cache": meta["qinfer.neuron_cache"],
     }
 
 

@@ -24,7 +24,7 @@ from ._weights import ModelInfo, Weights
 from .completion import Completion, Piece, Score
 from .context import Context, Tokens, Wanted, kv_type_number, positive
 from .errors import ArgumentError, ContextFull, FileError
-from .offload import GpuSplit, Placement, offload
+from .offload import GpuSplit, NeuronCache, Placement, offload
 from .sampling import token_array
 from .sparsity import Policy, Prefill, SparsityMode, choose
 from .stream import Stream, asynchronous
@@ -65,6 +65,12 @@ class Model:
         gpu_split: which neurons the GPU keeps where not all fit: a `.generated.gpuidx` file,
             "auto" (that file, or the folder `activation/`, beside the model), "counts" (that folder
             alone) or "none".
+        neuron_cache: which neurons stay there, where down is stored by neuron. "static": those of
+            the beginning; with nothing to choose them by, the ones that the first tokens with
+            predictions use most. "balance" and "frequency" exchange neurons while the model runs,
+            so that GPU and processor need the same time, or so that those used most of late are on
+            the GPU. Each neuron is computed once wherever it is; where it is changes the rounding
+            of sums, and so results in their last digits.
         n_ctx: positions per sequence; None takes what the model was trained for, or less where the
             keys and values of so many would not fit in memory. Memory is taken as they fill.
         threads: how many compute; None uses the physical cores this process may run on.
@@ -102,6 +108,7 @@ class Model:
         device: str = "auto",
         vram_budget: float | str | None = None,
         gpu_split: GpuSplit = "auto",
+        neuron_cache: NeuronCache = "static",
         n_ctx: int | None = None,
         threads: int | None = None,
         kv_type: str = "f16",
@@ -118,6 +125,7 @@ class Model:
             "device": device,
             "vram_budget": vram_budget,
             "gpu_split": gpu_split,
+            "neuron_cache": neuron_cache,
             "n_ctx": n_ctx,
             "threads": threads,
             "kv_type": kv_type,
@@ -142,7 +150,9 @@ class Model:
         weights = self._weights = Weights(path, mmap=mmap, hidden_act=hidden_act, progress=progress)
         _check_heads(weights.info, kv_type)
         self.n_ctx = _n_ctx(weights.info, n_ctx, kv_type)
-        weights.offload = offload(weights, device, vram_budget, gpu_split, kv_type)
+        weights.offload = offload(
+            weights, device, vram_budget, gpu_split, kv_type, neuron_cache
+        )
         # Of the kind that calls share. No method: the pool keeps it, and must not keep the model.
         self._make_context = partial(
             _shared_context, weights, n_ctx=self.n_ctx, threads=threads, kv_type=kv_type

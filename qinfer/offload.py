@@ -28,6 +28,13 @@ logger = logging.getLogger("qinfer")
 # What tells the runtime which neurons to keep: a file, or one of these. "auto" takes the split file
 # or the activation counts that lie beside the model; "counts" the latter alone; "none" keeps none.
 GpuSplit = StrPath | Literal["auto", "counts", "none"]
+# Which neurons stay on the GPU while a model runs.
+NeuronCache = Literal["static", "balance", "frequency"]
+_POLICIES = {
+    "static": lib.QI_CACHE_STATIC,
+    "balance": lib.QI_CACHE_BALANCE,
+    "frequency": lib.QI_CACHE_FREQUENCY,
+}
 
 _GIB = 2**30
 
@@ -43,6 +50,7 @@ class Placement:
         used_bytes: that are used now, contexts included.
         attention_bytes, predictor_bytes, head_bytes, neuron_bytes: of the weights kept.
         n_neurons: kept, in all layers together.
+        n_moved: neurons that have taken another's place since the first context was made.
         is_placed: whether the first context has been made.
         n_layers: the first so many have their attention there.
         has_head: whether the head is there.
@@ -57,6 +65,7 @@ class Placement:
     head_bytes: int
     neuron_bytes: int
     n_neurons: int
+    n_moved: int
     is_placed: bool
     n_layers: int
     has_head: bool
@@ -96,8 +105,14 @@ class Offload:
         pointer = ffi.from_buffer("float[]", values)
         check(lib.qi_offload_count_neurons(self.pointer, layer, pointer, len(values), error), error)
 
+    def set_neuron_cache(self, neuron_cache: NeuronCache) -> None:
+        """How neurons will move; ArgumentError where down is not stored by neuron."""
+        error = new_error()
+        policy = _POLICIES[neuron_cache]
+        check(lib.qi_offload_set_neuron_cache(self.pointer, policy, error), error)
+
     def neurons(self, layer: int) -> NDArray[np.int32]:
-        """The neurons of a layer that are kept, ascending ids of shape (k,)."""
+        """The neurons of a layer that are kept now, ascending ids of shape (k,)."""
         error = new_error()
         n = ffi.new("uint64_t *")
         check(lib.qi_offload_get_neurons(self.pointer, layer, ffi.NULL, n, error), error)
@@ -154,6 +169,7 @@ def offload(
     vram_budget: float | str | None = None,
     gpu_split: GpuSplit = "auto",
     kv_type: str = "f16",
+    neuron_cache: NeuronCache = "static",
 ) -> Offload | None:
     """A model's share on the device asked for; None where it is the processor's alone.
 
@@ -161,8 +177,8 @@ def offload(
     log says why one is not.
 
     Raises:
-        ArgumentError: the device is not known, the budget is not a size, or the split is that of
-            another model.
+        ArgumentError: the device or the policy is not known, the budget is not a size, the split is
+            that of another model, or neurons cannot move in this one.
         DeviceError: the device asked for by name cannot be had.
         FileError, FormatError: the split or the counts cannot be read.
     """
@@ -170,11 +186,21 @@ def offload(
     kind, _, number = device.partition(":")
     if kind not in ("auto", "cpu", "cuda", "cann") or (number and kind != "cuda"):
         raise ArgumentError(f"device={device!r} is not 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if neuron_cache not in _POLICIES:
+        raise ArgumentError(
+            f"neuron_cache={neuron_cache!r} is not 'static', 'balance' or 'frequency'"
+        )
+    if neuron_cache != "static" and gpu_split == "none":
+        raise ArgumentError(
+            f"neuron_cache={neuron_cache!r} moves neurons, and gpu_split='none' keeps none"
+        )
     if kind == "cann":
         raise DeviceError("device='cann': this version of qinfer does not compute on Ascend NPUs")
     if kind == "cpu":
         if budget is not None:
             raise ArgumentError("vram_budget is of a GPU's memory, and device is 'cpu'")
+        if neuron_cache != "static":
+            raise ArgumentError(f"neuron_cache={neuron_cache!r} is for GPUs, and device is 'cpu'")
         return None
     if kind == "auto":
         try:
@@ -194,7 +220,12 @@ def offload(
             return None
     else:
         share = Offload(weights, device, budget)
-    _split(share, weights, gpu_split)
+    try:
+        _split(share, weights, gpu_split)
+        share.set_neuron_cache(neuron_cache)
+    except BaseException:
+        share.close()
+        raise
     return share
 
 

@@ -110,6 +110,8 @@ std::vector<Stage> Context::make_stages() {
     needs.n_embd = hp.n_embd;
     needs.n_ff = hp.n_ff;
     needs.predictor_rank = model_->predictor_rank();
+    needs.names_neurons = options_.policy.prompt == NeuronRule::predict ||
+                          options_.policy.generated == NeuronRule::predict;
     Offload::Part part = offload_->make_part(needs, *host_);
     accelerator_ = std::move(part.device);
     std::vector<Stage> stages{{accelerator_.get(), 0, part.n_layers}};

@@ -12,11 +12,14 @@ namespace qi {
 Offload::Offload(std::shared_ptr<const Model> model, std::unique_ptr<Accelerator> accelerator)
     : model_(std::move(model)), accelerator_(std::move(accelerator)) {}
 
-void Offload::check_open(int64_t layer) const {
+void Offload::check_layer(int64_t layer) const {
     const auto n_layer = int64_t(model_->layers().size());
     if (layer < 0 || layer >= n_layer)
         fail(QI_ARGUMENT, "layer %lld does not exist: the model has 0 to %lld", (long long)layer,
              (long long)n_layer - 1);
+}
+
+void Offload::check_open() const {
     if (placement_)
         fail(QI_ARGUMENT,
              "the neurons on the device were chosen when the model's first context was made");
@@ -24,7 +27,8 @@ void Offload::check_open(int64_t layer) const {
 
 void Offload::choose_neurons(int64_t layer, std::vector<int32_t> neurons) {
     const std::lock_guard lock(mutex_);
-    check_open(layer);
+    check_layer(layer);
+    check_open();
     const int64_t n_ff = model_->hyper_params().n_ff;
     const bool ascending = std::is_sorted(neurons.begin(), neurons.end(), std::less_equal<>());
     if (!ascending || (!neurons.empty() && (neurons.front() < 0 || neurons.back() >= n_ff)))
@@ -46,7 +50,8 @@ void Offload::choose_neurons(int64_t layer, std::vector<int32_t> neurons) {
 
 void Offload::count_neurons(int64_t layer, std::vector<float> counts) {
     const std::lock_guard lock(mutex_);
-    check_open(layer);
+    check_layer(layer);
+    check_open();
     const int64_t n_ff = model_->hyper_params().n_ff;
     if (int64_t(counts.size()) != n_ff)
         fail(QI_ARGUMENT, "layer %lld: %zu counts were given, the model has %lld neurons",
@@ -57,6 +62,32 @@ void Offload::count_neurons(int64_t layer, std::vector<float> counts) {
                  double(counts[j]));
     split_.counts.resize(model_->layers().size(), std::vector<float>(size_t(n_ff), 0.0f));
     split_.counts[size_t(layer)] = std::move(counts);
+}
+
+void Offload::set_neuron_cache(NeuronCache cache) {
+    const std::lock_guard lock(mutex_);
+    check_open();
+    for (const Layer& layer : model_->layers())
+        if (cache != NeuronCache::fixed && !layer.ffn.down_by_neuron)
+            fail(QI_ARGUMENT,
+                 "neurons can move only where down is stored by neuron; "
+                 "qinfer.tools.neuron_major writes such a file");
+    split_.cache = cache;
+}
+
+NeuronCache Offload::cache_for(const DeviceNeeds& needs) const {
+    if (split_.cache != NeuronCache::fixed) return split_.cache;
+    // With nothing else to go by, the first tokens decide.
+    const bool can_be_counted = needs.names_neurons && model_->layers()[0].ffn.down_by_neuron;
+    const bool is_chosen = !split_.neurons.empty() || !split_.counts.empty();
+    return can_be_counted && !is_chosen ? NeuronCache::counted : NeuronCache::fixed;
+}
+
+Speeds Offload::measure_speeds(Device& host) {
+    const Speeds speeds = accelerator_->measure_speeds(model_->layers()[0].ffn, host);
+    log(LogLevel::info, format("neurons per second: %.3g on %s, %.3g on the processor",
+                               speeds.device, accelerator_->name().c_str(), speeds.host));
+    return speeds;
 }
 
 namespace {
@@ -80,9 +111,15 @@ Offload::Part Offload::make_part(const DeviceNeeds& needs, Device& host) {
     const std::lock_guard lock(mutex_);
     if (!placement_) {
         accelerator_->prepare(weight_types(*model_), needs.kv.type);
-        Placement placement = place(*model_, *accelerator_, needs, split_);
+        SplitChoice split = split_;
+        split.cache = cache_for(needs);
+        Moving moving{split.cache, {}, 0};
+        if (split.cache == NeuronCache::balance) moving.speeds = measure_speeds(host);
+        Placement placement = place(*model_, *accelerator_, needs, split);
         keep(*model_, placement, *accelerator_);
         placement_ = std::move(placement);
+        moving.room_bytes = placement_->moving_bytes;
+        if (moving.room_bytes > 0) accelerator_->move_neurons(moving);
         log(LogLevel::info, format("%s keeps %s", accelerator_->name().c_str(),
                                    describe(*placement_, *model_, *accelerator_).c_str()));
     }
@@ -95,7 +132,15 @@ Offload::Part Offload::make_part(const DeviceNeeds& needs, Device& host) {
 Offload::Report Offload::report() const {
     const std::lock_guard lock(mutex_);
     return {accelerator_->name(), accelerator_->budget(), accelerator_->used(), placement_,
-            placement_ ? describe(*placement_, *model_, *accelerator_) : std::string()};
+            placement_ ? describe(*placement_, *model_, *accelerator_) : std::string(),
+            accelerator_->n_moved()};
+}
+
+std::vector<int32_t> Offload::neurons(int64_t layer) const {
+    const std::lock_guard lock(mutex_);
+    check_layer(layer);
+    if (!placement_ || layer >= placement_->n_layers) return {};
+    return accelerator_->neurons(model_->layers()[size_t(layer)].ffn);
 }
 
 }  // namespace qi

@@ -26,6 +26,8 @@ class Offload {
     // do not fit the model.
     void choose_neurons(int64_t layer, std::vector<int32_t> neurons);
     void count_neurons(int64_t layer, std::vector<float> counts);
+    // How they will move; QI_ARGUMENT where they cannot.
+    void set_neuron_cache(NeuronCache cache);
 
     // The accelerator's device for a context and the layers it computes. `host` computes the rest.
     struct Part {
@@ -40,11 +42,18 @@ class Offload {
         size_t budget, used;
         std::optional<Placement> placement;  // none before the first context
         std::string text;                    // of the placement, one line
+        uint64_t n_moved;                    // neurons that took another's place since
     };
     Report report() const;
+    // Those of a layer that are on the accelerator now; none before the first context.
+    std::vector<int32_t> neurons(int64_t layer) const;
 
   private:
-    void check_open(int64_t layer) const;
+    void check_layer(int64_t layer) const;
+    void check_open() const;
+    // How neurons will move for a first context of those needs.
+    NeuronCache cache_for(const DeviceNeeds& needs) const;
+    Speeds measure_speeds(Device& host);
 
     std::shared_ptr<const Model> model_;
     std::unique_ptr<Accelerator> accelerator_;

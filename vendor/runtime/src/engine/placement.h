@@ -22,6 +22,8 @@ namespace qi {
 struct SplitChoice {
     std::vector<std::vector<int32_t>> neurons;  // [n_layer], ascending
     std::vector<std::vector<float>> counts;     // [n_layer][n_ff]
+    // How they will move. With neither lists nor counts all layers then get equally many.
+    NeuronCache cache = NeuronCache::fixed;
 };
 
 struct Placement {
@@ -33,6 +35,7 @@ struct Placement {
     // Bytes of the accelerator's memory.
     size_t attention_bytes = 0, predictor_bytes = 0, head_bytes = 0, neuron_bytes = 0;
     size_t device_bytes = 0;  // keys, values and working space of the first context
+    size_t moving_bytes = 0;  // where neurons arrive that move; 0: none does
 };
 
 // QI_MEMORY when not even the first layer fits, and when given lists do not.

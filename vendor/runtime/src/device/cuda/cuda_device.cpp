@@ -55,6 +55,7 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     stream_.fill(attend_room_, 0, Kernels::attend_ticket_bytes(tickets));
     stream_.synchronize();
     if (share_.weights->all_resident()) return;
+    if (share_.mover) member_ = std::make_unique<NeuronMover::Member>(share_.mover);
     exchange_.emplace(share_.gpu, stream_, exchange_room, int64_t(share_.weights->n_ffns()));
     shared_.resize(share_.weights->n_ffns());
     const size_t rows = size_t(needs.n_batch * needs.n_embd) * sizeof(float);
@@ -190,9 +191,20 @@ void CudaDevice::begin(const BatchInputs& inputs) {
     staged_sent_.record(stream_);
 }
 
+void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
+    if (!member_) return replay_or_run(key, steps);
+    // Long prompts use nearly all neurons, and their time is better spent on computing.
+    constexpr int64_t most_tokens_to_move_for = 512;
+    const Current current = enter();
+    const NeuronMover::Step step(*member_, stream_, batch_.n_tokens <= most_tokens_to_move_for);
+    replay_or_run(key, steps);
+    if (batch_.n_tokens <= most_tokens_to_move_for)
+        member_->counted(std::ranges::count(batch_.rules, NeuronRule::predict));
+}
+
 // A pass of few tokens is hundreds of launches of microseconds each: recorded, they are one. The
 // first run loads the kernels, the second is recorded.
-void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
+void CudaDevice::replay_or_run(uint64_t key, const std::function<void()>& steps) {
     if (batch_.n_tokens > few_tokens || (exchange_ && !exchange_->can_be_recorded()))
         return steps();
     uint64_t rules = 0;

@@ -17,6 +17,7 @@
 #include "device/cuda/exchange.h"
 #include "device/cuda/gpu.h"
 #include "device/cuda/launch.h"
+#include "device/cuda/neuron_mover.h"
 #include "device/cuda/weights.h"
 #include "device/cuda/working_space.h"
 #include "device/device.h"
@@ -65,6 +66,7 @@ class CudaDevice final : public Device {
                            float* out) override;
 
   private:
+    void replay_or_run(uint64_t key, const std::function<void()>& steps);
     CUdeviceptr take(size_t n_bytes, const char* what);
     // The calling thread's way into the GPU for one step; throws QI_CANCELLED after a cancel.
     Current enter() const;
@@ -83,8 +85,8 @@ class CudaDevice final : public Device {
                      bool predicting, float* y);
     void compute_many(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
                       float* y);
-    void add_down(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h, int64_t h_stride,
-                  int64_t n, CUdeviceptr y);
+    void add_down(const DeviceFfn& kept, const NeuronList* list, bool by_id, CUdeviceptr h,
+                  int64_t h_stride, int64_t n, CUdeviceptr y);
     void count_active(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
                       int64_t h_stride, int64_t first, int64_t n);
     // A network's neurons that the host keeps: what it needs of a batch, what it does, and what
@@ -121,6 +123,8 @@ class CudaDevice final : public Device {
     PinnedMemory host_x_, host_z_, host_y_;  // [n_batch][n_embd]
     PinnedMemory host_names_;                // [n_batch][n_words]
     std::vector<FfnCounters*> shared_;       // by DeviceFfn::index, of networks computed so
+
+    std::unique_ptr<NeuronMover::Member> member_;  // where neurons move
 
     BatchInputs batch_{};
     int64_t n_tiles_ = 0;

@@ -147,7 +147,7 @@ void CudaDevice::compute_few(const FeedForward& ffn, const DeviceFfn& kept, cons
         count_active(kept, args.list, hidden_, args.h_stride, first, some);
         const CUdeviceptr out = address(y + first * n_embd);
         if (ffn.down_by_neuron) {
-            add_down(kept, args.list, hidden_, args.h_stride, some, out);
+            add_down(kept, args.list, false, hidden_, args.h_stride, some, out);
             continue;
         }
         prepared_from_ = 0;
@@ -187,18 +187,22 @@ void CudaDevice::compute_many(const FeedForward& ffn, const DeviceFfn& kept, con
         kernels.multiply(stream_, {hidden_, act.q8, n}, {&down, 1}, true);
         return;
     }
+    // A list by slots: values stand there.
+    NeuronList list = kept.list;
+    list.ids = list.slots;
     for (int64_t first = 0; first < n; first += few_tokens)
-        add_down(kept, kept.whole() ? nullptr : &kept.list,
+        add_down(kept, kept.whole() ? nullptr : &list, !kept.whole(),
                  hidden_ + size_t(first * n_slots) * sizeof(float), n_slots,
                  std::min(few_tokens, n - first), address(y + first * n_embd));
 }
 
-// y += down of h, which stands by place in the list.
-void CudaDevice::add_down(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
+// y += down of h, which stands by place in the list, or by the list's ids.
+void CudaDevice::add_down(const DeviceFfn& kept, const NeuronList* list, bool by_id, CUdeviceptr h,
                           int64_t h_stride, int64_t n, CUdeviceptr y) {
     DownArgs args;
     args.w = kept.weights;
     args.list = list;
+    args.by_neuron = by_id;
     args.h = h;
     args.h_stride = h_stride;
     args.n_tokens = n;
@@ -312,6 +316,7 @@ void CudaDevice::compute_of_host(const FeedForward& ffn, const DeviceFfn& kept, 
     std::fill_n(out, batch_.n_tokens * needs_.n_embd, 0.0f);
     host_.begin(batch_);
     host_.feed_forward(ffn, batch, out);
+    if (member_ && batch.names) member_->count(kept, batch.names, batch_.rules);
     own.seconds = 0;  // of the network is what the GPU takes from sending to receiving
     if (kept.n_slots() > 0) {
         // Tokens and predictions are counted with the GPU's.

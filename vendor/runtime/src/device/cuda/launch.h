@@ -270,6 +270,10 @@ class Kernels {
     // total uint64 [1] grows by the bits set in n words.
     void count_bits(const Stream& stream, CUdeviceptr words, int64_t n, CUdeviceptr total);
 
+    // The records at `from`, one after the other, to the slots listed, int32 [n].
+    void place_records(const Stream& stream, CUdeviceptr from, CUdeviceptr slots, int64_t n,
+                       const NeuronWeights& w);
+
     // ---- rows of a weight as numbers ----
     // Float rows of activations can be gathered too, where n_cols is a multiple of 4. out[i] = row
     // rows[i] (or += it); rows int32 [n], below 0 leaves out[i] alone.
