@@ -91,8 +91,8 @@ _DEVICE_OPTIONS = [
                  help="Keep no neurons on the GPU."),
     click.option("--neuron-cache", type=click.Choice(["static", "balance", "frequency"]),
                  default="static", show_default=True, expose_value=False, callback=_keep_for_load,
-                 help="Neurons on the GPU stay, or change so that both sides need the same time, or "
-                 "so that those used most of late are there."),
+                 help="Neurons on the GPU stay, or change so that both sides need the same time, "
+                 "or so that those used most of late are there."),
 ]  # fmt: skip
 
 

@@ -150,9 +150,7 @@ class Model:
         weights = self._weights = Weights(path, mmap=mmap, hidden_act=hidden_act, progress=progress)
         _check_heads(weights.info, kv_type)
         self.n_ctx = _n_ctx(weights.info, n_ctx, kv_type)
-        weights.offload = offload(
-            weights, device, vram_budget, gpu_split, kv_type, neuron_cache
-        )
+        weights.offload = offload(weights, device, vram_budget, gpu_split, kv_type, neuron_cache)
         # Of the kind that calls share. No method: the pool keeps it, and must not keep the model.
         self._make_context = partial(
             _shared_context, weights, n_ctx=self.n_ctx, threads=threads, kv_type=kv_type

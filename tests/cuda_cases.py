@@ -222,69 +222,6 @@ def early(path: str, sizes: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _keep_some(model: Model, share: float) -> None:
-    """Random neurons go to the GPU."""
-    offload = model._weights.offload
-    assert offload is not None
-    rng = np.random.default_rng(3)
-    for layer in range(model.info.n_layer):
-        n = int(share * model.info.n_ff)
-        offload.choose_neurons(layer, np.sort(rng.permutation(model.info.n_ff)[:n]))
-
-
-def _kept(model: Model) -> list[list[int]]:
-    offload = model._weights.offload
-    assert offload is not None
-    return [offload.neurons(layer).tolist() for layer in range(model.info.n_layer)]
-
-
-def _active(context: Any) -> list[int]:
-    return [layer.n_active for layer in context.stats().layers]
-
-
-def moving(path: str, policy: str, steps: list[int], share: float = 0.4) -> dict[str, Any]:
-    """A text computed again and again while neurons move, `steps` tokens at a time.
-
-    Errors of logits and the neurons computed, step by step, against the processor's.
-    """
-    import time
-
-    lines = _log()
-    options: dict[str, Any] = {"n_ctx": 64, "sparsity": "predict"}
-    found: dict[str, Any] = {"errors": [], "active": [], "n_kept": [], "sets": [], "moved": []}
-    with (
-        Model(path, device="cpu", **options) as cpu,
-        Model(path, device="cuda", vram_budget="8MiB", neuron_cache=policy, **options) as gpu,
-    ):
-        if share:
-            _keep_some(gpu, share)
-        placement = gpu.placement
-        with cpu.context(prefill="sparse") as a, gpu.context(n_batch=32, prefill="sparse") as b:
-            for step in steps:
-                for c in (a, b):
-                    c.truncate(0)
-                    c.reset_stats()
-                expected, logits = [], []
-                for begin in range(0, N_TOKENS, step):
-                    for c, rows in ((a, expected), (b, logits)):
-                        c.feed(TOKENS[begin : begin + step], logits="all", generated=True)
-                        rows.append(c.all_logits.copy())
-                    found["active"].append([_active(a), _active(b)])
-                    time.sleep(0.01)  # neurons arrive
-                found["errors"].append(_errors(np.concatenate(logits), np.concatenate(expected)))
-                kept = _kept(gpu)
-                found["n_kept"].append([len(set(ids)) for ids in kept])
-                found["sets"].append(kept)
-                placement = gpu.placement
-                assert placement is not None
-                found["moved"].append(placement.n_moved)
-                assert int(_cuda().standin_allocated()) <= placement.budget_bytes
-        found |= {"used": placement.used_bytes, "budget": placement.budget_bytes}
-    found["left"] = int(_cuda().standin_allocated())
-    found["log"] = lines
-    return found
-
-
 def texts(path: str, prompt: str, n: int) -> list[str]:
     """The greedy continuation by the processor and by the GPU."""
     found = []

@@ -23,10 +23,10 @@ from test_sparsity import CASES, QUANTISED, Case
 DATA = Path(__file__).parent / "data"
 STORIES = Path(__file__).parents[1] / "qinfer" / "data" / "relu-stories-15M.gguf"
 PROGRAM = """
-import json, sys
-import cuda_cases
+import importlib, json, sys
 name, arguments = json.loads(sys.argv[1])
-print(json.dumps(getattr(cuda_cases, name)(*arguments)))
+module, _, function = name.rpartition(".")
+print(json.dumps(getattr(importlib.import_module(module or "cuda_cases"), function)(*arguments)))
 """
 
 
@@ -37,7 +37,7 @@ def kernel_cache() -> str:
 
 
 def on_gpu(name: str, *arguments: Any, **settings: object) -> Any:
-    """What a function of cuda_cases answers in a process that has the stand-in for a GPU."""
+    """What a function of cuda_cases, or `module.function`, answers; the stand-in is the GPU."""
     words = json.dumps([name, [str(a) if isinstance(a, Path) else a for a in arguments]])
     environment = cuda_standin.environment(**settings)
     environment["QINFER_CACHE_DIR"] = kernel_cache()

@@ -131,7 +131,10 @@ Offload::Part Offload::make_part(const DeviceNeeds& needs, Device& host) {
 
 Offload::Report Offload::report() const {
     const std::lock_guard lock(mutex_);
-    return {accelerator_->name(), accelerator_->budget(), accelerator_->used(), placement_,
+    return {accelerator_->name(),
+            accelerator_->budget(),
+            accelerator_->used(),
+            placement_,
             placement_ ? describe(*placement_, *model_, *accelerator_) : std::string(),
             accelerator_->n_moved()};
 }

@@ -69,7 +69,7 @@ std::vector<int32_t> complement(const std::vector<int32_t>& neurons, int64_t n_f
 // Where neurons arrive: a part of what they may take, small enough to be brought in the course of a
 // few tokens. One network's records are about as large as another's.
 size_t room_to_move(const Model& model, const Accelerator& accelerator, size_t room) {
-    constexpr size_t most_bytes = size_t(32) << 20, least_records = 16;
+    constexpr size_t most_bytes = size_t(32) << 20, least_records = 64;
     size_t largest = 0;
     const FeedForward* widest = nullptr;
     for (const Layer& layer : model.layers()) {
@@ -201,8 +201,8 @@ Placement place(const Model& model, const Accelerator& accelerator, const Device
         if (moving <= for_neurons) result.moving_bytes = moving;
     }
     used += result.moving_bytes;
-    auto chosen = split.neurons.empty() ? choose(model, accelerator, split, room - used)
-                                        : split.neurons;
+    auto chosen =
+        split.neurons.empty() ? choose(model, accelerator, split, room - used) : split.neurons;
     for (int64_t l = 0; l < n_layer; ++l) {
         auto& neurons = chosen[size_t(l)];
         if (!can_be_split(model.layers()[size_t(l)].ffn) && int64_t(neurons.size()) < hp.n_ff)

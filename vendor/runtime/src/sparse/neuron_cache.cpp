@@ -59,8 +59,7 @@ std::vector<Swap> best_for_worst(std::span<const int32_t> cached, size_t n_ff, s
 class Counted final : public CachePolicy {
   public:
     std::vector<Swap> plan(size_t network, std::span<const uint32_t> counts,
-                           std::span<const int32_t> cached, const Speeds&,
-                           size_t budget) override {
+                           std::span<const int32_t> cached, const Speeds&, size_t budget) override {
         if (first_.size() <= network) first_.resize(network + 1);
         std::vector<uint32_t>& first = first_[network];
         if (first.empty()) first.assign(counts.begin(), counts.end());
@@ -76,8 +75,9 @@ class Counted final : public CachePolicy {
 };
 
 // Q-Infer's rule: where the host is behind, neurons active often move to the device, where the
-// device is behind, those active rarely; until the two need the same time. Unlike there, a swap that
-// would leave them further apart is not made, nor any while they differ by less than is measured.
+// device is behind, those active rarely; until the two need the same time. Unlike there, a swap
+// that would leave them further apart is not made, nor any while they differ by less than is
+// measured.
 class Balance final : public CachePolicy {
   public:
     std::vector<Swap> plan(size_t, std::span<const uint32_t> counts,
@@ -117,8 +117,7 @@ class Balance final : public CachePolicy {
 class Frequency final : public CachePolicy {
   public:
     std::vector<Swap> plan(size_t network, std::span<const uint32_t> counts,
-                           std::span<const int32_t> cached, const Speeds&,
-                           size_t budget) override {
+                           std::span<const int32_t> cached, const Speeds&, size_t budget) override {
         if (seen_.size() <= network) seen_.resize(network + 1);
         Seen& seen = seen_[network];
         seen.add(counts);

@@ -63,8 +63,8 @@ class CudaAccelerator final : public Accelerator {
         return cuda::measure_speeds(share_, ffn, host);
     }
     void move_neurons(const Moving& moving) override {
-        share_.mover = std::make_shared<NeuronMover>(share_.gpu, share_.kernels, share_.weights,
-                                                     moving);
+        share_.mover =
+            std::make_shared<NeuronMover>(share_.gpu, share_.kernels, share_.weights, moving);
     }
     uint64_t n_moved() const override { return share_.mover ? share_.mover->n_moved() : 0; }
     std::vector<int32_t> neurons(const FeedForward& ffn) const override {

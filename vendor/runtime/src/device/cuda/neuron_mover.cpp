@@ -54,8 +54,8 @@ NeuronMover::NeuronMover(std::shared_ptr<Gpu> gpu, std::shared_ptr<Kernels> kern
         const std::span<const int32_t> neurons = kept->resident.neurons();
         n_ff_ = size_t(kept->weights.n_ff);
         network_of_[kept->index] = int(networks_.size());
-        networks_.push_back({ffn, kept, {neurons.begin(), neurons.end()}, tables,
-                             std::vector<uint32_t>(n_ff_)});
+        networks_.push_back(
+            {ffn, kept, {neurons.begin(), neurons.end()}, tables, std::vector<uint32_t>(n_ff_)});
         tables += kept->table_bytes();
         smallest = std::min(smallest, kept->weights.layout.stride);
         largest = std::max(largest, kept->weights.layout.stride);
@@ -301,9 +301,8 @@ void NeuronMover::make_plan() {
     for (size_t i = 0; i < networks_.size(); ++i) {
         Network& network = networks_[(next_ + i) % networks_.size()];
         const size_t stride = network.kept->weights.layout.stride;
-        const size_t budget =
-            std::min({policy_->swaps_at_once(), (landing_bytes_ - used) / stride,
-                      n_landing_slots_ - n_slots});
+        const size_t budget = std::min({policy_->swaps_at_once(), (landing_bytes_ - used) / stride,
+                                        n_landing_slots_ - n_slots});
         if (budget == 0) {
             next_ = (next_ + i) % networks_.size();
             break;
@@ -311,7 +310,11 @@ void NeuronMover::make_plan() {
         Change change{&network,
                       policy_->plan(network.kept->index, network.counts, network.neuron_of_slot,
                                     speeds_, budget),
-                      network.neuron_of_slot, {}, {}, used, n_slots};
+                      network.neuron_of_slot,
+                      {},
+                      {},
+                      used,
+                      n_slots};
         std::fill(network.counts.begin(), network.counts.end(), 0);
         if (change.swaps.empty()) continue;
         used += change.swaps.size() * stride;

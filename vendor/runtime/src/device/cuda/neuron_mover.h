@@ -19,10 +19,10 @@
 #include <thread>
 #include <vector>
 
+#include "device/accelerator.h"
 #include "device/cuda/gpu.h"
 #include "device/cuda/launch.h"
 #include "device/cuda/weights.h"
-#include "device/accelerator.h"
 #include "sparse/neuron_cache.h"
 #include "sparse/policy.h"
 

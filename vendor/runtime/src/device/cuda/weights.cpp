@@ -147,7 +147,8 @@ size_t Weights::bytes_of(const Norm& norm) {
 size_t Weights::bytes_of(const FeedForward& ffn, int64_t n_neurons) {
     if (n_neurons == 0) return 0;
     const auto n = size_t(n_neurons);
-    size_t bytes = aligned(n * layout_of(ffn).stride) + tables_bytes(ffn.up.weight.n_rows, n_neurons) +
+    size_t bytes = aligned(n * layout_of(ffn).stride) +
+                   tables_bytes(ffn.up.weight.n_rows, n_neurons) +
                    floats_bytes(ffn.gate.bias.size()) + floats_bytes(ffn.up.bias.size()) +
                    floats_bytes(ffn.down.bias.size());
     if (!ffn.down_by_neuron)
@@ -207,9 +208,8 @@ void Weights::keep_tables(std::span<const int32_t> neurons, DeviceFfn& kept) {
     const auto n_slots = int64_t(neurons.size());
     const size_t n_bytes = kept.table_bytes();
     kept.slot_of_neuron = allocate(n_bytes);
-    kept.list =
-        NeuronList::at(kept.slot_of_neuron + aligned(size_t(kept.weights.n_ff) * sizeof(int32_t)),
-                       n_slots);
+    kept.list = NeuronList::at(
+        kept.slot_of_neuron + aligned(size_t(kept.weights.n_ff) * sizeof(int32_t)), n_slots);
     kept.neuron_of_slot =
         kept.slot_of_neuron + n_bytes - aligned(size_t(n_slots) * sizeof(int32_t));
     upload(kept.slot_of_neuron, 1, n_bytes, [&](int64_t, std::byte* out) {

@@ -57,9 +57,9 @@ KvArgs kv_args_for(const DeviceNeeds& needs) {
 size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs) {
     const WorkingSizes s(share, needs, kv_args_for(needs));
     size_t bytes = 0;
-    for (const size_t n : {s.inputs, s.q8, s.hidden, s.lifted, s.low, s.predictions, s.masks,
-                           s.named, s.list, s.partial, s.other, s.attend, s.terms, s.totals, s.exchange,
-                           s.kv})
+    for (const size_t n :
+         {s.inputs, s.q8, s.hidden, s.lifted, s.low, s.predictions, s.masks, s.named, s.list,
+          s.partial, s.other, s.attend, s.terms, s.totals, s.exchange, s.kv})
         if (n > 0) bytes += DeviceMemory::counted_bytes(n);
     for (const size_t n : needs.arrays)
         if (n > 0) bytes += DeviceMemory::counted_bytes(n * sizeof(float));

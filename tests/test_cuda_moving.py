@@ -1,0 +1,89 @@
+"""Neurons that move between a GPU and its host while a model runs; the stand-in is the GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qinfer import ArgumentError, Model
+from test_cuda_model import STORIES, on_gpu
+from test_sparsity import CASES, QUANTISED, Case
+
+
+def moving(function: str, *arguments: Any, **settings: object) -> Any:
+    return on_gpu(f"cuda_moving_cases.{function}", *arguments, **settings)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return Case("llama", sizes={"n_ff": 320}).write(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("policy", "name"), [("frequency", "llama"), ("balance", "opt"), ("balance", "falcon")]
+)
+def test_texts_are_the_processors(policy: str, name: str, tmp_path: Path) -> None:
+    """For tokens one by one, some together, and a prompt; every neuron is computed once."""
+    case = CASES[name]
+    path = Case(name, sizes=case.sizes | {"n_ff": 320}).write(tmp_path)
+    found = moving("moving", path, policy, [1, 7, 24, 1], delay_us=200, seed=3)
+    for errors in found["errors"]:
+        assert np.median(errors) < 2e-5
+        assert np.max(errors) < 1e-3
+    assert all(cpu == gpu for cpu, gpu in found["active"])
+    assert found["n_kept"] == [[128, 128, 128]] * 4
+    assert found["moved"] == sorted(found["moved"])
+    assert found["moved"][-1] > 100
+    assert found["sets"][0] != found["sets"][-1]
+    assert found["used"] <= found["budget"]
+    assert found["left"] == 0
+    assert not any("stay where they are" in line for line in found["log"])
+
+
+def test_quantised_neurons_move(tmp_path: Path) -> None:
+    path = QUANTISED["bamboo-q4_0"].write(tmp_path)
+    found = moving("moving", path, "frequency", [1, 24])
+    assert found["moved"][-1] > 50
+    for errors in found["errors"]:
+        assert np.median(errors) < 2e-2  # int8 codes that flip; see test_cuda_model
+
+
+def test_contexts_in_two_threads(tiny: Path) -> None:
+    found = moving("moving_in_threads", tiny, delay_us=100)
+    assert max(found["errors"]) < 1e-4
+    assert found["moved"] > 100
+    assert found["left"] == 0
+
+
+def test_any_call_may_fail(tiny: Path) -> None:
+    """It is an error, or neurons stay where they are and all is as it was; nothing leaks."""
+    found = moving("moving_failures", tiny, 999, 211)
+    assert found["n_calls"] > 1000
+    assert found["moved"] > 0
+    assert max(found["errors"]) < 1e-4
+    assert found["raised"] > 2
+    assert found["leaks"] == 0
+
+
+def test_first_tokens_decide_where_nothing_else_does() -> None:
+    found = moving("counted", STORIES, "12MiB")
+    before, after = found["shares"]
+    assert all(low < high for low, high in zip(before, after, strict=True))
+    assert found["sizes"][0] == found["sizes"][1]
+    assert max(found["sizes"][0]) - min(found["sizes"][0]) <= 1
+    assert found["used"][0] == found["used"][1]
+    assert sum("chosen anew by the first 64 tokens" in line for line in found["log"]) == 1
+    assert found["moved"] > 0
+    assert found["left"] == 0
+
+
+def test_what_cannot_move_is_refused(tiny: Path) -> None:
+    with pytest.raises(ArgumentError, match="neuron_cache='lru' is not 'static', 'balance' or"):
+        Model(tiny, neuron_cache="lru")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="is for GPUs, and device is 'cpu'"):
+        Model(tiny, device="cpu", neuron_cache="balance")
+    with pytest.raises(ArgumentError, match="gpu_split='none' keeps none"):
+        Model(tiny, neuron_cache="balance", gpu_split="none")
