@@ -87,6 +87,8 @@ _DEVICE_OPTIONS = [
                  "MODEL.generated.gpuidx, else by activation/ beside the model."),
     click.option("--reset-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
                  help="Choose by activation/ even if there is such a file."),
+    click.option("--balance-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
+                 help="Choose by activation/ so that GPU and processor need the same time."),
     click.option("--disable-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
                  help="Keep no neurons on the GPU."),
     click.option("--neuron-cache", type=click.Choice(["static", "balance", "frequency"]),
@@ -104,6 +106,7 @@ def _device_arguments() -> dict[str, Any]:
     splits = {
         "--gpu-index": meta["qinfer.gpu_index"],
         "--reset-gpu-index": "counts" if meta["qinfer.reset_gpu_index"] else None,
+        "--balance-gpu-index": "balance" if meta["qinfer.balance_gpu_index"] else None,
         "--disable-gpu-index": "none" if meta["qinfer.disable_gpu_index"] else None,
     }
     given = {name: value for name, value in splits.items() if value}

@@ -64,7 +64,8 @@ class Model:
             text such as "6GiB", or None for all that is free but a reserve.
         gpu_split: which neurons the GPU keeps where not all fit: a `.generated.gpuidx` file,
             "auto" (that file, or the folder `activation/`, beside the model), "counts" (that folder
-            alone) or "none".
+            alone), "balance" (the same, but a layer keeps only so many that GPU and processor need
+            the same time for it, by their measured speeds) or "none".
         neuron_cache: which neurons stay there, where down is stored by neuron. "static": those of
             the beginning; with nothing to choose them by, the ones that the first tokens with
             predictions use most. "balance" and "frequency" exchange neurons while the model runs,

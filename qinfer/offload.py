@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qinfer")
 
 # What tells the runtime which neurons to keep: a file, or one of these. "auto" takes the split file
-# or the activation counts that lie beside the model; "counts" the latter alone; "none" keeps none.
-GpuSplit = StrPath | Literal["auto", "counts", "none"]
+# or the activation counts that lie beside the model; "counts" the latter alone; "balance" these,
+# and of each layer only what lets both sides finish together; "none" keeps none.
+GpuSplit = StrPath | Literal["auto", "counts", "balance", "none"]
 # Which neurons stay on the GPU while a model runs.
 NeuronCache = Literal["static", "balance", "frequency"]
 _POLICIES = {
@@ -104,6 +105,11 @@ class Offload:
         values = np.ascontiguousarray(counts, dtype=np.float32)
         pointer = ffi.from_buffer("float[]", values)
         check(lib.qi_offload_count_neurons(self.pointer, layer, pointer, len(values), error), error)
+
+    def balance_layers(self) -> None:
+        """Of the neurons that counts choose, a layer keeps what balances the two sides' times."""
+        error = new_error()
+        check(lib.qi_offload_balance_layers(self.pointer, error), error)
 
     def set_neuron_cache(self, neuron_cache: NeuronCache) -> None:
         """How neurons will move; ArgumentError where down is not stored by neuron."""
@@ -239,7 +245,7 @@ def _split(share: Offload, weights: Weights, gpu_split: GpuSplit) -> None:
         for layer in range(info.n_layer):
             share.choose_neurons(layer, np.empty(0, np.int32))
         return
-    if gpu_split in ("auto", "counts"):
+    if gpu_split in ("auto", "counts", "balance"):
         beside = Path(weights.path + ".generated.gpuidx")
         folder = Path(weights.path).parent / "activation"
         if gpu_split == "auto" and beside.is_file():
@@ -254,8 +260,10 @@ def _split(share: Offload, weights: Weights, gpu_split: GpuSplit) -> None:
             counted = read_activations(folder, n_layers=info.n_layer, n_ff=info.n_ff)
             for layer, counts in enumerate(counted):
                 share.count_neurons(layer, counts)
-        elif gpu_split == "counts":
-            raise ArgumentError(f"gpu_split='counts': there is no folder {folder}")
+            if gpu_split == "balance":
+                share.balance_layers()
+        elif gpu_split != "auto":
+            raise ArgumentError(f"gpu_split={gpu_split!r}: there is no folder {folder}")
         return
     index = GpuIndex.read(gpu_split)
     index.check(info.n_layer, info.n_ff, name=os.fsdecode(gpu_split))

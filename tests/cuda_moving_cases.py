@@ -184,3 +184,18 @@ def counted(path: str, budget: str) -> dict[str, Any]:
         "log": lines,
         "left": int(_cuda().standin_allocated()),
     }
+
+
+def balanced(path: str) -> dict[str, Any]:
+    """How many neurons of each layer are kept with gpu_split="balance", and its errors."""
+    lines = _log()
+    options: dict[str, Any] = {"n_ctx": 64, "sparsity": "predict"}
+    with (
+        Model(path, device="cpu", **options) as cpu,
+        Model(path, device="cuda", vram_budget="16MiB", gpu_split="balance", **options) as gpu,
+        cpu.context() as a,
+        gpu.context(n_batch=32) as b,
+    ):
+        errors = _errors(_logits(b, 1), _logits(a, 1))
+        kept = _kept(gpu)
+    return {"kept": kept, "errors": errors, "log": lines, "left": int(_cuda().standin_allocated())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from qinfer import ArgumentError, Model
+from qinfer.activation import write_activations
+from qinfer.tools._placement import balance
 from test_cuda_model import STORIES, on_gpu
 from test_sparsity import CASES, QUANTISED, Case
 
@@ -77,6 +80,26 @@ def test_first_tokens_decide_where_nothing_else_does() -> None:
     assert found["used"][0] == found["used"][1]
     assert sum("chosen anew by the first 64 tokens" in line for line in found["log"]) == 1
     assert found["moved"] > 0
+    assert found["left"] == 0
+
+
+def test_layers_are_balanced(tiny: Path) -> None:
+    """By the measured speeds, as many neurons as the tool for split files would take."""
+    rng = np.random.default_rng(9)
+    counts = [np.ceil(1000 * rng.random(320) ** 6).astype(np.int64) for _ in range(3)]
+    write_activations(tiny.parent / "activation", counts)
+    found = moving("balanced", tiny)
+    (line,) = [line for line in found["log"] if line.startswith("neurons per second")]
+    device, host = (float(x) for x in re.findall(r"([0-9.e+]+) on", line))
+    ones, none = [1, 1, 1], [0, 0, 0]
+    expected, _ = balance(
+        counts, 10**9, cost_up=ones, cost_down=none, ratio_up=device / host, ratio_down=0
+    )
+    for ids, n, layer in zip(found["kept"], expected, counts, strict=True):
+        assert abs(len(ids) - n) <= 1  # speeds are printed rounded
+        assert 0 < len(ids) < 320
+        assert layer[ids].min() >= np.delete(layer, ids).max()
+    assert max(found["errors"]) < 1e-3
     assert found["left"] == 0
 
 

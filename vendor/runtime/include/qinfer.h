@@ -352,6 +352,9 @@ int32_t qi_offload_choose_neurons(qi_offload* offload, int32_t layer, const int3
                                   uint64_t n_neurons, qi_error* error);
 int32_t qi_offload_count_neurons(qi_offload* offload, int32_t layer, const float* counts,
                                  uint64_t n_ff, qi_error* error);
+/* Before the first context, after counts were given: a layer keeps only so many neurons that both
+ * sides need the same time for it, by their measured speeds. */
+int32_t qi_offload_balance_layers(qi_offload* offload, qi_error* error);
 /* Which neurons are kept there while the model runs. Where they move, results depend, in their
  * rounding, on where neurons are. */
 #define QI_CACHE_STATIC 0    /* those of the beginning; without lists and counts, those that the first

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "kernel_checks.h"
+#include "sparse/balanced_split.h"
 #include "sparse/neuron_cache.h"
 
 using namespace qi;
@@ -137,6 +138,72 @@ void check_frequency_forgets_slowly() {
                   "neurons that are not active stay out");
 }
 
+void check_split(const std::vector<std::vector<float>>& counts, size_t capacity, double ratio,
+                 int64_t block) {
+    // Tables of a network cost 7 once it has any neuron.
+    const auto cost = [](size_t network, int64_t n) {
+        return n ? 7 + size_t(n) * (2 + network) : 0;
+    };
+    const auto split = balanced_split(counts, capacity, cost, ratio, block);
+    size_t spent = 0;
+    for (size_t i = 0; i < counts.size(); ++i) {
+        const std::vector<int32_t>& ids = split[i];
+        spent += cost(i, int64_t(ids.size()));
+        checks.expect(std::is_sorted(ids.begin(), ids.end()), "neurons ascend");
+        double taken = 0, all = std::accumulate(counts[i].begin(), counts[i].end(), 0.0);
+        float least = HUGE_VALF, least_active = 0, most_left = 0;
+        for (const int32_t j : ids) {
+            const float count = counts[i][size_t(j)];
+            taken += count;
+            least = std::min(least, count);
+            if (count > 0) least_active = least_active ? std::min(least_active, count) : count;
+        }
+        for (size_t j = 0; j < counts[i].size(); ++j)
+            if (!std::binary_search(ids.begin(), ids.end(), int32_t(j)))
+                most_left = std::max(most_left, counts[i][j]);
+        if (block == 1) {
+            checks.expect(least >= most_left, "the most active are taken");
+            // Without the last one that is ever active it was the host that was behind.
+            const double before = taken - least_active;
+            checks.expect(taken == 0 || before <= ratio * (all - before) + 1e-6,
+                          "network %zu took %g of %g at a ratio of %g", i, taken, all, ratio);
+        }
+    }
+    checks.expect(spent <= capacity, "%zu spent of %zu", spent, capacity);
+    const bool enough = capacity > 100000;
+    for (size_t i = 0; i < counts.size() && enough && block == 1; ++i) {
+        double taken = 0, all = std::accumulate(counts[i].begin(), counts[i].end(), 0.0);
+        for (const int32_t j : split[i])
+            taken += counts[i][size_t(j)];
+        checks.expect(taken >= ratio * (all - taken), "with room enough balance is reached");
+    }
+}
+
+void check_splits(std::mt19937& rng) {
+    for (int i = 0; i < 100; ++i) {
+        std::vector<std::vector<float>> counts;
+        const size_t n_ff = 32 + rng() % 200;
+        for (size_t network = 0; network < 1 + rng() % 5; ++network) {
+            counts.emplace_back();
+            for (size_t j = 0; j < n_ff; ++j)
+                counts.back().push_back(float(rng() % 1000) * float(rng() % 2));
+        }
+        for (const size_t capacity : {size_t(0), size_t(200 + rng() % 1000), size_t(1000000)})
+            for (const double ratio : {0.0, 0.5, 9.0, 1e9})
+                for (const int64_t block : {1, 32})
+                    check_split(counts, capacity, ratio, block);
+    }
+    // Neurons that were never active use up the room.
+    const std::vector<std::vector<float>> one{{4, 0, 3, 1, 0}};
+    const auto free = [](size_t, int64_t n) { return size_t(n); };
+    checks.expect(balanced_split(one, 9, free, 1.0, 1)[0] == std::vector<int32_t>{0},
+                  "half of what is active");
+    checks.expect(balanced_split(one, 9, free, 1e9, 1)[0] == std::vector<int32_t>{0, 1, 2, 3, 4},
+                  "a fast device takes all, and those never active");
+    checks.expect(balanced_split(one, 2, free, 1e9, 1)[0] == std::vector<int32_t>{0, 2},
+                  "the most active first");
+}
+
 }  // namespace
 
 int main() {
@@ -145,5 +212,6 @@ int main() {
     check_counted_is_the_best_set(rng);
     check_balance_is_approached(rng);
     check_frequency_forgets_slowly();
+    check_splits(rng);
     return checks.status();
 }

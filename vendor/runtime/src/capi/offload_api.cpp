@@ -43,6 +43,13 @@ int32_t qi_offload_count_neurons(qi_offload* offload, int32_t layer, const float
     });
 }
 
+int32_t qi_offload_balance_layers(qi_offload* offload, qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(offload, "offload");
+        offload->offload->balance_layers();
+    });
+}
+
 int32_t qi_offload_set_neuron_cache(qi_offload* offload, int32_t policy, qi_error* error) {
     return guard(error, [&] {
         require_pointer(offload, "offload");

@@ -64,6 +64,14 @@ void Offload::count_neurons(int64_t layer, std::vector<float> counts) {
     split_.counts[size_t(layer)] = std::move(counts);
 }
 
+void Offload::balance_layers() {
+    const std::lock_guard lock(mutex_);
+    check_open();
+    if (split_.counts.empty())
+        fail(QI_ARGUMENT, "layers are balanced by how often neurons are active: counts are needed");
+    is_balanced_ = true;
+}
+
 void Offload::set_neuron_cache(NeuronCache cache) {
     const std::lock_guard lock(mutex_);
     check_open();
@@ -114,7 +122,9 @@ Offload::Part Offload::make_part(const DeviceNeeds& needs, Device& host) {
         SplitChoice split = split_;
         split.cache = cache_for(needs);
         Moving moving{split.cache, {}, 0};
-        if (split.cache == NeuronCache::balance) moving.speeds = measure_speeds(host);
+        if (split.cache == NeuronCache::balance || is_balanced_)
+            moving.speeds = measure_speeds(host);
+        if (is_balanced_) split.speed_ratio = moving.speeds.device / moving.speeds.host;
         Placement placement = place(*model_, *accelerator_, needs, split);
         keep(*model_, placement, *accelerator_);
         placement_ = std::move(placement);

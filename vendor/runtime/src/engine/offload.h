@@ -26,6 +26,9 @@ class Offload {
     // do not fit the model.
     void choose_neurons(int64_t layer, std::vector<int32_t> neurons);
     void count_neurons(int64_t layer, std::vector<float> counts);
+    // Of neurons that counts choose, each layer keeps only so many that both sides need the same
+    // time for it; QI_ARGUMENT without counts.
+    void balance_layers();
     // How they will move; QI_ARGUMENT where they cannot.
     void set_neuron_cache(NeuronCache cache);
 
@@ -58,6 +61,7 @@ class Offload {
     std::shared_ptr<const Model> model_;
     std::unique_ptr<Accelerator> accelerator_;
     SplitChoice split_;
+    bool is_balanced_ = false;
     std::optional<Placement> placement_;
     mutable std::mutex mutex_;
 };

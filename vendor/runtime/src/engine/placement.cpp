@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "base/error.h"
+#include "sparse/balanced_split.h"
 
 namespace qi {
 
@@ -91,6 +92,15 @@ std::vector<std::vector<int32_t>> choose(const Model& model, const Accelerator& 
                                          const SplitChoice& split, size_t room) {
     const std::vector<std::vector<float>>& counts = split.counts;
     const int64_t n_layer = int64_t(model.layers().size()), n_ff = model.hyper_params().n_ff;
+    if (split.speed_ratio > 0) {
+        int64_t block = 1;
+        for (const Layer& layer : model.layers())
+            block = std::max(block, unit_of(layer.ffn));
+        const auto cost = [&](size_t layer, int64_t n) {
+            return accelerator.bytes_of(model.layers()[layer].ffn, n);
+        };
+        return balanced_split(counts, room, cost, split.speed_ratio, block);
+    }
     std::vector<Unit> units;
     for (int64_t l = 0; l < n_layer; ++l) {
         const FeedForward& ffn = model.layers()[size_t(l)].ffn;

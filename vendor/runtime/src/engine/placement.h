@@ -22,6 +22,9 @@ namespace qi {
 struct SplitChoice {
     std::vector<std::vector<int32_t>> neurons;  // [n_layer], ascending
     std::vector<std::vector<float>> counts;     // [n_layer][n_ff]
+    // By counts, but of a layer only so many that both sides need the same time for it, at this
+    // ratio of the accelerator's speed to the host's; 0: as many as fit.
+    double speed_ratio = 0;
     // How they will move. With neither lists nor counts all layers then get equally many.
     NeuronCache cache = NeuronCache::fixed;
 };
