@@ -32,20 +32,19 @@ def _active(context: Any) -> list[int]:
     return [layer.n_active for layer in context.stats().layers]
 
 
-def moving(path: str, policy: str, steps: list[int], share: float = 0.4) -> dict[str, Any]:
+def moving(path: str, policy: str, steps: list[int], mode: str = "predict") -> dict[str, Any]:
     """A text computed again and again while neurons move, `steps` tokens at a time.
 
     Errors of logits and the neurons computed, step by step, against the processor's.
     """
     lines = _log()
-    options: dict[str, Any] = {"n_ctx": 64, "sparsity": "predict"}
+    options: dict[str, Any] = {"n_ctx": 64, "sparsity": mode}
     found: dict[str, Any] = {"errors": [], "active": [], "n_kept": [], "sets": [], "moved": []}
     with (
         Model(path, device="cpu", **options) as cpu,
         Model(path, device="cuda", vram_budget="8MiB", neuron_cache=policy, **options) as gpu,
     ):
-        if share:
-            _keep_some(gpu, share)
+        _keep_some(gpu, 0.4)
         placement = gpu.placement
         with cpu.context(prefill="sparse") as a, gpu.context(n_batch=32, prefill="sparse") as b:
             for step in steps:
@@ -139,19 +138,19 @@ def moving_failures(path: str, code: int, every: int) -> dict[str, Any]:
     return found
 
 
-def counted(path: str, budget: str) -> dict[str, Any]:
+def counted(path: str, budget: str, mode: str) -> dict[str, Any]:
     """What is kept before and after the first tokens have been counted, and how often it is used.
 
-    The uses are shares of all neurons active for a text, by layer.
+    The uses are shares of all neurons active for these tokens, by layer; `best` could be had.
     """
     lines = _log()
-    options: dict[str, Any] = {"n_ctx": 256, "sparsity": "predict"}
+    options: dict[str, Any] = {"n_ctx": 256, "sparsity": mode}
     with (
         Model(path, device="cpu", n_ctx=256, sparsity="off") as cpu,
         Model(path, device="cuda", vram_budget=budget, **options) as gpu,
     ):
         text = "Once upon a time there was a little girl who loved dogs. "
-        tokens = cpu.tokenizer.encode(text * 8)[:66]
+        tokens = cpu.tokenizer.encode(text * 8)[:64]
         with cpu.context() as context:
             context.count_activations()
             context.feed(tokens)
@@ -178,6 +177,10 @@ def counted(path: str, budget: str) -> dict[str, Any]:
             look()
     return {
         "shares": shares,
+        "best": [
+            float(np.sort(c)[::-1][: len(ids)].sum() / c.sum())
+            for c, ids in zip(counts, kept[-1], strict=True)
+        ],
         "sizes": [[len(ids) for ids in each] for each in kept],
         "moved": placements[-1].n_moved,
         "used": [each.used_bytes for each in placements],

@@ -27,8 +27,9 @@ struct DeviceNeeds {
     std::vector<size_t> arrays;  // that allocate() will be asked for, in floats
     int64_t n_head = 0;          // of queries
     int64_t n_embd = 0, n_ff = 0;
-    int64_t predictor_rank = 0;  // 0: no predictors
-    bool names_neurons = false;  // whether predictors name neurons for its tokens
+    int64_t predictor_rank = 0;    // 0: no predictors
+    bool leaves_out = false;       // whether its tokens leave neurons out, by any rule
+    bool counts_activity = false;  // for moving neurons, where no predictor names them
 };
 
 // How neurons move between an accelerator and the host.

@@ -110,8 +110,11 @@ std::vector<Stage> Context::make_stages() {
     needs.n_embd = hp.n_embd;
     needs.n_ff = hp.n_ff;
     needs.predictor_rank = model_->predictor_rank();
-    needs.names_neurons = options_.policy.prompt == NeuronRule::predict ||
-                          options_.policy.generated == NeuronRule::predict;
+    const auto follows = [&](NeuronRule rule) {
+        return options_.policy.prompt == rule || options_.policy.generated == rule;
+    };
+    needs.leaves_out = follows(NeuronRule::exact) || follows(NeuronRule::predict);
+    needs.counts_activity = follows(NeuronRule::exact);
     Offload::Part part = offload_->make_part(needs, *host_);
     accelerator_ = std::move(part.device);
     std::vector<Stage> stages{{accelerator_.get(), 0, part.n_layers}};

@@ -86,7 +86,7 @@ void Offload::set_neuron_cache(NeuronCache cache) {
 NeuronCache Offload::cache_for(const DeviceNeeds& needs) const {
     if (split_.cache != NeuronCache::fixed) return split_.cache;
     // With nothing else to go by, the first tokens decide.
-    const bool can_be_counted = needs.names_neurons && model_->layers()[0].ffn.down_by_neuron;
+    const bool can_be_counted = needs.leaves_out && model_->layers()[0].ffn.down_by_neuron;
     const bool is_chosen = !split_.neurons.empty() || !split_.counts.empty();
     return can_be_counted && !is_chosen ? NeuronCache::counted : NeuronCache::fixed;
 }
@@ -115,8 +115,12 @@ std::vector<Type> weight_types(const Model& model) {
 
 }  // namespace
 
-Offload::Part Offload::make_part(const DeviceNeeds& needs, Device& host) {
+Offload::Part Offload::make_part(const DeviceNeeds& given, Device& host) {
     const std::lock_guard lock(mutex_);
+    DeviceNeeds needs = given;
+    needs.counts_activity =
+        given.counts_activity &&
+        (placement_ ? placement_->moving_bytes > 0 : cache_for(given) != NeuronCache::fixed);
     if (!placement_) {
         accelerator_->prepare(weight_types(*model_), needs.kv.type);
         SplitChoice split = split_;

@@ -15,6 +15,9 @@ namespace qi::cuda {
 namespace {
 
 constexpr size_t recordings_max = 32;
+// Counts of activity are fetched once for so many tokens: megabytes, for which a stream has to come
+// to rest.
+constexpr int64_t tokens_to_collect = 16;
 
 }  // namespace
 
@@ -46,6 +49,8 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     totals_ = take(sizes.totals, "counters");
     tallies_.resize(share_.weights->n_ffns());
     stream_.fill(totals_, 0, sizes.totals);
+    counts_ = take(sizes.counts, "counters");
+    if (counts_) stream_.fill(counts_, 0, sizes.counts);
     const CUdeviceptr exchange_room = take(sizes.exchange, "counters");
     kv_.pool = take(sizes.kv, "keys and values");
     AttendArgs tickets;
@@ -195,11 +200,31 @@ void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
     if (!member_) return replay_or_run(key, steps);
     // Long prompts use nearly all neurons, and their time is better spent on computing.
     constexpr int64_t most_tokens_to_move_for = 512;
+    const bool is_short = batch_.n_tokens <= most_tokens_to_move_for;
     const Current current = enter();
-    const NeuronMover::Step step(*member_, stream_, batch_.n_tokens <= most_tokens_to_move_for);
+    const NeuronMover::Step step(*member_, stream_, is_short);
     replay_or_run(key, steps);
-    if (batch_.n_tokens <= most_tokens_to_move_for)
-        member_->counted(std::ranges::count(batch_.rules, NeuronRule::predict));
+    if (!is_short) return;
+    member_->counted(std::ranges::count(batch_.rules, NeuronRule::predict));
+    if (!counts_) return;
+    n_uncollected_ += std::ranges::count(batch_.rules, NeuronRule::exact);
+    if (n_uncollected_ >= tokens_to_collect) collect_activity();
+}
+
+// Adds what the GPU has counted neuron by neuron to what the host has counted of its own.
+void CudaDevice::collect_activity() {
+    std::vector<uint64_t> counts(share_.weights->n_ffns() * size_t(needs_.n_ff));
+    const size_t n_bytes = counts.size() * sizeof(uint64_t);
+    stream_.copy_to_host(counts.data(), counts_, n_bytes);
+    stream_.fill(counts_, 0, n_bytes);
+    stream_.synchronize();
+    for (const auto& [ffn, kept] : share_.weights->movable()) {
+        const uint64_t* const from = counts.data() + kept->index * size_t(needs_.n_ff);
+        uint64_t* const to = member_->counts_of(*kept);
+        for (int64_t j = 0; to && j < needs_.n_ff; ++j)
+            to[j] += from[j];
+    }
+    member_->counted(std::exchange(n_uncollected_, 0));
 }
 
 // A pass of few tokens is hundreds of launches of microseconds each: recorded, they are one. The

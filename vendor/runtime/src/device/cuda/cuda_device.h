@@ -66,6 +66,7 @@ class CudaDevice final : public Device {
                            float* out) override;
 
   private:
+    void collect_activity();
     void replay_or_run(uint64_t key, const std::function<void()>& steps);
     CUdeviceptr take(size_t n_bytes, const char* what);
     // The calling thread's way into the GPU for one step; throws QI_CANCELLED after a cancel.
@@ -126,6 +127,8 @@ class CudaDevice final : public Device {
     std::vector<FfnCounters*> shared_;       // by DeviceFfn::index, of networks computed so
 
     std::unique_ptr<NeuronMover::Member> member_;  // where neurons move
+    CUdeviceptr counts_ = 0;     // uint64 [n_ffns][n_ff], by how many tokens each was used; 0: none
+    int64_t n_uncollected_ = 0;  // tokens in them
 
     BatchInputs batch_{};
     int64_t n_tiles_ = 0;

@@ -180,7 +180,8 @@ void CudaDevice::compute_many(const FeedForward& ffn, const DeviceFfn& kept, con
     act.n = n_slots;
     if (!by_neuron && wants_q8(kept.down.type)) act.q8 = Q8::at(q8_, n, n_slots);
     kernels.act_mul(stream_, act);
-    count_active(kept, kept.whole() ? nullptr : &kept.list, hidden_, n_slots, 0, n);
+    const NeuronList by_slot = kept.list_by_slot();
+    count_active(kept, kept.whole() ? nullptr : &by_slot, hidden_, n_slots, 0, n);
     prepared_from_ = 0;
     if (!by_neuron) {
         const cuda::Product down{kept.down, kept.down_bias, address(y), n_embd};
@@ -229,7 +230,10 @@ void CudaDevice::count_active(const DeviceFfn& kept, const NeuronList* list, CUd
         if (!counts(begin)) continue;
         args.h = h + size_t(begin * h_stride) * sizeof(float);
         args.n_tokens = end - begin;
-        share_.kernels->count_active(stream_, args, 0, totals_ + 2 * kept.index * sizeof(uint64_t));
+        const CUdeviceptr by_neuron =
+            counts_ ? counts_ + kept.index * size_t(needs_.n_ff) * sizeof(uint64_t) : 0;
+        share_.kernels->count_active(stream_, args, by_neuron,
+                                     totals_ + 2 * kept.index * sizeof(uint64_t));
     }
 }
 
@@ -314,6 +318,9 @@ void CudaDevice::compute_of_host(const FeedForward& ffn, const DeviceFfn& kept, 
     }
     auto* const out = reinterpret_cast<float*>(host_y_.data());
     std::fill_n(out, batch_.n_tokens * needs_.n_embd, 0.0f);
+    const bool counts_own =
+        member_ && counts_ && std::ranges::count(batch_.rules, NeuronRule::exact) > 0;
+    if (counts_own && !batch.activations) batch.activations = member_->counts_of(kept);
     host_.begin(batch_);
     host_.feed_forward(ffn, batch, out);
     if (member_ && batch.names) member_->count(kept, batch.names, batch_.rules);

@@ -100,11 +100,15 @@ NeuronMover::Member::~Member() {
     std::erase(mover_->members_, this);
 }
 
+uint64_t* NeuronMover::Member::counts_of(const DeviceFfn& kept) {
+    const int network = mover_->network_of_[kept.index];
+    return network < 0 ? nullptr : counts_.data() + size_t(network) * mover_->n_ff_;
+}
+
 void NeuronMover::Member::count(const DeviceFfn& kept, const uint32_t* names,
                                 std::span<const NeuronRule> rules) {
-    const int network = mover_->network_of_[kept.index];
-    if (network < 0) return;
-    uint32_t* counts = counts_.data() + size_t(network) * mover_->n_ff_;
+    uint64_t* const counts = counts_of(kept);
+    if (!counts) return;
     const int64_t n_words = name_words(int64_t(mover_->n_ff_));
     for (size_t t = 0; t < rules.size(); ++t, names += n_words) {
         if (rules[t] != NeuronRule::predict) continue;
@@ -112,14 +116,6 @@ void NeuronMover::Member::count(const DeviceFfn& kept, const uint32_t* names,
             for (uint32_t left = names[word]; left; left &= left - 1)
                 ++counts[32 * word + std::countr_zero(left)];
     }
-}
-
-void NeuronMover::Member::count(const DeviceFfn& kept, std::span<const uint64_t> more) {
-    const int network = mover_->network_of_[kept.index];
-    if (network < 0) return;
-    uint32_t* counts = counts_.data() + size_t(network) * mover_->n_ff_;
-    for (size_t j = 0; j < more.size(); ++j)
-        counts[j] += uint32_t(more[j]);
 }
 
 void NeuronMover::take_counts(Member& member) {
@@ -274,22 +270,22 @@ bool NeuronMover::wait_for_counts() {
         changed_.wait(lock, [&] { return stopping_ || !handed_.empty(); });
         if (stopping_) return false;
         n_tokens += std::exchange(tokens_handed_, 0);
-        std::vector<std::vector<uint32_t>> handed = std::exchange(handed_, {});
+        std::vector<std::vector<uint64_t>> handed = std::exchange(handed_, {});
         lock.unlock();
-        for (std::vector<uint32_t>& counts : handed)
+        for (std::vector<uint64_t>& counts : handed)
             add_counts(counts);
         lock.lock();
-        for (std::vector<uint32_t>& counts : handed)
+        for (std::vector<uint64_t>& counts : handed)
             zeroed_.push_back(std::move(counts));
     }
     return true;
 }
 
 // What a context has counted, which is set to zero.
-void NeuronMover::add_counts(std::vector<uint32_t>& counts) {
+void NeuronMover::add_counts(std::vector<uint64_t>& counts) {
     for (size_t i = 0; i < networks_.size(); ++i)
         for (size_t j = 0; j < n_ff_; ++j)
-            networks_[i].counts[j] += counts[i * n_ff_ + j];
+            networks_[i].counts[j] += uint32_t(counts[i * n_ff_ + j]);
     std::fill(counts.begin(), counts.end(), 0);
 }
 

@@ -48,8 +48,8 @@ class NeuronMover {
 
         // Counts the neurons named for tokens of rule `predict`: names [n_tokens][name_words].
         void count(const DeviceFfn& kept, const uint32_t* names, std::span<const NeuronRule> rules);
-        // The same of neurons whose activity was counted by others: counts [n_ff].
-        void count(const DeviceFfn& kept, std::span<const uint64_t> counts);
+        // Where others count how often a network's neurons were active, [n_ff]; null: nowhere.
+        uint64_t* counts_of(const DeviceFfn& kept);
         // Tokens counted, of every network.
         void counted(int64_t n_tokens) { n_tokens_ += n_tokens; }
 
@@ -60,7 +60,7 @@ class NeuronMover {
         bool has_run_ = false, is_lost_ = false;
         uint64_t n_placed_ = 0;
         int64_t n_tokens_ = 0;
-        std::vector<uint32_t> counts_;  // [n_networks][n_ff], of the last steps
+        std::vector<uint64_t> counts_;  // [n_networks][n_ff], of the last steps
     };
 
     // While it lives, neurons stay where they are; before, those that have landed are placed if
@@ -107,7 +107,7 @@ class NeuronMover {
 
     void work();
     bool wait_for_counts();
-    void add_counts(std::vector<uint32_t>& counts);
+    void add_counts(std::vector<uint64_t>& counts);
     void make_plan();
     void bring();
     void send_records(Change& change, size_t& side);
@@ -147,7 +147,7 @@ class NeuronMover {
     std::condition_variable changed_;
     bool stopping_ = false;
     std::vector<Member*> members_;
-    std::vector<std::vector<uint32_t>> handed_, zeroed_;
+    std::vector<std::vector<uint64_t>> handed_, zeroed_;
     int64_t tokens_handed_ = 0;
 
     std::thread thread_;  // last: it uses all of the above

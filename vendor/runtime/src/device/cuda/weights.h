@@ -39,6 +39,8 @@ struct DeviceFfn {
 
     int64_t n_slots() const { return n_kept; }
     bool whole() const { return n_rest == 0; }
+    // All that are kept, one in each place that is its slot: not ascending, and without bounds.
+    NeuronList list_by_slot() const { return {neuron_of_slot, 0, list.n, 0, list.capacity}; }
     // What writes the three tables: they lie one after the other, from slot_of_neuron on.
     size_t table_bytes() const;
     void write_tables(std::span<const int32_t> neuron_of_slot, std::byte* out) const;

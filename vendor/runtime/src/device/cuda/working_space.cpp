@@ -40,6 +40,7 @@ WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, cons
     attend = share.kernels->attend_room_bytes(attend_args);
     terms = size_t(n) * (sizeof(Kernels::LogTerms) + sizeof(int32_t));
     totals = size_t(needs.kv.n_layer) * 2 * sizeof(uint64_t);
+    counts = needs.counts_activity ? size_t(needs.kv.n_layer * n_ff) * sizeof(uint64_t) : 0;
     exchange = Exchange::room_bytes(needs.kv.n_layer);
     kv = size_t(needs.n_pages) * kv_args.page_stride;
 }
@@ -59,7 +60,7 @@ size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs) {
     size_t bytes = 0;
     for (const size_t n :
          {s.inputs, s.q8, s.hidden, s.lifted, s.low, s.predictions, s.masks, s.named, s.list,
-          s.partial, s.other, s.attend, s.terms, s.totals, s.exchange, s.kv})
+          s.partial, s.other, s.attend, s.terms, s.totals, s.counts, s.exchange, s.kv})
         if (n > 0) bytes += DeviceMemory::counted_bytes(n);
     for (const size_t n : needs.arrays)
         if (n > 0) bytes += DeviceMemory::counted_bytes(n * sizeof(float));

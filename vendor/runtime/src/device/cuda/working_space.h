@@ -37,7 +37,7 @@ struct InputLayout {
 // Arrays in device memory that a context has beside those it allocates, and their bytes.
 struct WorkingSizes {
     size_t inputs, q8, hidden, lifted, low, predictions, masks, named, list, partial, other, attend,
-        terms, totals, exchange, kv;
+        terms, totals, counts, exchange, kv;
 
     WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, const KvArgs& kv_args);
 };
