@@ -79,7 +79,7 @@ def test_any_call_may_fail(tiny: Path) -> None:
 @pytest.mark.parametrize("mode", ["predict", "exact"])
 def test_first_tokens_decide_where_nothing_else_does(mode: str) -> None:
     """Of each layer the neurons that they use most are kept from then on."""
-    found = moving("counted", STORIES, "12MiB", mode)
+    found = moving("counted", STORIES, "8MiB", mode)
     before, after = found["shares"]
     for low, high, best in zip(before, after, found["best"], strict=True):
         # Predicted neurons are counted before their gates are known.

@@ -25,11 +25,11 @@ struct DeviceNeeds {
     int64_t n_pages = 0;         // of keys and values, of all sequences together
     KvLayout kv;                 // of the layers on this device
     std::vector<size_t> arrays;  // that allocate() will be asked for, in floats
-    int64_t n_head = 0;          // of queries
+    int64_t n_logits = 0;        // rows of logits, beside those, where the head is; else 0
+    int64_t n_vocab = 0;
+    int64_t n_head = 0;  // of queries
     int64_t n_embd = 0, n_ff = 0;
-    int64_t predictor_rank = 0;    // 0: no predictors
-    bool leaves_out = false;       // whether its tokens leave neurons out, by any rule
-    bool counts_activity = false;  // for moving neurons, where no predictor names them
+    int64_t predictor_rank = 0;  // 0: no predictors
 };
 
 // How neurons move between an accelerator and the host.
@@ -76,7 +76,10 @@ class Accelerator {
     // Those of a network that are here now, ascending.
     virtual std::vector<int32_t> neurons(const FeedForward& ffn) const = 0;
 
-    // `host` computes what is not kept here.
+    // Gives up all copies and their memory; no device made here may be alive.
+    virtual void drop() = 0;
+
+    // `host` computes what is not kept here. Takes all memory that the needs name.
     virtual std::unique_ptr<Device> make_device(const DeviceNeeds& needs, Device& host) = 0;
 };
 

@@ -83,19 +83,22 @@ void Offload::set_neuron_cache(NeuronCache cache) {
     split_.cache = cache;
 }
 
-NeuronCache Offload::cache_for(const DeviceNeeds& needs) const {
+NeuronCache Offload::cache() const {
     if (split_.cache != NeuronCache::fixed) return split_.cache;
-    // With nothing else to go by, the first tokens decide.
-    const bool can_be_counted = needs.leaves_out && model_->layers()[0].ffn.down_by_neuron;
+    // With nothing else to go by, the first tokens that leave neurons out decide.
+    const bool can_be_counted =
+        (is_sparse(model_->hyper_params().act) || model_->predictor_rank() > 0) &&
+        std::all_of(model_->layers().begin(), model_->layers().end(),
+                    [](const Layer& layer) { return layer.ffn.down_by_neuron; });
     const bool is_chosen = !split_.neurons.empty() || !split_.counts.empty();
     return can_be_counted && !is_chosen ? NeuronCache::counted : NeuronCache::fixed;
 }
 
-Speeds Offload::measure_speeds(Device& host) {
-    const Speeds speeds = accelerator_->measure_speeds(model_->layers()[0].ffn, host);
+void Offload::measure_speeds(Device& host) {
+    if (speeds_) return;
+    speeds_ = accelerator_->measure_speeds(model_->layers()[0].ffn, host);
     log(LogLevel::info, format("neurons per second: %.3g on %s, %.3g on the processor",
-                               speeds.device, accelerator_->name().c_str(), speeds.host));
-    return speeds;
+                               speeds_->device, accelerator_->name().c_str(), speeds_->host));
 }
 
 namespace {
@@ -115,32 +118,51 @@ std::vector<Type> weight_types(const Model& model) {
 
 }  // namespace
 
-Offload::Part Offload::make_part(const DeviceNeeds& given, Device& host) {
+// Where nobody computes: what is kept by now makes room.
+void Offload::place_anew(const DeviceNeeds& needs, Device& host) {
+    accelerator_->prepare(weight_types(*model_), needs.kv.type);
+    SplitChoice split = split_;
+    split.cache = cache();
+    if (split.cache == NeuronCache::balance || is_balanced_) measure_speeds(host);
+    if (is_balanced_) split.speed_ratio = speeds_->device / speeds_->host;
+    // With all that is known to fit: what is kept is only given up for something.
+    Placement placement = place(*model_, *accelerator_, needs, split);
+    accelerator_->drop();
+    placement_.reset();
+    keep(*model_, placement, *accelerator_);
+    if (placement.moving_bytes > 0)
+        accelerator_->move_neurons(
+            {split.cache, speeds_.value_or(Speeds{}), placement.moving_bytes});
+    placement_ = std::move(placement);
+}
+
+Offload::Part Offload::make_part(const DeviceNeeds& needs, Device& host) {
     const std::lock_guard lock(mutex_);
-    DeviceNeeds needs = given;
-    needs.counts_activity =
-        given.counts_activity &&
-        (placement_ ? placement_->moving_bytes > 0 : cache_for(given) != NeuronCache::fixed);
-    if (!placement_) {
-        accelerator_->prepare(weight_types(*model_), needs.kv.type);
-        SplitChoice split = split_;
-        split.cache = cache_for(needs);
-        Moving moving{split.cache, {}, 0};
-        if (split.cache == NeuronCache::balance || is_balanced_)
-            moving.speeds = measure_speeds(host);
-        if (is_balanced_) split.speed_ratio = moving.speeds.device / moving.speeds.host;
-        Placement placement = place(*model_, *accelerator_, needs, split);
-        keep(*model_, placement, *accelerator_);
-        placement_ = std::move(placement);
-        moving.room_bytes = placement_->moving_bytes;
-        if (moving.room_bytes > 0) accelerator_->move_neurons(moving);
+    const auto of_part = [&] {
+        DeviceNeeds part = needs;
+        part.kv.n_layer = placement_->n_layers;
+        if (!placement_->head) part.n_logits = 0;
+        return part;
+    };
+    bool is_new = !placement_;
+    if (is_new) place_anew(needs, host);
+    const size_t wanted = accelerator_->bytes_of(of_part());
+    const size_t left = accelerator_->budget() - accelerator_->used();
+    if (wanted > left) {
+        if (alive_.use_count() > 1)
+            fail(QI_MEMORY,
+                 "a context of these sizes takes %s of the device's memory, %s of %s are left "
+                 "beside the model and its other contexts",
+                 size_text(wanted).c_str(), size_text(left).c_str(),
+                 size_text(accelerator_->budget()).c_str());
+        place_anew(needs, host);
+        is_new = true;
+    }
+    auto device = accelerator_->make_device(of_part(), host);
+    if (is_new)
         log(LogLevel::info, format("%s keeps %s", accelerator_->name().c_str(),
                                    describe(*placement_, *model_, *accelerator_).c_str()));
-    }
-    DeviceNeeds of_part = needs;
-    of_part.kv.n_layer = placement_->n_layers;
-    auto device = accelerator_->make_device(of_part, host);
-    return {std::move(device), placement_->n_layers, placement_->head};
+    return {alive_, std::move(device), placement_->n_layers, placement_->head};
 }
 
 Offload::Report Offload::report() const {

@@ -1,5 +1,6 @@
 // A model's share on an accelerator: what is kept there is decided when its first context is made,
-// because only then is known what keys, values and working space will take.
+// because only then is known what keys, values and working space will take. A later context finds
+// what room there is; when none is alive, the neurons make room for it.
 #pragma once
 
 #include <memory>
@@ -34,10 +35,12 @@ class Offload {
 
     // The accelerator's device for a context and the layers it computes. `host` computes the rest.
     struct Part {
+        std::shared_ptr<const void> alive;  // for as long as the device is
         std::unique_ptr<Device> device;
         int64_t n_layers;
         bool head;
     };
+    // QI_MEMORY when the device cannot hold another context of these needs.
     Part make_part(const DeviceNeeds& needs, Device& host);
 
     struct Report {
@@ -54,15 +57,17 @@ class Offload {
   private:
     void check_layer(int64_t layer) const;
     void check_open() const;
-    // How neurons will move for a first context of those needs.
-    NeuronCache cache_for(const DeviceNeeds& needs) const;
-    Speeds measure_speeds(Device& host);
+    NeuronCache cache() const;          // how neurons will move
+    void measure_speeds(Device& host);  // once
+    void place_anew(const DeviceNeeds& needs, Device& host);
 
     std::shared_ptr<const Model> model_;
     std::unique_ptr<Accelerator> accelerator_;
     SplitChoice split_;
     bool is_balanced_ = false;
+    std::optional<Speeds> speeds_;
     std::optional<Placement> placement_;
+    std::shared_ptr<const void> alive_ = std::make_shared<char>();  // held by each context, too
     mutable std::mutex mutex_;
 };
 

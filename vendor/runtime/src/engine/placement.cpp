@@ -12,11 +12,6 @@ namespace {
 
 constexpr double gib = 1024.0 * 1024.0 * 1024.0, mib = 1024.0 * 1024.0;
 
-std::string size_text(size_t n_bytes) {
-    return double(n_bytes) < gib ? format("%.1f MiB", double(n_bytes) / mib)
-                                 : format("%.2f GiB", double(n_bytes) / gib);
-}
-
 // Whether the host can compute some of the neurons: their gate and up share one prepared input.
 bool can_be_split(const FeedForward& ffn) {
     return !ffn.gated || kernels::activation_form(ffn.gate.weight.type) ==
@@ -140,17 +135,23 @@ std::vector<std::vector<int32_t>> choose(const Model& model, const Accelerator& 
 
 }  // namespace
 
+std::string size_text(size_t n_bytes) {
+    return double(n_bytes) < gib ? format("%.1f MiB", double(n_bytes) / mib)
+                                 : format("%.2f GiB", double(n_bytes) / gib);
+}
+
 Placement place(const Model& model, const Accelerator& accelerator, const DeviceNeeds& needs,
                 const SplitChoice& split) {
     const HyperParams& hp = model.hyper_params();
-    const size_t taken = accelerator.used() + accelerator.reserve_overhead();
-    const size_t room = accelerator.budget() - std::min(accelerator.budget(), taken);
+    const size_t overhead = accelerator.reserve_overhead();
+    const size_t room = accelerator.budget() - std::min(accelerator.budget(), overhead);
     Placement result;
     size_t used = 0;
     const auto fits = [&](size_t bytes) { return bytes <= room - used; };
 
-    // Keys, values and working space come with the layers they belong to.
+    // Keys, values and working space come with the layers they belong to, logits with the head.
     DeviceNeeds with = needs;
+    with.n_logits = 0;
     for (const Layer& layer : model.layers()) {
         const size_t attention = result.attention_bytes + attention_bytes(layer, accelerator);
         with.kv.n_layer = result.n_layers + 1;
@@ -158,9 +159,11 @@ Placement place(const Model& model, const Accelerator& accelerator, const Device
         if (attention + device > room) {
             if (result.n_layers == 0)
                 fail(QI_MEMORY,
-                     "one layer's attention, its keys and values and the working space take %s, "
-                     "of the device's memory %s are left for them",
-                     size_text(attention + device).c_str(), size_text(room).c_str());
+                     "one layer's attention with its keys and values and the working space of a "
+                     "context take %s of the device's memory, of which %s may be used: a larger "
+                     "budget is needed, or a smaller context",
+                     size_text(attention + device + overhead).c_str(),
+                     size_text(accelerator.budget()).c_str());
             break;
         }
         result.attention_bytes = attention;
@@ -190,10 +193,13 @@ Placement place(const Model& model, const Accelerator& accelerator, const Device
 
     const size_t head =
         accelerator.bytes_of(model.output_norm()) + accelerator.bytes_of(model.head());
-    if (fits(head)) {
+    with.n_logits = needs.n_logits;
+    const size_t device = accelerator.bytes_of(with);
+    if (fits(head + device - result.device_bytes)) {
         result.head = true;
         result.head_bytes = head;
-        used += head;
+        used += head + device - result.device_bytes;
+        result.device_bytes = device;
     }
 
     const size_t for_neurons = room - used;

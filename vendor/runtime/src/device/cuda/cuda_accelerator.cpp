@@ -74,6 +74,11 @@ class CudaAccelerator final : public Accelerator {
         return {ids.begin(), ids.end()};
     }
 
+    void drop() override {
+        share_.mover = nullptr;
+        share_.weights = std::make_shared<Weights>(share_.gpu, share_.budget);
+    }
+
     std::unique_ptr<Device> make_device(const DeviceNeeds& needs, Device& host) override {
         return std::make_unique<CudaDevice>(share_, needs, host);
     }

@@ -14,7 +14,7 @@ namespace qi::cuda {
 
 namespace {
 
-constexpr size_t recordings_max = 32;
+constexpr size_t recordings_max = 64;
 // Counts of activity are fetched once for so many tokens: megabytes, for which a stream has to come
 // to rest.
 constexpr int64_t tokens_to_collect = 16;
@@ -46,11 +46,15 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     partial_ = take(sizes.partial, "activations");
     attend_room_ = take(sizes.attend, "attention");
     terms_ = take(sizes.terms, "log-probabilities");
+    tickets_ = take(sizes.tickets, "logits");
+    if (tickets_) stream_.fill(tickets_, 0, sizes.tickets);
+    partial_best_ = take(sizes.partial_best, "logits");
+    best_ = take(sizes.best, "logits");
     totals_ = take(sizes.totals, "counters");
+    counts_ = take(sizes.counts, "counters");
     tallies_.resize(share_.weights->n_ffns());
     stream_.fill(totals_, 0, sizes.totals);
-    counts_ = take(sizes.counts, "counters");
-    if (counts_) stream_.fill(counts_, 0, sizes.counts);
+    stream_.fill(counts_, 0, sizes.counts);
     const CUdeviceptr exchange_room = take(sizes.exchange, "counters");
     kv_.pool = take(sizes.kv, "keys and values");
     AttendArgs tickets;
@@ -58,6 +62,10 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     tickets.n_head = needs.n_head;
     tickets.n_tokens = std::min(needs.n_batch, few_tokens);
     stream_.fill(attend_room_, 0, Kernels::attend_ticket_bytes(tickets));
+    for (const size_t n : needs.arrays)
+        spare_.emplace_back(share_.gpu, share_.budget, n * sizeof(float), "activations");
+    spare_.emplace_back(share_.gpu, share_.budget,
+                        size_t(needs.n_logits * needs.n_vocab) * sizeof(float), "logits");
     stream_.synchronize();
     if (share_.weights->all_resident()) return;
     if (share_.mover) member_ = std::make_unique<NeuronMover::Member>(share_.mover);
@@ -98,7 +106,16 @@ Current CudaDevice::enter() const {
 
 float* CudaDevice::allocate(size_t n) {
     const Current current(*share_.gpu);
-    DeviceMemory memory(share_.gpu, share_.budget, n * sizeof(float), "activations");
+    const auto spare = std::find_if(spare_.begin(), spare_.end(), [&](const DeviceMemory& memory) {
+        return memory.n_bytes() == n * sizeof(float);
+    });
+    DeviceMemory memory;
+    if (spare != spare_.end()) {
+        memory = std::move(*spare);
+        spare_.erase(spare);
+    } else {
+        memory = DeviceMemory(share_.gpu, share_.budget, n * sizeof(float), "activations");
+    }
     auto* const array = reinterpret_cast<float*>(memory.address());
     stream_.fill(memory.address(), 0, n * sizeof(float));
     arrays_.emplace(array, std::move(memory));
@@ -112,7 +129,7 @@ void CudaDevice::release(float* array) {
 }
 
 const float* CudaDevice::host_view(const float* x, size_t n, AlignedBuffer<float>&) {
-    const Current current = enter();
+    const Current current(*share_.gpu);
     if (readback_.n_bytes() < n * sizeof(float))
         readback_ = PinnedMemory(share_.gpu, n * sizeof(float), "results");
     stream_.copy_to_host(readback_.data(), address(x), n * sizeof(float));
@@ -200,31 +217,10 @@ void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
     if (!member_) return replay_or_run(key, steps);
     // Long prompts use nearly all neurons, and their time is better spent on computing.
     constexpr int64_t most_tokens_to_move_for = 512;
-    const bool is_short = batch_.n_tokens <= most_tokens_to_move_for;
     const Current current = enter();
-    const NeuronMover::Step step(*member_, stream_, is_short);
+    const NeuronMover::Step step(*member_, stream_, batch_.n_tokens <= most_tokens_to_move_for);
     replay_or_run(key, steps);
-    if (!is_short) return;
-    member_->counted(std::ranges::count(batch_.rules, NeuronRule::predict));
-    if (!counts_) return;
-    n_uncollected_ += std::ranges::count(batch_.rules, NeuronRule::exact);
-    if (n_uncollected_ >= tokens_to_collect) collect_activity();
-}
-
-// Adds what the GPU has counted neuron by neuron to what the host has counted of its own.
-void CudaDevice::collect_activity() {
-    std::vector<uint64_t> counts(share_.weights->n_ffns() * size_t(needs_.n_ff));
-    const size_t n_bytes = counts.size() * sizeof(uint64_t);
-    stream_.copy_to_host(counts.data(), counts_, n_bytes);
-    stream_.fill(counts_, 0, n_bytes);
-    stream_.synchronize();
-    for (const auto& [ffn, kept] : share_.weights->movable()) {
-        const uint64_t* const from = counts.data() + kept->index * size_t(needs_.n_ff);
-        uint64_t* const to = member_->counts_of(*kept);
-        for (int64_t j = 0; to && j < needs_.n_ff; ++j)
-            to[j] += from[j];
-    }
-    member_->counted(std::exchange(n_uncollected_, 0));
+    if (n_uncollected_ >= tokens_to_collect) collect_activations();
 }
 
 // A pass of few tokens is hundreds of launches of microseconds each: recorded, they are one. The
@@ -260,7 +256,8 @@ void CudaDevice::replay_or_run(uint64_t key, const std::function<void()>& steps)
     for (size_t i = 0; i < tallies_.size(); ++i)
         add_tally(recording.tallies[i]);
     prepared_from_ = 0;
-    if (exchange_) exchange_->replay(stream_, recording.answers);
+    // Rounds are numbered on from the layers: what has none leaves their number alone.
+    if (!recording.answers.empty()) exchange_->replay(stream_, recording.answers);
 }
 
 // The bound on positions that attention is launched for: it doubles, so that a growing context
@@ -417,19 +414,6 @@ void CudaDevice::attend(int64_t layer, const AttentionShape& shape, const float*
         some.kv.tables += size_t(first) * sizeof(int32_t);
         share_.kernels->attend(stream_, some);
     }
-}
-
-void CudaDevice::log_probabilities(const float* logits, int64_t n, int64_t n_vocab,
-                                   const int32_t* targets, float* out) {
-    const Current current = enter();
-    const CUdeviceptr device_targets = terms_ + size_t(n) * sizeof(Kernels::LogTerms);
-    stream_.copy_to_device(device_targets, targets, size_t(n) * sizeof(int32_t));
-    share_.kernels->log_terms(stream_, address(logits), n, n_vocab, device_targets, terms_);
-    std::vector<Kernels::LogTerms> terms(static_cast<size_t>(n));
-    stream_.copy_to_host(terms.data(), terms_, terms.size() * sizeof(Kernels::LogTerms));
-    stream_.synchronize();
-    for (int64_t i = 0; i < n; ++i)
-        out[i] = float(terms[size_t(i)].log_probability());
 }
 
 }  // namespace qi::cuda

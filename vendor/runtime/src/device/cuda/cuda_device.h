@@ -64,9 +64,11 @@ class CudaDevice final : public Device {
     void feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) override;
     void log_probabilities(const float* logits, int64_t n, int64_t n_vocab, const int32_t* targets,
                            float* out) override;
+    int64_t best_max() const override { return best_of(needs_); }
+    void best(const float* logits, int64_t n, int64_t n_vocab, int64_t k, Candidate* out) override;
+    void finish() override;
 
   private:
-    void collect_activity();
     void replay_or_run(uint64_t key, const std::function<void()>& steps);
     CUdeviceptr take(size_t n_bytes, const char* what);
     // The calling thread's way into the GPU for one step; throws QI_CANCELLED after a cancel.
@@ -90,6 +92,16 @@ class CudaDevice final : public Device {
                   int64_t h_stride, int64_t n, CUdeviceptr y);
     void count_active(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
                       int64_t h_stride, int64_t first, int64_t n);
+    CUdeviceptr total(const DeviceFfn& kept, size_t which) const {
+        return totals_ + (n_totals * kept.index + which) * sizeof(uint64_t);
+    }
+    CUdeviceptr counts_of(size_t index) const {
+        return counts_ + index * size_t(needs_.n_ff) * sizeof(uint64_t);
+    }
+    void check_predictions(const FeedForward& ffn, const DeviceFfn& kept, CUdeviceptr x,
+                           int64_t first, int64_t n);
+    void collect_activations();
+    uint64_t* counts_of_mover(const DeviceFfn& kept) const;
     // A network's neurons that the host keeps: what it needs of a batch, what it does, and what
     // that adds to y.
     Exchange::Round send_to_host(const FeedForward& ffn, const DeviceFfn& kept,
@@ -105,12 +117,13 @@ class CudaDevice final : public Device {
     Stream stream_;
     std::vector<DeviceMemory> memory_;
     std::unordered_map<float*, DeviceMemory> arrays_;
+    std::vector<DeviceMemory> spare_;  // arrays that will be asked for
     size_t scratch_bytes_ = 0;
     const std::atomic<bool>* cancel_ = nullptr;
 
     // Addresses of the arrays that WorkingSizes lists.
     CUdeviceptr inputs_, q8_, hidden_, lifted_, low_, predictions_, masks_, named_, partial_,
-        attend_room_, terms_;
+        attend_room_, terms_, tickets_, partial_best_, best_;
     NeuronList list_;
     KvArgs kv_;
 
@@ -119,6 +132,7 @@ class CudaDevice final : public Device {
     PinnedMemory embedded_;  // [n_batch][n_embd]
     Event embedded_sent_;
     PinnedMemory readback_;
+    PinnedMemory candidates_;  // [n][k]
 
     // Where the host keeps neurons.
     std::optional<Exchange> exchange_;
@@ -127,8 +141,7 @@ class CudaDevice final : public Device {
     std::vector<FfnCounters*> shared_;       // by DeviceFfn::index, of networks computed so
 
     std::unique_ptr<NeuronMover::Member> member_;  // where neurons move
-    CUdeviceptr counts_ = 0;     // uint64 [n_ffns][n_ff], by how many tokens each was used; 0: none
-    int64_t n_uncollected_ = 0;  // tokens in them
+    int64_t n_uncollected_ = 0;  // tokens whose active neurons the GPU has counted for it
 
     BatchInputs batch_{};
     int64_t n_tiles_ = 0;
@@ -137,13 +150,16 @@ class CudaDevice final : public Device {
     CUdeviceptr prepared_from_ = 0;
     int64_t prepared_rows_ = 0, prepared_cols_ = 0;
 
-    // What a network did since the counters were last collected, as far as the host knows; active
-    // and predicted neurons are counted in device memory, [n_ffns][2].
+    // What a network did since the counters were last collected, as far as the host knows; the rest
+    // is counted in device memory: totals_ uint64 [n_ffns][n_totals], and by neuron
+    // counts_ uint64 [n_ffns][n_ff].
     struct Tally {
         const FeedForward* ffn = nullptr;
         const DeviceFfn* kept = nullptr;
         FfnCounters* counters = nullptr;
+        uint64_t* activations = nullptr;   // [n_ff], or null where neurons are not counted
         uint64_t n_tokens = 0;             // under a rule other than `all`
+        uint64_t n_checked = 0;            // under `predict`, whose predictions were checked
         uint64_t n_steps = 0;              // that predicted
         uint64_t n_groups = 0;             // of tokens computed together,
         uint64_t n_gates = 0;              // those that looked at every neuron kept,
@@ -152,7 +168,8 @@ class CudaDevice final : public Device {
     };
     void add_tally(const Tally& more);
     std::vector<Tally> tallies_;
-    CUdeviceptr totals_ = 0;
+    CUdeviceptr totals_ = 0, counts_ = 0;
+    bool counting_ = false;  // neurons, in the step now computed
 
     // Steps recorded, by all that their launches depend on.
     struct Recording {

@@ -44,7 +44,8 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
     // Biases stand by neuron, not by slot.
     const bool by_slot = kept.whole() || (!kept.weights.gate_bias && !kept.weights.up_bias);
     const bool many = batch_.n_tokens > few_tokens && !predicting && by_slot;
-    Tally tally{&ffn, &kept, batch.counters};
+    counting_ = batch.activations || counts_of_mover(kept);
+    Tally tally{&ffn, &kept, batch.counters, batch.activations};
     tally.n_steps += predicting;
     const int64_t together = many ? batch_.n_tokens : few_tokens;
     for (int64_t first = 0; first < batch_.n_tokens; first += together) {
@@ -52,6 +53,7 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
         for (int64_t t = first; t < std::min(batch_.n_tokens, first + together); ++t) {
             const NeuronRule rule = batch_.rules[size_t(t)];
             tally.n_tokens += rule != NeuronRule::all;
+            tally.n_checked += predicting && batch.check && rule == NeuronRule::predict;
             gates |= rule != NeuronRule::predict;
             whole |= rule == NeuronRule::all;
         }
@@ -107,7 +109,7 @@ void CudaDevice::predict(const FeedForward& ffn, const DeviceFfn& kept, const Ff
         if (batch_.rules[size_t(t)] == NeuronRule::predict)
             share_.kernels->count_bits(
                 stream_, masks_ + size_t(t * name_words(needs_.n_ff)) * sizeof(uint32_t),
-                name_words(needs_.n_ff), totals_ + (2 * kept.index + 1) * sizeof(uint64_t));
+                name_words(needs_.n_ff), total(kept, 1));
 }
 
 // Neuron by neuron, those that no token uses left out; a few tokens at a time.
@@ -126,6 +128,7 @@ void CudaDevice::compute_few(const FeedForward& ffn, const DeviceFfn& kept, cons
         args.list = kept.whole() ? nullptr : &kept.list;
         if (predicting) {
             args.masks = masks_ + size_t(first * name_words(n_ff)) * sizeof(uint32_t);
+            if (batch.check) check_predictions(ffn, kept, x, first, some);
             // Columns of an ordinary down are those of all slots.
             if (n <= few_tokens && ffn.down_by_neuron) {
                 kernels.compact(stream_, named_, kept.slot_of_neuron, n_ff, list_);
@@ -213,7 +216,7 @@ void CudaDevice::add_down(const DeviceFfn& kept, const NeuronList* list, bool by
 }
 
 // Neurons that contributed to tokens [first, first + n), whose values begin at h, as far as they
-// are counted.
+// are counted: the sum under rules other than `all`, neuron by neuron under every rule.
 void CudaDevice::count_active(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
                               int64_t h_stride, int64_t first, int64_t n) {
     DownArgs args;
@@ -227,13 +230,11 @@ void CudaDevice::count_active(const DeviceFfn& kept, const NeuronList* list, CUd
         };
         for (end = begin + 1; end < n && end - begin < few_tokens; ++end)
             if (counts(end) != counts(begin)) break;
-        if (!counts(begin)) continue;
+        if (!counts(begin) && !counting_) continue;
         args.h = h + size_t(begin * h_stride) * sizeof(float);
         args.n_tokens = end - begin;
-        const CUdeviceptr by_neuron =
-            counts_ ? counts_ + kept.index * size_t(needs_.n_ff) * sizeof(uint64_t) : 0;
-        share_.kernels->count_active(stream_, args, by_neuron,
-                                     totals_ + 2 * kept.index * sizeof(uint64_t));
+        share_.kernels->count_active(stream_, args, counting_ ? counts_of(kept.index) : 0,
+                                     counts(begin) ? total(kept, 0) : 0);
     }
 }
 
@@ -257,7 +258,8 @@ void CudaDevice::collect_counters() {
                                  [](const Tally& tally) { return tally.ffn != nullptr; });
     if (!any) return;
     const Current current(*share_.gpu);
-    std::vector<uint64_t> totals(2 * tallies_.size());
+    collect_activations();
+    std::vector<uint64_t> totals(n_totals * tallies_.size());
     stream_.copy_to_host(totals.data(), totals_, totals.size() * sizeof(uint64_t));
     stream_.fill(totals_, 0, totals.size() * sizeof(uint64_t));
     stream_.synchronize();
@@ -265,11 +267,15 @@ void CudaDevice::collect_counters() {
         const Tally& tally = tallies_[i];
         if (!tally.ffn) continue;
         const FeedForward& ffn = *tally.ffn;
-        const uint64_t n_active = totals[2 * i], n_predicted = totals[2 * i + 1];
+        const uint64_t* of_ffn = &totals[n_totals * i];
+        const uint64_t n_active = of_ffn[0], n_predicted = of_ffn[1];
         FfnCounters& counters = *tally.counters;
         counters.n_tokens += tally.n_tokens;
         counters.n_active += n_active;
         counters.n_predicted += n_predicted;
+        counters.n_checked += tally.n_checked;
+        counters.n_due += of_ffn[2];
+        counters.n_missed += of_ffn[3];
         // Active and predicted rows as if each token read its own: tokens computed together share
         // some.
         const size_t first_row = ffn.first().weight.row_bytes;
@@ -288,6 +294,35 @@ void CudaDevice::collect_counters() {
                 tally.n_steps * (bytes_of(ffn.predictor->fc1) + bytes_of(ffn.predictor->fc2));
     }
     std::fill(tallies_.begin(), tallies_.end(), Tally{});
+}
+
+// Where those who move neurons count which are active, unless predictors name them; or null.
+uint64_t* CudaDevice::counts_of_mover(const DeviceFfn& kept) const {
+    const bool counts = member_ && std::ranges::count(batch_.rules, NeuronRule::exact) > 0;
+    return counts ? member_->counts_of(kept) : nullptr;
+}
+
+// Adds what was counted neuron by neuron to the engine's counts and to those for moving neurons,
+// and begins again from 0.
+void CudaDevice::collect_activations() {
+    const auto n_ff = size_t(needs_.n_ff);
+    std::vector<uint64_t> counts;
+    for (size_t i = 0; i < tallies_.size(); ++i) {
+        if (!tallies_[i].ffn) continue;
+        uint64_t* const activations = tallies_[i].activations;
+        uint64_t* const of_mover =
+            n_uncollected_ > 0 ? member_->counts_of(*tallies_[i].kept) : nullptr;
+        if (!activations && !of_mover) continue;
+        counts.resize(n_ff);
+        stream_.copy_to_host(counts.data(), counts_of(i), n_ff * sizeof(uint64_t));
+        stream_.fill(counts_of(i), 0, n_ff * sizeof(uint64_t));
+        stream_.synchronize();
+        for (size_t j = 0; j < n_ff && activations; ++j)
+            activations[j] += counts[j];
+        for (size_t j = 0; j < n_ff && of_mover; ++j)
+            of_mover[j] += counts[j];
+    }
+    if (n_uncollected_ > 0) member_->counted(std::exchange(n_uncollected_, 0));
 }
 
 Exchange::Round CudaDevice::send_to_host(const FeedForward& ffn, const DeviceFfn& kept,
@@ -318,16 +353,23 @@ void CudaDevice::compute_of_host(const FeedForward& ffn, const DeviceFfn& kept, 
     }
     auto* const out = reinterpret_cast<float*>(host_y_.data());
     std::fill_n(out, batch_.n_tokens * needs_.n_embd, 0.0f);
-    const bool counts_own =
-        member_ && counts_ && std::ranges::count(batch_.rules, NeuronRule::exact) > 0;
-    if (counts_own && !batch.activations) batch.activations = member_->counts_of(kept);
+    uint64_t* const of_mover = counts_of_mover(kept);
+    uint64_t* const of_engine = batch.activations;
+    std::vector<uint64_t> of_both(of_mover && of_engine ? size_t(needs_.n_ff) : 0);
+    if (of_mover) batch.activations = of_engine ? of_both.data() : of_mover;
     host_.begin(batch_);
     host_.feed_forward(ffn, batch, out);
+    for (size_t j = 0; j < of_both.size(); ++j) {
+        of_engine[j] += of_both[j];
+        of_mover[j] += of_both[j];
+    }
     if (member_ && batch.names) member_->count(kept, batch.names, batch_.rules);
+    if (of_mover && member_->is_first(kept))
+        n_uncollected_ += std::ranges::count(batch_.rules, NeuronRule::exact);
     own.seconds = 0;  // of the network is what the GPU takes from sending to receiving
     if (kept.n_slots() > 0) {
         // Tokens and predictions are counted with the GPU's.
-        own.n_tokens = 0;
+        own.n_tokens = own.n_checked = 0;
         tallies_[kept.index].n_predicted_of_host += std::exchange(own.n_predicted, 0);
     }
     counters += own;
@@ -341,7 +383,9 @@ void CudaDevice::add_tally(const Tally& more) {
     tally.ffn = more.ffn;
     tally.kept = more.kept;
     tally.counters = more.counters;
+    if (more.activations) tally.activations = more.activations;
     tally.n_tokens += more.n_tokens;
+    tally.n_checked += more.n_checked;
     tally.n_steps += more.n_steps;
     tally.n_groups += more.n_groups;
     tally.n_gates += more.n_gates;

@@ -109,6 +109,7 @@ void NeuronMover::Member::count(const DeviceFfn& kept, const uint32_t* names,
                                 std::span<const NeuronRule> rules) {
     uint64_t* const counts = counts_of(kept);
     if (!counts) return;
+    if (is_first(kept)) counted(std::ranges::count(rules, NeuronRule::predict));
     const int64_t n_words = name_words(int64_t(mover_->n_ff_));
     for (size_t t = 0; t < rules.size(); ++t, names += n_words) {
         if (rules[t] != NeuronRule::predict) continue;

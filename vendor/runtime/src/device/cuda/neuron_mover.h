@@ -50,8 +50,10 @@ class NeuronMover {
         void count(const DeviceFfn& kept, const uint32_t* names, std::span<const NeuronRule> rules);
         // Where others count how often a network's neurons were active, [n_ff]; null: nowhere.
         uint64_t* counts_of(const DeviceFfn& kept);
-        // Tokens counted, of every network.
+        // So many tokens have been counted for every network.
         void counted(int64_t n_tokens) { n_tokens_ += n_tokens; }
+        // Whether it is the first of a step's networks that neurons move in.
+        bool is_first(const DeviceFfn& kept) const { return mover_->network_of_[kept.index] == 0; }
 
       private:
         friend class NeuronMover;
