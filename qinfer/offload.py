@@ -51,7 +51,7 @@ class Placement:
         used_bytes: that are used now, contexts included.
         attention_bytes, predictor_bytes, head_bytes, neuron_bytes: of the weights kept.
         n_neurons: kept, in all layers together.
-        n_moved: neurons that have taken another's place since the first context was made.
+        n_moved: neurons that have taken another's place since they were placed.
         is_placed: whether the first context has been made.
         n_layers: the first so many have their attention there.
         has_head: whether the head is there.

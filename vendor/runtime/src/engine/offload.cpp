@@ -130,6 +130,13 @@ void Offload::place_anew(const DeviceNeeds& needs, Device& host) {
     accelerator_->drop();
     placement_.reset();
     keep(*model_, placement, *accelerator_);
+    const bool is_whole = std::all_of(placement.rest.begin(), placement.rest.end(),
+                                      [](const auto& rest) { return rest.neurons().empty(); });
+    if (split_.cache != NeuronCache::fixed && placement.moving_bytes == 0 && !is_whole)
+        log(LogLevel::warning,
+            format("neurons do not move: of %s the budget leaves no room to keep some and to "
+                   "bring others",
+                   size_text(accelerator_->budget()).c_str()));
     if (placement.moving_bytes > 0)
         accelerator_->move_neurons(
             {split.cache, speeds_.value_or(Speeds{}), placement.moving_bytes});

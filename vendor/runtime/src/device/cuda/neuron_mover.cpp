@@ -17,6 +17,8 @@ constexpr size_t chunk_bytes = size_t(256) << 10;
 constexpr int low_priority = 1000;
 // First counts that are to decide for good.
 constexpr int64_t tokens_of_first_counts = 64;
+// Planning looks at every neuron: of more networks it would keep a core busy that computes.
+constexpr size_t networks_at_once = 8;
 // Steps' counts that wait for the thread at most; those of later steps wait with their context.
 constexpr size_t handed_max = 4;
 
@@ -295,14 +297,16 @@ void NeuronMover::make_plan() {
     changes_.clear();
     has_planned_ = true;
     size_t used = 0, n_slots = 0;
-    for (size_t i = 0; i < networks_.size(); ++i) {
+    const size_t n_networks =
+        policy_->plans_once() ? networks_.size() : std::min(networks_.size(), networks_at_once);
+    for (size_t i = 0; i < n_networks; ++i) {
         Network& network = networks_[(next_ + i) % networks_.size()];
         const size_t stride = network.kept->weights.layout.stride;
         const size_t budget = std::min({policy_->swaps_at_once(), (landing_bytes_ - used) / stride,
                                         n_landing_slots_ - n_slots});
         if (budget == 0) {
             next_ = (next_ + i) % networks_.size();
-            break;
+            return;
         }
         Change change{&network,
                       policy_->plan(network.kept->index, network.counts, network.neuron_of_slot,
@@ -331,6 +335,7 @@ void NeuronMover::make_plan() {
         change.rest = NeuronShard(std::move(rest), int64_t(n_ff_));
         changes_.push_back(std::move(change));
     }
+    next_ = (next_ + n_networks) % networks_.size();
 }
 
 // Records into the landing room, tables to where they will be copied from.
