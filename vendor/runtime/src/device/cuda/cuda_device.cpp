@@ -15,9 +15,6 @@ namespace qi::cuda {
 namespace {
 
 constexpr size_t recordings_max = 64;
-// Counts of activity are fetched once for so many tokens: megabytes, for which a stream has to come
-// to rest.
-constexpr int64_t tokens_to_collect = 16;
 
 }  // namespace
 
@@ -211,16 +208,6 @@ void CudaDevice::begin(const BatchInputs& inputs) {
         stream_.copy_to_device(input(layout_.cos_sin), words + layout_.cos_sin, n * sizeof(float));
     }
     staged_sent_.record(stream_);
-}
-
-void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
-    if (!member_) return replay_or_run(key, steps);
-    // Long prompts use nearly all neurons, and their time is better spent on computing.
-    constexpr int64_t most_tokens_to_move_for = 512;
-    const Current current = enter();
-    const NeuronMover::Step step(*member_, stream_, batch_.n_tokens <= most_tokens_to_move_for);
-    replay_or_run(key, steps);
-    if (n_uncollected_ >= tokens_to_collect) collect_activations();
 }
 
 // A pass of few tokens is hundreds of launches of microseconds each: recorded, they are one. The

@@ -296,12 +296,6 @@ void CudaDevice::collect_counters() {
     std::fill(tallies_.begin(), tallies_.end(), Tally{});
 }
 
-// Where those who move neurons count which are active, unless predictors name them; or null.
-uint64_t* CudaDevice::counts_of_mover(const DeviceFfn& kept) const {
-    const bool counts = member_ && std::ranges::count(batch_.rules, NeuronRule::exact) > 0;
-    return counts ? member_->counts_of(kept) : nullptr;
-}
-
 // Adds what was counted neuron by neuron to the engine's counts and to those for moving neurons,
 // and begins again from 0.
 void CudaDevice::collect_activations() {
