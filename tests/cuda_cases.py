@@ -301,6 +301,21 @@ def budgets(path: str, sizes: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def early(path: str, sizes: list[str]) -> list[dict[str, Any]]:
+    """Errors of logits whose predictions are made one layer early, by what a budget keeps."""
+    rows = []
+    options: dict[str, Any] = {"n_ctx": 64, "sparsity": "predict", "cross_layer_from": 1}
+    with Model(path, device="cpu", **options) as cpu, cpu.context() as context:
+        expected = _logits(context, 7)
+    for size in sizes:
+        with Model(path, device="cuda", vram_budget=size, **options) as model:
+            with model.context(n_batch=32) as context:
+                errors = _errors(_logits(context, 7), expected)
+            assert model.placement is not None
+            rows.append({"error": float(np.median(errors)), "n_layers": model.placement.n_layers})
+    return rows
+
+
 def texts(path: str, prompt: str, n: int) -> list[str]:
     """The greedy continuation by the processor and by the GPU."""
     found = []

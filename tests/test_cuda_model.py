@@ -24,10 +24,10 @@ from test_sparsity import CASES, QUANTISED, Case
 DATA = Path(__file__).parent / "data"
 STORIES = Path(__file__).parents[1] / "qinfer" / "data" / "relu-stories-15M.gguf"
 PROGRAM = """
-import json, sys
-import cuda_cases
+import importlib, json, sys
 name, arguments = json.loads(sys.argv[1])
-print(json.dumps(getattr(cuda_cases, name)(*arguments)))
+module, _, function = name.rpartition(".")
+print(json.dumps(getattr(importlib.import_module(module or "cuda_cases"), function)(*arguments)))
 """
 
 
@@ -38,7 +38,7 @@ def kernel_cache() -> str:
 
 
 def on_gpu(name: str, *arguments: Any, **settings: object) -> Any:
-    """What a function of cuda_cases answers in a process that has the stand-in for a GPU."""
+    """What a function of cuda_cases, or `module.function`, answers; the stand-in is the GPU."""
     words = json.dumps([name, [str(a) if isinstance(a, Path) else a for a in arguments]])
     environment = cuda_standin.environment(**settings)
     environment["QINFER_CACHE_DIR"] = kernel_cache()
@@ -143,6 +143,14 @@ def test_budgets() -> None:
     assert kept[-1]["has_head"]
     assert kept[-1]["n_neurons"] == 6 * 768
     assert any(0 < row["n_neurons"] < 6 * 768 for row in kept)
+
+
+def test_predictions_one_layer_early() -> None:
+    """On the GPU, and where the layer before is on another device."""
+    rows = on_gpu("early", STORIES, ["5MiB", "8MiB", "60MiB"])
+    assert 0 < rows[0]["n_layers"] < rows[-1]["n_layers"] == 6
+    for row in rows:
+        assert row["error"] < 0.06, row  # int8 codes that flip, and predictions near the threshold
 
 
 def test_lists_of_neurons_are_checked(tmp_path: Path) -> None:
