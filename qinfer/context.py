@@ -101,6 +101,7 @@ class Context:
         params.prompt_rule = policy.prompt_rule
         params.generated_rule = policy.generated_rule
         params.sparse_threshold = math.nan if policy.threshold is None else policy.threshold
+        params.cross_layer_from = policy.cross_layer_from or 0
         params.deterministic = deterministic
         self.on_gpu = weights.offload is not None
         pointer = self._create(params) if weights.offload is None else self._create_on_gpu(params)

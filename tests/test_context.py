@@ -69,6 +69,11 @@ def test_deterministic_is_what_the_processor_always_is(context: Context, model: 
         np.testing.assert_array_equal(other.logits, context.logits)
 
 
+def test_deterministic_keeps_neurons_where_they_are(stories260k: Path) -> None:
+    with pytest.raises(qinfer.ArgumentError, match="neuron_cache='balance' moves neurons"):
+        Model(stories260k, neuron_cache="balance", deterministic=True)
+
+
 def test_only_what_is_asked_for_is_there(context: Context) -> None:
     context.feed(TOKENS, logits="none")
     with pytest.raises(qinfer.ArgumentError, match="asked for no logits"):

@@ -74,6 +74,7 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
                         size_t(needs.n_logits * needs.n_vocab) * sizeof(float), "logits");
     stream_.synchronize();
     if (share_.weights->all_resident()) return;
+    if (share_.mover) member_ = std::make_unique<NeuronMover::Member>(share_.mover);
     exchange_.emplace(share_.gpu, stream_, exchange_room, int64_t(share_.weights->n_ffns()));
     shared_.resize(share_.weights->n_ffns());
     const size_t rows = size_t(needs.n_batch * needs.n_embd) * sizeof(float);
@@ -220,7 +221,7 @@ void CudaDevice::begin(const BatchInputs& inputs) {
 
 // A pass of few tokens is hundreds of launches of microseconds each: recorded, they are one. The
 // first run loads the kernels, the second is recorded.
-void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
+void CudaDevice::replay_or_run(uint64_t key, const std::function<void()>& steps) {
     if (batch_.n_tokens > few_tokens || (exchange_ && !exchange_->can_be_recorded()))
         return steps();
     uint64_t rules = 0;

@@ -18,6 +18,7 @@
 #include "device/cuda/gpu.h"
 #include "device/cuda/half_products.h"
 #include "device/cuda/launch.h"
+#include "device/cuda/neuron_mover.h"
 #include "device/cuda/neuron_panels.h"
 #include "device/cuda/weights.h"
 #include "device/cuda/working_space.h"
@@ -72,6 +73,7 @@ class CudaDevice final : public Device {
     void finish() override;
 
   private:
+    void replay_or_run(uint64_t key, const std::function<void()>& steps);
     CUdeviceptr take(size_t n_bytes, const char* what);
     // The calling thread's way into the GPU for one step; throws QI_CANCELLED after a cancel.
     Current enter() const;
@@ -121,6 +123,7 @@ class CudaDevice final : public Device {
     void check_predictions(const FeedForward& ffn, const DeviceFfn& kept, CUdeviceptr x,
                            int64_t first, int64_t n);
     void collect_activations();
+    uint64_t* counts_of_mover(const DeviceFfn& kept) const;
     // A network's neurons that the host keeps: what it needs of a batch, what it does, and what
     // that adds to y.
     Exchange::Round send_to_host(const FeedForward& ffn, const DeviceFfn& kept,
@@ -159,6 +162,8 @@ class CudaDevice final : public Device {
     PinnedMemory host_names_;                // [n_batch][n_words]
     std::vector<FfnCounters*> shared_;       // by DeviceFfn::index, of networks computed so
 
+    std::unique_ptr<NeuronMover::Member> member_;  // where neurons move
+    int64_t n_uncollected_ = 0;  // tokens whose active neurons the GPU has counted for it
     std::optional<HalfProducts> halves_;
     std::optional<NeuronPanels> panels_;
     // Seconds per neuron, brought here and with the host, of batches whose way is not known yet; 0:

@@ -59,7 +59,7 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
     const bool by_slot = kept.whole() || (!kept.weights.gate_bias && !kept.weights.up_bias);
     const bool many =
         batch_.n_tokens > few_tokens && !predicting && by_slot && !needs_.deterministic;
-    counting_ = batch.activations != nullptr;
+    counting_ = batch.activations || counts_of_mover(kept);
     Tally tally{&ffn, &kept, batch.counters, batch.activations};
     tally.n_steps += predicting;
     const int64_t together = many ? batch_.n_tokens : few_tokens;
@@ -278,20 +278,27 @@ void CudaDevice::collect_counters() {
     std::fill(tallies_.begin(), tallies_.end(), Tally{});
 }
 
-// Adds what was counted neuron by neuron to the engine's counts, and begins again from 0.
+// Adds what was counted neuron by neuron to the engine's counts and to those for moving neurons,
+// and begins again from 0.
 void CudaDevice::collect_activations() {
     const auto n_ff = size_t(needs_.n_ff);
     std::vector<uint64_t> counts;
     for (size_t i = 0; i < tallies_.size(); ++i) {
+        if (!tallies_[i].ffn) continue;
         uint64_t* const activations = tallies_[i].activations;
-        if (!activations) continue;
+        uint64_t* const of_mover =
+            n_uncollected_ > 0 ? member_->counts_of(*tallies_[i].kept) : nullptr;
+        if (!activations && !of_mover) continue;
         counts.resize(n_ff);
         stream_.copy_to_host(counts.data(), counts_of(i), n_ff * sizeof(uint64_t));
         stream_.fill(counts_of(i), 0, n_ff * sizeof(uint64_t));
         stream_.synchronize();
-        for (size_t j = 0; j < n_ff; ++j)
+        for (size_t j = 0; j < n_ff && activations; ++j)
             activations[j] += counts[j];
+        for (size_t j = 0; j < n_ff && of_mover; ++j)
+            of_mover[j] += counts[j];
     }
+    if (n_uncollected_ > 0) member_->counted(std::exchange(n_uncollected_, 0));
 }
 
 Exchange::Round CudaDevice::send_to_host(const FeedForward& ffn, const DeviceFfn& kept,
@@ -322,8 +329,19 @@ void CudaDevice::compute_of_host(const FeedForward& ffn, const DeviceFfn& kept, 
     }
     auto* const out = reinterpret_cast<float*>(host_y_.data());
     std::fill_n(out, batch_.n_tokens * needs_.n_embd, 0.0f);
+    uint64_t* const of_mover = counts_of_mover(kept);
+    uint64_t* const of_engine = batch.activations;
+    std::vector<uint64_t> of_both(of_mover && of_engine ? size_t(needs_.n_ff) : 0);
+    if (of_mover) batch.activations = of_engine ? of_both.data() : of_mover;
     host_.begin(batch_);
     host_.feed_forward(ffn, batch, out);
+    for (size_t j = 0; j < of_both.size(); ++j) {
+        of_engine[j] += of_both[j];
+        of_mover[j] += of_both[j];
+    }
+    if (member_ && batch.names) member_->count(kept, batch.names, batch_.rules);
+    if (of_mover && member_->is_first(kept))
+        n_uncollected_ += std::ranges::count(batch_.rules, NeuronRule::exact);
     own.seconds = 0;  // of the network is what the GPU takes from sending to receiving
     if (kept.n_slots() > 0) {
         // Tokens and predictions are counted with the GPU's.

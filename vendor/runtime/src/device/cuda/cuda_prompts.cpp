@@ -135,7 +135,8 @@ void CudaDevice::compute_many(const FeedForward& ffn, const DeviceFfn& kept, con
         !by_neuron && wants_q8(kept.down.type) && !known_cublas(kept.down.type, What::rows, n);
     if (quantised) act.q8 = Q8::at(q8_, n, n_slots);
     kernels.act_mul(stream_, act);
-    count_active(kept, kept.whole() ? nullptr : &kept.list, hidden_, n_slots, 0, n);
+    const NeuronList by_slot = kept.list_by_slot();
+    count_active(kept, kept.whole() ? nullptr : &by_slot, hidden_, n_slots, 0, n);
     prepared_from_ = quantised ? hidden_ : 0;
     prepared_rows_ = n;
     prepared_cols_ = n_slots;

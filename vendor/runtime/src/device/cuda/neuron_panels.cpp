@@ -46,19 +46,6 @@ void write_biases(const std::vector<float>& bias, std::span<const int32_t> neuro
         std::memcpy(out + i * sizeof(float), &bias[size_t(neurons[i])], sizeof(float));
 }
 
-// All neurons but those.
-NeuronShard others(std::span<const int32_t> neurons, int64_t n_ff) {
-    std::vector<int32_t> rest;
-    auto next = neurons.begin();
-    for (int32_t j = 0; j < n_ff; ++j) {
-        if (next != neurons.end() && *next == j)
-            ++next;
-        else
-            rest.push_back(j);
-    }
-    return {std::move(rest), n_ff};
-}
-
 }  // namespace
 
 NeuronPanels::NeuronPanels(std::shared_ptr<Gpu> gpu, CUdeviceptr room, size_t panel_bytes)
@@ -131,9 +118,9 @@ DeviceFfn NeuronPanels::bring(const FeedForward& ffn, std::span<const int32_t> n
     w.records = panel;
     w.gate_bias = ffn.gate.bias.empty() ? 0 : panel + layout.gate_bias;
     w.up_bias = ffn.up.bias.empty() ? 0 : panel + layout.up_bias;
-    brought.resident = NeuronShard({neurons.begin(), neurons.end()}, up.n_rows);
-    brought.rest = others(neurons, up.n_rows);
-    brought.list.ids = panel + layout.ids;
+    brought.n_kept = count;
+    brought.n_rest = up.n_rows - count;
+    brought.neuron_of_slot = panel + layout.ids;
     brought.list.n = panel + layout.n;
     brought.list.capacity = count;
     if (!ffn.down_by_neuron)

@@ -14,6 +14,8 @@
 
 namespace qi::cuda {
 
+class NeuronMover;
+
 // What a GPU brings to all contexts of a model.
 struct GpuShare {
     std::shared_ptr<Gpu> gpu;
@@ -22,6 +24,7 @@ struct GpuShare {
     std::shared_ptr<Weights> weights;
     std::shared_ptr<ProductChoice> choice;
     bool has_cublas = false;
+    std::shared_ptr<NeuronMover> mover;  // or null: neurons stay where they are
 };
 
 // Tokens that one launch of the matrix kernels takes.
