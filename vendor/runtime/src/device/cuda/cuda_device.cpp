@@ -316,44 +316,6 @@ void CudaDevice::norm(const Norm& norm, const float* x, int64_t n_rows, float* o
     prepared_cols_ = args.n;
 }
 
-Input CudaDevice::prepared(Type type, CUdeviceptr x, int64_t n_rows, int64_t n_cols) {
-    Input in{x, {}, n_rows};
-    if (!wants_q8(type)) return in;
-    in.q8 = Q8::at(q8_, n_rows, n_cols);
-    if (prepared_from_ != x || prepared_rows_ != n_rows || prepared_cols_ != n_cols) {
-        share_.kernels->quantise(stream_, x, n_rows, n_cols, in.q8);
-        prepared_from_ = x;
-        prepared_rows_ = n_rows;
-        prepared_cols_ = n_cols;
-    }
-    return in;
-}
-
-void CudaDevice::project(const float* x, int64_t n_rows, std::span<const Projection> outputs) {
-    const Current current = enter();
-    const int64_t n_cols = outputs[0].linear->weight.n_cols;
-    for (size_t first = 0; first < outputs.size();) {
-        // Neighbours of one type go together.
-        std::vector<Product> products;
-        const Type type = outputs[first].linear->weight.type;
-        const bool accumulate = outputs[first].accumulate;
-        size_t end = first;
-        for (; end < outputs.size() && outputs[end].linear->weight.type == type &&
-               outputs[end].accumulate == accumulate;
-             ++end) {
-            const DeviceLinear& kept = share_.weights->find(*outputs[end].linear);
-            products.push_back(
-                {kept.weight, kept.bias, address(outputs[end].y), kept.weight.n_rows});
-        }
-        if (n_rows > few_tokens)
-            choose_cublas(products[0].w, ProductChoice::What::rows, address(x), n_rows);
-        multiply(type, address(x), n_rows, n_cols, products, accumulate);
-        first = end;
-    }
-    for (const Projection& output : outputs)
-        forget_prepared(output.y);
-}
-
 KvArgs CudaDevice::kv_of(int64_t layer) const {
     KvArgs kv = kv_;
     kv.layer_offset = size_t(layer * kv.n_head_kv) * kv.head_bytes;
