@@ -10,32 +10,34 @@ from .sparsity import LayerStats, Mode
 def render(stats: Stats, info: ModelInfo, mode: Mode) -> str:
     """Means per token as text, a line a layer; shares are of all neurons."""
     n_tokens = stats.n_generated_tokens
+    is_shared = any(layer.host_seconds > 0 for layer in stats.layers)
     lines = [
         f"sparsity {mode}, {n_tokens} tokens generated, "
         f"{stats.weight_bytes_read / max(n_tokens, 1) / 1e6:.1f} MB of weights read for each",
-        f"{'layer':>5}{'active':>16}{'predicted':>16}{'missed':>9}{'ms FFN':>9}{'predict':>9}",
+        f"{'layer':>5}{'active':>16}{'predicted':>16}{'missed':>9}{'ms FFN':>9}{'predict':>9}"
+        + (f"{'GPU':>9}{'CPU':>9}{'wait':>9}" if is_shared else ""),
     ]
     n_computed = n_tokens + stats.n_prompt_tokens
     for index, layer in enumerate(stats.layers):
-        lines.append(f"{index:>5}{_line(layer, info.n_ff, n_computed)}")
+        lines.append(f"{index:>5}{_line(layer, info.n_ff, n_computed, is_shared)}")
     total = LayerStats()
     for layer in stats.layers:
         total = total + layer
     if stats.layers:
-        means = _line(total, info.n_ff, n_computed * len(stats.layers))
+        means = _line(total, info.n_ff, n_computed * len(stats.layers), is_shared)
         lines.append(f"{'mean':>5}{means}")
     return "\n".join(lines)
 
 
-def _line(layer: LayerStats, n_ff: int, n_computed: int) -> str:
+def _line(layer: LayerStats, n_ff: int, n_computed: int, is_shared: bool) -> str:
     active = _share(layer.n_active, layer.n_tokens, n_ff)
     predicted = _share(layer.n_predicted, layer.n_tokens, n_ff) if layer.n_predicted else "-"
     missed = f"{layer.n_missed / layer.n_due:.1%}" if layer.n_due else "-"
-    n = max(n_computed, 1)
-    return (
-        f"{active:>16}{predicted:>16}{missed:>9}"
-        f"{layer.seconds / n * 1e3:>9.3f}{layer.predict_seconds / n * 1e3:>9.3f}"
-    )
+    times = [layer.seconds, layer.predict_seconds]
+    if is_shared:
+        times += [layer.device_seconds, layer.host_seconds, layer.wait_seconds]
+    milliseconds = "".join(f"{t / max(n_computed, 1) * 1e3:>9.3f}" for t in times)
+    return f"{active:>16}{predicted:>16}{missed:>9}{milliseconds}"
 
 
 def _share(n: int, n_tokens: int, n_ff: int) -> str:

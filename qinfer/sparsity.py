@@ -79,6 +79,9 @@ class LayerStats:
         n_bytes: weight bytes read, for all tokens.
         predict_seconds: spent on predictions.
         seconds: all of it, predictions included.
+        device_seconds: where a GPU shares the layer with the processor, until it had its own part.
+        host_seconds: what the processor took for its part meanwhile.
+        wait_seconds: how long the GPU then waited for it.
     """
 
     n_tokens: int = 0
@@ -90,6 +93,9 @@ class LayerStats:
     n_bytes: int = 0
     predict_seconds: float = 0.0
     seconds: float = 0.0
+    device_seconds: float = 0.0
+    host_seconds: float = 0.0
+    wait_seconds: float = 0.0
 
     def __add__(self, other: LayerStats) -> LayerStats:
         more = asdict(other)

@@ -29,7 +29,7 @@ extern "C" {
 
 /* --- declarations begin --- */
 
-#define QI_ABI_VERSION 4
+#define QI_ABI_VERSION 5
 
 typedef enum qi_status {
     QI_OK = 0,
@@ -446,6 +446,11 @@ typedef struct qi_layer_stats {
     uint64_t n_bytes;     /* weight bytes read, for tokens under any rule */
     double predict_seconds;
     double seconds; /* all of it, prediction included */
+    /* Where a device shares a layer with the processor: until the device had its own part, what the
+     * processor took for its part meanwhile, and how long the device then waited for it. */
+    double device_seconds;
+    double host_seconds;
+    double wait_seconds;
 } qi_layer_stats;
 
 int32_t qi_context_create(qi_model* model, const qi_context_params* params, qi_context** out,

@@ -220,8 +220,9 @@ int32_t qi_context_get_layer_stats(const qi_context* context, int32_t layer, qi_
         require_pointer(context, "context");
         require_pointer(out, "out");
         const FfnCounters& c = context->context.layer_counters(layer);
-        *out = {c.n_tokens, c.n_active, c.n_predicted,     c.n_checked, c.n_due,
-                c.n_missed, c.n_bytes,  c.predict_seconds, c.seconds};
+        *out = {c.n_tokens, c.n_active,       c.n_predicted,  c.n_checked,
+                c.n_due,    c.n_missed,       c.n_bytes,      c.predict_seconds,
+                c.seconds,  c.device_seconds, c.host_seconds, c.wait_seconds};
     });
 }
 

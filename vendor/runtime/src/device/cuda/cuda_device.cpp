@@ -28,8 +28,7 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
       staged_(share.gpu, layout_.n_words * sizeof(uint32_t), "the inputs of a batch"),
       staged_sent_(share.gpu),
       embedded_(share.gpu, size_t(needs.n_batch * needs.n_embd) * sizeof(float), "embeddings"),
-      embedded_sent_(share.gpu),
-      sent_to_host_(share.gpu) {
+      embedded_sent_(share.gpu) {
     const Current current(*share_.gpu);
     const WorkingSizes sizes(share_, needs_, kv_);
     inputs_ = take(sizes.inputs, "the inputs of a batch");
@@ -42,12 +41,12 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     named_ = take(sizes.named, "predictions");
     if (sizes.list) list_ = NeuronList::at(take(sizes.list, "predictions"), needs.n_ff);
     partial_ = take(sizes.partial, "activations");
-    other_ = take(sizes.other, "activations");
     attend_room_ = take(sizes.attend, "attention");
     terms_ = take(sizes.terms, "log-probabilities");
     totals_ = take(sizes.totals, "counters");
     tallies_.resize(share_.weights->n_ffns());
     stream_.fill(totals_, 0, sizes.totals);
+    const CUdeviceptr exchange_room = take(sizes.exchange, "counters");
     kv_.pool = take(sizes.kv, "keys and values");
     AttendArgs tickets;
     tickets.kv = kv_;
@@ -55,6 +54,17 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     tickets.n_tokens = std::min(needs.n_batch, few_tokens);
     stream_.fill(attend_room_, 0, Kernels::attend_ticket_bytes(tickets));
     stream_.synchronize();
+    if (share_.weights->all_resident()) return;
+    exchange_.emplace(share_.gpu, stream_, exchange_room, int64_t(share_.weights->n_ffns()));
+    shared_.resize(share_.weights->n_ffns());
+    const size_t rows = size_t(needs.n_batch * needs.n_embd) * sizeof(float);
+    const char* const what = "what the processor computes";
+    host_x_ = PinnedMemory(share_.gpu, rows, what);
+    host_y_ = PinnedMemory(share_.gpu, rows, what);
+    if (needs.predictor_rank == 0) return;
+    host_z_ = PinnedMemory(share_.gpu, rows, what);
+    host_names_ = PinnedMemory(
+        share_.gpu, size_t(needs.n_batch * name_words(needs.n_ff)) * sizeof(uint32_t), what);
 }
 
 CudaDevice::~CudaDevice() {
@@ -144,6 +154,7 @@ void CudaDevice::begin(const BatchInputs& inputs) {
     int32_t *positions = words + layout_.positions, *tables = words + layout_.tables;
     int32_t *tiles = words + layout_.tiles, *pages = words + layout_.pages;
     auto* const rules = reinterpret_cast<uint8_t*>(words + layout_.rules);
+    words[layout_.base] = exchange_ ? int32_t(exchange_->begin()) : 0;
     for (int64_t t = 0; t < inputs.n_tokens; ++t)
         rules[t] = uint8_t(inputs.rules[size_t(t)]);
 
@@ -182,7 +193,8 @@ void CudaDevice::begin(const BatchInputs& inputs) {
 // A pass of few tokens is hundreds of launches of microseconds each: recorded, they are one. The
 // first run loads the kernels, the second is recorded.
 void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
-    if (batch_.n_tokens > few_tokens || !share_.weights->all_resident()) return steps();
+    if (batch_.n_tokens > few_tokens || (exchange_ && !exchange_->can_be_recorded()))
+        return steps();
     uint64_t rules = 0;
     for (const NeuronRule rule : batch_.rules)
         rules = rules << 2 | uint64_t(rule);
@@ -195,12 +207,15 @@ void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
     if (!recording.graph) {
         std::vector<Tally> before(tallies_.size());
         before.swap(tallies_);
+        if (exchange_) exchange_->begin_recording();
         try {
             recording.graph = Graph(stream_, steps);
         } catch (...) {
             tallies_ = std::move(before);  // nothing of the steps was computed
+            if (exchange_) exchange_->end_recording();
             throw;
         }
+        if (exchange_) recording.answers = exchange_->end_recording();
         recording.tallies = std::move(tallies_);
         tallies_ = std::move(before);
     }
@@ -208,6 +223,7 @@ void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
     for (size_t i = 0; i < tallies_.size(); ++i)
         add_tally(recording.tallies[i]);
     prepared_from_ = 0;
+    if (exchange_) exchange_->replay(stream_, recording.answers);
 }
 
 // The bound on positions that attention is launched for: it doubles, so that a growing context

@@ -9,10 +9,12 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <optional>
 #include <tuple>
 #include <unordered_map>
 #include <vector>
 
+#include "device/cuda/exchange.h"
 #include "device/cuda/gpu.h"
 #include "device/cuda/launch.h"
 #include "device/cuda/weights.h"
@@ -85,9 +87,12 @@ class CudaDevice final : public Device {
                   int64_t n, CUdeviceptr y);
     void count_active(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
                       int64_t h_stride, int64_t first, int64_t n);
-    void send_to_host(const DeviceFfn& kept, const FfnBatch& batch, bool predicting);
-    void add_of_host(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
-                     bool predicting, float* y);
+    // A network's neurons that the host keeps: what it needs of a batch, what it does, and what
+    // that adds to y.
+    Exchange::Round send_to_host(const DeviceFfn& kept, const FfnBatch& batch, bool predicting);
+    void compute_of_host(const FeedForward& ffn, const DeviceFfn& kept, FfnBatch batch,
+                         bool predicting);
+    void collect_times();
 
     GpuShare share_;
     DeviceNeeds needs_;
@@ -101,7 +106,7 @@ class CudaDevice final : public Device {
 
     // Addresses of the arrays that WorkingSizes lists.
     CUdeviceptr inputs_, q8_, hidden_, lifted_, low_, predictions_, masks_, named_, partial_,
-        other_, attend_room_, terms_;
+        attend_room_, terms_;
     NeuronList list_;
     KvArgs kv_;
 
@@ -110,9 +115,12 @@ class CudaDevice final : public Device {
     PinnedMemory embedded_;  // [n_batch][n_embd]
     Event embedded_sent_;
     PinnedMemory readback_;
-    PinnedMemory host_x_, host_z_, host_y_;  // [n_tokens][n_embd], what the host's neurons need
-    PinnedMemory host_names_;                // [n_tokens][n_words]
-    Event sent_to_host_;
+
+    // Where the host keeps neurons.
+    std::optional<Exchange> exchange_;
+    PinnedMemory host_x_, host_z_, host_y_;  // [n_batch][n_embd]
+    PinnedMemory host_names_;                // [n_batch][n_words]
+    std::vector<FfnCounters*> shared_;       // by DeviceFfn::index, of networks computed so
 
     BatchInputs batch_{};
     int64_t n_tiles_ = 0;
@@ -137,12 +145,12 @@ class CudaDevice final : public Device {
     void add_tally(const Tally& more);
     std::vector<Tally> tallies_;
     CUdeviceptr totals_ = 0;
-    FfnCounters of_host_{};  // what its neurons did in the step now computed
 
     // Steps recorded, by all that their launches depend on.
     struct Recording {
         int n_runs = 0;
         Graph graph;
+        Exchange::Answers answers;
         std::vector<Tally> tallies;  // what one run of it adds
     };
     // The steps' own key, tokens, bound on positions, rules.

@@ -1,7 +1,9 @@
 // The feed-forward networks of a GPU: its own neurons, those it leaves to the host, and what of
 // both is counted.
 #include <algorithm>
-#include <cstring>
+#include <chrono>
+#include <optional>
+#include <utility>
 
 #include "device/cuda/cuda_device.h"
 
@@ -59,13 +61,20 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
     }
     if (kept.n_slots() > 0) add_tally(tally);  // else the host counts everything
     if (predicting) predict(ffn, kept, batch);
-    // The host begins while the GPU computes.
-    if (!kept.whole()) send_to_host(kept, batch, predicting);
+    // The host computes while the GPU does.
+    std::optional<Exchange::Round> round;
+    if (!kept.whole()) round = send_to_host(kept, batch, predicting);
     if (many && kept.n_slots() > 0)
         compute_many(ffn, kept, batch, y);
     else if (kept.n_slots() > 0)
         compute_few(ffn, kept, batch, predicting, y);
-    if (!kept.whole()) add_of_host(ffn, kept, batch, predicting, y);
+    if (round) {
+        exchange_->answer(stream_, *round, [this, &ffn, &kept, batch, predicting] {
+            compute_of_host(ffn, kept, batch, predicting);
+        });
+        exchange_->receive(stream_, input(layout_.base), *round, host_y_.device_address(),
+                           batch_.n_tokens * needs_.n_embd, true, address(y));
+    }
     forget_prepared(y);
 }
 
@@ -198,16 +207,6 @@ void CudaDevice::add_down(const DeviceFfn& kept, const NeuronList* list, CUdevic
     share_.kernels->add_partials(stream_, partial_, kept.down_bias, 0, n, needs_.n_embd, y);
 }
 
-namespace {
-
-// Pinned room for n bytes; contents are lost when it grows.
-std::byte* room_of(PinnedMemory& memory, const std::shared_ptr<Gpu>& gpu, size_t n_bytes) {
-    if (memory.n_bytes() < n_bytes) memory = PinnedMemory(gpu, n_bytes, "what the host computes");
-    return memory.data();
-}
-
-}  // namespace
-
 // Neurons that contributed to tokens [first, first + n), whose values begin at h, as far as they
 // are counted.
 void CudaDevice::count_active(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
@@ -230,7 +229,22 @@ void CudaDevice::count_active(const DeviceFfn& kept, const NeuronList* list, CUd
     }
 }
 
+void CudaDevice::collect_times() {
+    const auto times = exchange_->take_times(stream_);
+    for (size_t i = 0; i < times.size(); ++i) {
+        if (!shared_[i]) continue;
+        FfnCounters& counters = *shared_[i];
+        counters.device_seconds += times[i].device_seconds;
+        counters.wait_seconds += times[i].wait_seconds;
+        counters.seconds += times[i].device_seconds + times[i].wait_seconds;
+    }
+}
+
 void CudaDevice::collect_counters() {
+    if (exchange_) {
+        const Current current(*share_.gpu);
+        collect_times();
+    }
     const bool any = std::any_of(tallies_.begin(), tallies_.end(),
                                  [](const Tally& tally) { return tally.ffn != nullptr; });
     if (!any) return;
@@ -268,48 +282,45 @@ void CudaDevice::collect_counters() {
     std::fill(tallies_.begin(), tallies_.end(), Tally{});
 }
 
-// What the host needs for its neurons.
-void CudaDevice::send_to_host(const DeviceFfn& kept, const FfnBatch& batch, bool predicting) {
-    const size_t bytes = size_t(batch_.n_tokens * needs_.n_embd) * sizeof(float);
-    stream_.copy_to_host(room_of(host_x_, share_.gpu, bytes), address(batch.x), bytes);
+Exchange::Round CudaDevice::send_to_host(const DeviceFfn& kept, const FfnBatch& batch,
+                                         bool predicting) {
+    const int64_t n = batch_.n_tokens;
+    std::vector<Exchange::Rows> rows{
+        {address(batch.x), host_x_.device_address(), n * needs_.n_embd}};
     if (kept.n_slots() == 0 && batch.z)
-        stream_.copy_to_host(room_of(host_z_, share_.gpu, bytes), address(batch.z), bytes);
-    if (predicting) {
-        const size_t n = size_t(batch_.n_tokens * name_words(needs_.n_ff)) * sizeof(uint32_t);
-        stream_.copy_to_host(room_of(host_names_, share_.gpu, n), masks_, n);
-    }
-    sent_to_host_.record(stream_);
+        rows.push_back({address(batch.z), host_z_.device_address(), n * needs_.n_embd});
+    if (predicting)
+        rows.push_back({masks_, host_names_.device_address(), n * name_words(needs_.n_ff)});
+    shared_[kept.index] = batch.counters;
+    return exchange_->send(stream_, input(layout_.base), int64_t(kept.index), rows);
 }
 
-// What the neurons that the host keeps add.
-void CudaDevice::add_of_host(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
-                             bool predicting, float* y) {
-    const size_t bytes = size_t(batch_.n_tokens * needs_.n_embd) * sizeof(float);
-    FfnBatch of_host = batch;
-    of_host_ = {};
-    if (kept.n_slots() > 0) of_host.counters = &of_host_;
-    of_host.x = reinterpret_cast<const float*>(host_x_.data());
-    of_host.z = nullptr;
+void CudaDevice::compute_of_host(const FeedForward& ffn, const DeviceFfn& kept, FfnBatch batch,
+                                 bool predicting) {
+    const auto start = std::chrono::steady_clock::now();
+    FfnCounters own;
+    FfnCounters& counters = *std::exchange(batch.counters, &own);
+    batch.x = reinterpret_cast<const float*>(host_x_.data());
     if (kept.n_slots() > 0) {
-        of_host.shard = &kept.rest;
-        if (predicting) of_host.names = reinterpret_cast<const uint32_t*>(host_names_.data());
+        batch.shard = &kept.rest;
+        batch.z = nullptr;
+        if (predicting) batch.names = reinterpret_cast<const uint32_t*>(host_names_.data());
     } else if (batch.z) {
-        of_host.z = reinterpret_cast<const float*>(host_z_.data());
+        batch.z = reinterpret_cast<const float*>(host_z_.data());
     }
-    auto* const out = reinterpret_cast<float*>(room_of(host_y_, share_.gpu, bytes));
-    // The last layer's sum has been sent by then.
-    sent_to_host_.synchronize();
-    std::memset(out, 0, bytes);
+    auto* const out = reinterpret_cast<float*>(host_y_.data());
+    std::fill_n(out, batch_.n_tokens * needs_.n_embd, 0.0f);
     host_.begin(batch_);
-    host_.feed_forward(ffn, of_host, out);
-    // Tokens and predictions are counted with the GPU's.
+    host_.feed_forward(ffn, batch, out);
+    own.seconds = 0;  // of the network is what the GPU takes from sending to receiving
     if (kept.n_slots() > 0) {
-        batch.counters->n_active += of_host_.n_active;
-        batch.counters->n_bytes += of_host_.n_bytes;
-        tallies_[kept.index].n_predicted_of_host += of_host_.n_predicted;
+        // Tokens and predictions are counted with the GPU's.
+        own.n_tokens = 0;
+        tallies_[kept.index].n_predicted_of_host += std::exchange(own.n_predicted, 0);
     }
-    stream_.copy_to_device(other_, out, bytes);
-    share_.kernels->add(stream_, other_, batch_.n_tokens, needs_.n_embd, address(y));
+    counters += own;
+    counters.host_seconds +=
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 void CudaDevice::add_tally(const Tally& more) {

@@ -36,6 +36,7 @@ inline constexpr CUresult CUDA_ERROR_INVALID_SOURCE = 300;
 inline constexpr CUresult CUDA_ERROR_NOT_READY = 600;
 
 inline constexpr int CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16;
+inline constexpr int CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT = 17;
 inline constexpr int CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE = 36;  // kHz
 inline constexpr int CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH = 37;
 inline constexpr int CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE = 38;

@@ -83,6 +83,7 @@ Gpu::Attributes Gpu::describe(int ordinal) {
     a.max_threads_per_sm = attribute(d, CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR, device);
     a.shared_bytes_per_block =
         attribute(d, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device);
+    a.has_watchdog = attribute(d, CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT, device) != 0;
     a.l2_bytes = attribute(d, CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, device);
     size_t total = 0;
     check(d.cuDeviceTotalMem(&total, device), "asking for the GPU's memory size");

@@ -34,6 +34,7 @@ class Gpu : public std::enable_shared_from_this<Gpu> {
         int n_sm = 0;
         int max_threads_per_sm = 0;
         int shared_bytes_per_block = 0;  // with opting in
+        bool has_watchdog = false;       // kernels that take seconds are ended
         int64_t l2_bytes = 0;
         int64_t memory_bytes = 0;
         double memory_bandwidth = 0;  // bytes per second, theoretical; 0: the driver does not say

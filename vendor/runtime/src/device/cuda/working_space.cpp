@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "device/cuda/exchange.h"
 #include "kernels/attention.h"
 
 namespace qi::cuda {
@@ -11,7 +12,8 @@ InputLayout::InputLayout(const DeviceNeeds& needs) {
     tables = n;
     rules = 2 * n;
     tiles = rules + (n + 3) / 4;
-    pages = tiles + 2 * n;
+    base = tiles + 2 * n;
+    pages = base + 1;
     cos_sin = pages + size_t(needs.n_pages);
     n_words = cos_sin + n * size_t(needs.kv.head_dim);
 }
@@ -38,6 +40,7 @@ WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, cons
     attend = share.kernels->attend_room_bytes(attend_args);
     terms = size_t(n) * (sizeof(Kernels::LogTerms) + sizeof(int32_t));
     totals = size_t(needs.kv.n_layer) * 2 * sizeof(uint64_t);
+    exchange = Exchange::room_bytes(needs.kv.n_layer);
     kv = size_t(needs.n_pages) * kv_args.page_stride;
 }
 
@@ -55,7 +58,8 @@ size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs) {
     const WorkingSizes s(share, needs, kv_args_for(needs));
     size_t bytes = 0;
     for (const size_t n : {s.inputs, s.q8, s.hidden, s.lifted, s.low, s.predictions, s.masks,
-                           s.named, s.list, s.partial, s.other, s.attend, s.terms, s.totals, s.kv})
+                           s.named, s.list, s.partial, s.other, s.attend, s.terms, s.totals, s.exchange,
+                           s.kv})
         if (n > 0) bytes += DeviceMemory::counted_bytes(n);
     for (const size_t n : needs.arrays)
         if (n > 0) bytes += DeviceMemory::counted_bytes(n * sizeof(float));

@@ -25,7 +25,8 @@ inline constexpr int64_t few_tokens = 8;
 
 // Where everything lies that begin() brings: one array of 32-bit words.
 struct InputLayout {
-    size_t positions = 0, tables, rules, tiles, pages, cos_sin, n_words;
+    // base: what rounds of an Exchange are counted from.
+    size_t positions = 0, tables, rules, tiles, base, pages, cos_sin, n_words;
 
     explicit InputLayout(const DeviceNeeds& needs);
 };
@@ -33,7 +34,7 @@ struct InputLayout {
 // Arrays in device memory that a context has beside those it allocates, and their bytes.
 struct WorkingSizes {
     size_t inputs, q8, hidden, lifted, low, predictions, masks, named, list, partial, other, attend,
-        terms, totals, kv;
+        terms, totals, exchange, kv;
 
     WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, const KvArgs& kv_args);
 };

@@ -1,0 +1,218 @@
+#include "device/cuda/exchange.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <thread>
+
+#include "base/error.h"
+#include "base/log.h"
+
+namespace qi::cuda {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::microseconds;
+using std::chrono::milliseconds;
+
+constexpr unsigned threads = 256;
+constexpr int64_t words_per_block = 4 * threads;
+// Each block of a receiving kernel polls over the bus.
+constexpr int64_t most_blocks = 16;
+
+// Words of pinned memory, each flag in a line of its own.
+constexpr size_t line = 128;
+constexpr size_t to_host = 0, to_device = line, given_up = 2 * line, late = 3 * line;
+constexpr size_t flags_bytes = 4 * line;
+
+// Asking the driver takes its lock, which another thread may hold until the GPU comes to rest;
+// while kernels wait for the host, it is asked only when something is likely to be wrong.
+constexpr milliseconds patience{1}, patience_of_replays{2000};
+
+constexpr int n_trials = 9;
+constexpr int64_t trial_limit_ns = 500'000'000;
+
+constexpr size_t times_bytes = 3 * sizeof(uint64_t);
+
+size_t aligned(size_t n) {
+    return (n + 255) / 256 * 256;
+}
+
+unsigned blocks_for(int64_t n_words) {
+    return unsigned(
+        std::clamp<int64_t>((n_words + words_per_block - 1) / words_per_block, 1, most_blocks));
+}
+
+std::atomic_ref<uint32_t> flag(const PinnedMemory& flags, size_t offset) {
+    return std::atomic_ref(*reinterpret_cast<uint32_t*>(flags.data() + offset));
+}
+
+}  // namespace
+
+size_t Exchange::room_bytes(int64_t n_kinds) {
+    return aligned(2 * sizeof(uint32_t)) + aligned(size_t(n_kinds) * times_bytes);
+}
+
+Exchange::Exchange(std::shared_ptr<Gpu> gpu, const Stream& stream, CUdeviceptr room,
+                   int64_t n_kinds)
+    : gpu_(std::move(gpu)),
+      module_(gpu_->module("exchange.cu")),
+      send_(module_->function("qi_send")),
+      receive_(module_->function("qi_receive")),
+      flags_(gpu_, flags_bytes, "flags"),
+      ticket_(room),
+      trial_base_(room + sizeof(uint32_t)),
+      times_(room + aligned(2 * sizeof(uint32_t))),
+      n_kinds_(n_kinds) {
+    const Current current(*gpu_);
+    std::memset(flags_.data(), 0, flags_bytes);
+    stream.fill(room, 0, room_bytes(n_kinds));
+    try_out(stream);
+    stream.fill(room, 0, room_bytes(n_kinds));
+    stream.synchronize();
+}
+
+// Rounds in which the kernel waits: the host answers only when it has seen the GPU ask.
+void Exchange::try_out(const Stream& stream) {
+    if (gpu_->attributes().has_watchdog) {
+        log(LogLevel::info,
+            "layers that GPU and processor share are not recorded: this GPU has a display, whose "
+            "driver ends kernels that wait");
+        return;
+    }
+    limit_ns_ = trial_limit_ns;
+    std::vector<double> seconds;
+    for (int i = 0; i < n_trials; ++i) {
+        n_rounds_ = 0;
+        const Round round = send(stream, trial_base_, 0, {});
+        receive(stream, trial_base_, round, 0, 0, false, 0);
+        wait_for(stream, round.place, false);
+        const auto start = Clock::now();
+        finish(round.place);
+        stream.synchronize();
+        if (flag(flags_, late).load()) {
+            log(LogLevel::warning,
+                "layers that GPU and processor share are not recorded: a kernel did not see what "
+                "the processor wrote while it ran");
+            limit_ns_ = 0;
+            return;
+        }
+        seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
+        flag(flags_, to_host).store(0);
+        flag(flags_, to_device).store(0);
+    }
+    limit_ns_ = 0;
+    n_rounds_ = 0;
+    std::nth_element(seconds.begin(), seconds.begin() + n_trials / 2, seconds.end());
+    round_trip_seconds_ = seconds[n_trials / 2];
+    can_be_recorded_ = true;
+}
+
+// ---- enqueued on the stream ----
+
+Exchange::Round Exchange::send(const Stream& stream, CUdeviceptr base, int64_t kind,
+                               std::span<const Rows> rows) {
+    const Round round{++n_rounds_, kind};
+    Rows three[3];
+    if (rows.size() > std::size(three))
+        fail(QI_INTERNAL, "%zu arrays are sent to the host at once, 3 can be", rows.size());
+    std::copy(rows.begin(), rows.end(), three);
+    int64_t most = 0;
+    for (const Rows& r : three)
+        most = std::max(most, r.n_words);
+    send_.launch(stream, {blocks_for(most)}, {threads}, 0, three[0].from, three[0].to,
+                 (long long)three[0].n_words, three[1].from, three[1].to,
+                 (long long)three[1].n_words, three[2].from, three[2].to,
+                 (long long)three[2].n_words, base, round.place, ticket_,
+                 flags_.device_address() + to_host, times_ + size_t(kind) * times_bytes);
+    return round;
+}
+
+void Exchange::answer(const Stream& stream, const Round& round, std::function<void()> work) {
+    if (recording_) {
+        kept_.push_back({round, std::move(work)});
+        return;
+    }
+    wait_for(stream, base_ + round.place, false);
+    work();
+    finish(base_ + round.place);
+}
+
+void Exchange::receive(const Stream& stream, CUdeviceptr base, const Round& round, CUdeviceptr from,
+                       int64_t n, bool accumulate, CUdeviceptr y) {
+    receive_.launch(stream, {blocks_for(n)}, {threads}, 0, from, (long long)n, int(accumulate), y,
+                    base, round.place, flags_.device_address() + to_device,
+                    flags_.device_address() + given_up, (long long)limit_ns_,
+                    flags_.device_address() + late, times_ + size_t(round.kind) * times_bytes);
+}
+
+// ---- the host's side ----
+
+// Comes back when the GPU has sent round `number`.
+void Exchange::wait_for(const Stream& stream, uint32_t number, bool replaying) {
+    const auto sent = flag(flags_, to_host);
+    const Clock::duration interval = replaying ? patience_of_replays : Clock::duration(patience);
+    auto asked = Clock::now();
+    while (true) {
+        for (int i = 0; i < 64; ++i)
+            if (sent.load(std::memory_order_acquire) == number) return;
+        const auto waited = Clock::now() - asked;
+        // The GPU's own work may be long; then the processor is better left to others.
+        if (waited > microseconds(200)) std::this_thread::yield();
+        if (waited < interval) continue;
+        // Throws when the GPU is lost.
+        if (stream.idle() && sent.load(std::memory_order_acquire) != number)
+            fail(QI_INTERNAL, "the GPU has come to rest and not sent what the host waits for");
+        asked = Clock::now();
+    }
+}
+
+void Exchange::finish(uint32_t number) {
+    flag(flags_, to_device).store(number, std::memory_order_release);
+}
+
+uint32_t Exchange::begin() {
+    base_ += n_rounds_;
+    n_rounds_ = 0;
+    return base_;
+}
+
+Exchange::Answers Exchange::end_recording() {
+    recording_ = false;
+    return std::exchange(kept_, {});
+}
+
+void Exchange::replay(const Stream& stream, const Answers& answers) {
+    n_rounds_ = uint32_t(answers.size());
+    try {
+        for (const Answer& answer : answers) {
+            wait_for(stream, base_ + answer.round.place, true);
+            answer.work();
+            finish(base_ + answer.round.place);
+        }
+    } catch (...) {
+        flag(flags_, given_up).store(1, std::memory_order_release);
+        try {
+            stream.synchronize();
+        } catch (const Error&) {
+            // A lost device; the first failure says it.
+        }
+        flag(flags_, given_up).store(0, std::memory_order_release);
+        throw;
+    }
+}
+
+std::vector<Exchange::Times> Exchange::take_times(const Stream& stream) {
+    std::vector<uint64_t> words(3 * size_t(n_kinds_));
+    stream.copy_to_host(words.data(), times_, words.size() * sizeof(uint64_t));
+    stream.fill(times_, 0, words.size() * sizeof(uint64_t));
+    stream.synchronize();
+    std::vector<Times> times;
+    for (size_t i = 0; i < size_t(n_kinds_); ++i)
+        times.push_back({double(words[3 * i + 1]) * 1e-9, double(words[3 * i + 2]) * 1e-9});
+    return times;
+}
+
+}  // namespace qi::cuda

@@ -1,0 +1,98 @@
+// Rounds between a GPU and its host inside a pass over the layers: the GPU sends rows, goes on with
+// work of its own, and takes in what the host has made of them.
+//
+// Rows cross in pinned memory that both see, and flags there say when; neither side waits for a
+// stream. So a pass with rounds in it can be recorded: replayed, its kernels wait for the host
+// where they need its answer, while the host does the recorded work round by round. Outside of
+// recordings the host does its work between sending and receiving, and no kernel waits.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "device/cuda/gpu.h"
+
+namespace qi::cuda {
+
+class Exchange {
+  public:
+    // Kinds of rounds whose times are kept apart: `n_kinds`. room: room_bytes(n_kinds) of device
+    // memory, zeroed here.
+    Exchange(std::shared_ptr<Gpu> gpu, const Stream& stream, CUdeviceptr room, int64_t n_kinds);
+    static size_t room_bytes(int64_t n_kinds);
+
+    // Whether kernels may wait for the host, so that rounds can be recorded: neither where a
+    // watchdog ends long kernels nor where a trial does not come back in time. The log says so.
+    bool can_be_recorded() const { return can_be_recorded_; }
+
+    // ---- enqueued on the stream ----
+
+    // Words for the host to see.
+    struct Rows {
+        CUdeviceptr from = 0;
+        CUdeviceptr to = 0;  // where the device sees PinnedMemory
+        int64_t n_words = 0;
+    };
+    struct Round {
+        uint32_t place;  // in the step, from 1
+        int64_t kind;
+    };
+    // Up to three arrays. base: a word in device memory that holds base() of the step.
+    Round send(const Stream& stream, CUdeviceptr base, int64_t kind, std::span<const Rows> rows);
+    // The host's work between the two: done now, or kept by the recording under way.
+    void answer(const Stream& stream, const Round& round, std::function<void()> work);
+    // y = from, or y += from with accumulate; n floats, `from` where the device sees PinnedMemory.
+    void receive(const Stream& stream, CUdeviceptr base, const Round& round, CUdeviceptr from,
+                 int64_t n, bool accumulate, CUdeviceptr y);
+
+    // ---- steps ----
+
+    // A step begins; what its rounds' numbers are counted from.
+    uint32_t begin();
+
+    // What the host does for one replay of a recording.
+    struct Answer {
+        Round round;
+        std::function<void()> work;
+    };
+    using Answers = std::vector<Answer>;
+    void begin_recording() { recording_ = true; }
+    // Also after a failure: the answers kept since begin_recording().
+    Answers end_recording();
+    // Does a recording's work while the GPU replays it. Whatever work throws is thrown once the GPU
+    // has come to rest; what it computed is then without meaning.
+    void replay(const Stream& stream, const Answers& answers);
+
+    // ---- times ----
+
+    struct Times {
+        double device_seconds;  // between sending and wanting the answer
+        double wait_seconds;    // between that and having it
+    };
+    // Of each kind since they were last taken; waits for the stream.
+    std::vector<Times> take_times(const Stream& stream);
+    // Of a round without work, median; 0 where rounds cannot be recorded.
+    double round_trip_seconds() const { return round_trip_seconds_; }
+
+  private:
+    void wait_for(const Stream& stream, uint32_t number, bool replaying);
+    void finish(uint32_t number);
+    void try_out(const Stream& stream);
+
+    std::shared_ptr<Gpu> gpu_;
+    std::shared_ptr<Module> module_;
+    Function send_, receive_;
+    PinnedMemory flags_;
+    CUdeviceptr ticket_, trial_base_, times_;
+    int64_t n_kinds_;
+    int64_t limit_ns_ = 0;  // of waits
+    uint32_t base_ = 0, n_rounds_ = 0;
+    bool can_be_recorded_ = false, recording_ = false;
+    double round_trip_seconds_ = 0;
+    Answers kept_;
+};
+
+}  // namespace qi::cuda
