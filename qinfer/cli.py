@@ -89,6 +89,18 @@ _DEVICE_OPTIONS = [
                  help="Choose by activation/ even if there is such a file."),
     click.option("--disable-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
                  help="Keep no neurons on the GPU."),
+    click.option("--kv-mode", type=click.Choice(["auto", "device", "host", "split"]),
+                 default="auto", expose_value=False, callback=_keep_for_load,
+                 help="Where keys and values are kept beside a GPU: on it (device), in host memory "
+                 "(host), in both (split), or split if they do not fit (auto, the default)."),
+    click.option("--kv-ratio", type=click.FloatRange(0, 1), metavar="SHARE", expose_value=False,
+                 callback=_keep_for_load,
+                 help="With split, the processor's share of the positions at first; default: what "
+                 "does not fit on the GPU."),
+    click.option("--kv-step", type=click.FloatRange(0, 1), metavar="SHARE", expose_value=False,
+                 callback=_keep_for_load,
+                 help="With split, by how much a layer's share adapts after a token, e.g. 0.025; "
+                 "default: not at all."),
 ]  # fmt: skip
 
 
@@ -109,6 +121,9 @@ def _device_arguments() -> dict[str, Any]:
         "device": meta["qinfer.device"],
         "vram_budget": meta["qinfer.vram_budget"],
         "gpu_split": next(iter(given.values()), "auto"),
+        "kv_mode": meta["qinfer.kv_mode"],
+        "kv_ratio": meta["qinfer.kv_ratio"],
+        "kv_step": meta["qinfer.kv_step"],
     }
 
 

@@ -26,6 +26,7 @@ from .sparsity import LayerStats, Policy
 Tokens = Sequence[int] | NDArray[np.integer[Any]]
 Wanted = Literal["none", "last", "all"]
 Progress = Callable[[int, int], None]
+KvMode = Literal["auto", "device", "host", "split"]
 
 # A feed of more tokens than this may take long enough for Ctrl-C to have to reach into it.
 SHORT_FEED = 16
@@ -36,7 +37,11 @@ _ALL_NEURONS = Policy()
 
 @dataclass(frozen=True, slots=True)
 class ContextInfo:
-    """Limits of a context, and its memory in bytes; `kv_bytes_reserved` is address space."""
+    """Limits of a context, and its memory in bytes; `kv_bytes_reserved` is address space.
+
+    `kv_mode` is "device", "host" or "split", and `n_device_pages` how many pages of keys and values
+    a GPU has room for.
+    """
 
     n_ctx: int
     n_seq: int
@@ -47,6 +52,8 @@ class ContextInfo:
     kv_bytes_used: int
     kv_bytes_reserved: int
     scratch_bytes: int
+    kv_mode: str
+    n_device_pages: int
 
 
 def positive(name: str, value: int | None) -> int:
@@ -63,6 +70,61 @@ def kv_type_number(name: str) -> int:
     if not isinstance(name, str) or name.lower() not in ("f16", "q8_0"):
         raise ArgumentError(f"kv_type={name!r} is neither 'f16' nor 'q8_0'")
     return tensor_type(name).number
+
+
+@dataclass(frozen=True, slots=True)
+class KvPlace:
+    """Where the keys and values of layers that a GPU computes live, and who attends to them.
+
+    Attributes:
+        mode: "device" keeps all on the GPU, "host" all in host memory, where the processor attends
+            to them. "split" keeps all in host memory and copies of as many pages as fit on the
+            GPU: each attends to its positions and the parts are merged, which is exact. "auto" is
+            "device" where they fit beside the attention, else "split".
+        ratio: the processor's share of the positions at first, 0 to 1; None: what does not fit on
+            the GPU. It implies "split".
+        step: how much of the positions the boundary of a layer moves after each token, towards
+            where both take as long; None or 0: not. It implies "split".
+    """
+
+    mode: KvMode = "auto"
+    ratio: float | None = None
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in _KV_MODES:
+            raise ArgumentError(
+                f"kv_mode={self.mode!r:.80} is not 'auto', 'device', 'host' or 'split'"
+            )
+        for name, value in (("kv_ratio", self.ratio), ("kv_step", self.step)):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 <= value <= 1):
+                raise ArgumentError(f"{name}={value!r:.80} is not a share from 0 to 1")
+            if value and self.mode in ("device", "host"):
+                raise ArgumentError(
+                    f"{name} is for keys and values that both share, not for kv_mode={self.mode!r}"
+                )
+
+    def check_device(self, weights: Weights) -> None:
+        """Raises ArgumentError where no GPU computes and anything but "auto" is asked for."""
+        if weights.offload is None and self != KvPlace():
+            raise ArgumentError(
+                "kv_mode, kv_ratio and kv_step say which keys and values a GPU keeps, and no GPU "
+                "is used: the processor keeps them all in host memory"
+            )
+
+
+_KV_MODES = {
+    "auto": lib.QI_KV_AUTO,
+    "device": lib.QI_KV_DEVICE,
+    "host": lib.QI_KV_HOST,
+    "split": lib.QI_KV_SPLIT,
+}
+_KV_ANYWHERE = KvPlace()
+
+
+def _kv_mode_name(number: int) -> str:
+    return next(name for name, known in _KV_MODES.items() if known == number)
 
 
 class Context:
@@ -82,8 +144,10 @@ class Context:
         n_batch: int | None = None,
         threads: int | None = None,
         kv_type: str = "f16",
+        kv_place: KvPlace = _KV_ANYWHERE,
         policy: Policy = _ALL_NEURONS,
     ) -> None:
+        kv_place.check_device(weights)
         self._weights = weights
         self.policy = policy
         self.model_info = weights.info
@@ -97,6 +161,9 @@ class Context:
         params.generated_rule = policy.generated_rule
         params.sparse_threshold = math.nan if policy.threshold is None else policy.threshold
         params.offload = ffi.NULL if weights.offload is None else weights.offload.pointer
+        params.kv_mode = _KV_MODES[kv_place.mode]
+        params.kv_ratio = math.nan if kv_place.ratio is None else kv_place.ratio
+        params.kv_step = kv_place.step or 0.0
         out = ffi.new("qi_context **")
         error = new_error()
         check(lib.qi_context_create(weights.pointer, params, out, error), error)
@@ -524,6 +591,8 @@ class Context:
             kv_bytes_used=out.kv_bytes_used,
             kv_bytes_reserved=out.kv_bytes_reserved,
             scratch_bytes=out.scratch_bytes,
+            kv_mode=_kv_mode_name(out.kv_mode),
+            n_device_pages=out.n_device_pages,
         )
 
     def set_threads(self, threads: int) -> None:
@@ -553,6 +622,22 @@ class Context:
             weight_bytes_read=out.weight_bytes_read,
             layers=tuple(layers),
         )
+
+    def kv_host_shares(self) -> NDArray[np.float64]:
+        """Which share of the positions the processor attended to last, by layer: shape (n_layer,).
+
+        1 where it keeps all keys and values, 0 where a GPU does; with `kv_mode="split"` and a
+        `kv_step`, read after each token, it is the curve of how the layers adapt.
+        """
+        shares = np.empty(self.model_info.n_layer)
+        error = new_error()
+        with self._exclusive():
+            pointer = ffi.from_buffer("double[]", shares, require_writable=True)
+            status = lib.qi_context_kv_host_shares(
+                self._handle.pointer, pointer, len(shares), error
+            )
+            check(status, error)
+        return shares
 
     def reset_stats(self) -> None:
         """Sets the counters to zero."""

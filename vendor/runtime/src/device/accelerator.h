@@ -23,6 +23,7 @@ struct DeviceNeeds {
     int64_t n_seq = 0;
     int64_t n_pages = 0;         // of keys and values, of all sequences together
     KvLayout kv;                 // of the layers on this device
+    KvShare kv_share;
     std::vector<size_t> arrays;  // that allocate() will be asked for, in floats
     int64_t n_head = 0;          // of queries
     int64_t n_embd = 0, n_ff = 0;

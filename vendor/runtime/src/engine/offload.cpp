@@ -76,11 +76,12 @@ std::vector<Type> weight_types(const Model& model) {
 
 }  // namespace
 
-Offload::Part Offload::make_part(const DeviceNeeds& needs, Device& host) {
+Offload::Part Offload::make_part(const DeviceNeeds& needs, const KvWish& kv, Device& host) {
     const std::lock_guard lock(mutex_);
-    if (!placement_) {
+    const bool is_first = !placement_;
+    if (is_first) {
         accelerator_->prepare(weight_types(*model_), needs.kv.type);
-        Placement placement = place(*model_, *accelerator_, needs, split_);
+        Placement placement = place(*model_, *accelerator_, needs, kv, split_);
         keep(*model_, placement, *accelerator_);
         placement_ = std::move(placement);
         log(LogLevel::info, format("%s keeps %s", accelerator_->name().c_str(),
@@ -88,8 +89,14 @@ Offload::Part Offload::make_part(const DeviceNeeds& needs, Device& host) {
     }
     DeviceNeeds of_part = needs;
     of_part.kv.n_layer = placement_->n_layers;
+    if (is_first)
+        of_part.kv_share = placement_->kv_share;
+    else
+        of_part = share_kv(*accelerator_, of_part, kv,
+                           accelerator_->budget() -
+                               std::min(accelerator_->budget(), accelerator_->used()));
     auto device = accelerator_->make_device(of_part, host);
-    return {std::move(device), placement_->n_layers, placement_->head};
+    return {std::move(device), placement_->n_layers, placement_->head, of_part.kv_share};
 }
 
 Offload::Report Offload::report() const {

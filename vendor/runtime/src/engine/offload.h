@@ -32,8 +32,9 @@ class Offload {
         std::unique_ptr<Device> device;
         int64_t n_layers;
         bool head;
+        KvShare kv_share;
     };
-    Part make_part(const DeviceNeeds& needs, Device& host);
+    Part make_part(const DeviceNeeds& needs, const KvWish& kv, Device& host);
 
     struct Report {
         std::string device;

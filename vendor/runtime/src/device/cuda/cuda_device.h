@@ -17,6 +17,7 @@
 #include "device/cuda/exchange.h"
 #include "device/cuda/gpu.h"
 #include "device/cuda/launch.h"
+#include "device/cuda/shared_kv.h"
 #include "device/cuda/weights.h"
 #include "device/cuda/working_space.h"
 #include "device/device.h"
@@ -39,15 +40,15 @@ class CudaDevice final : public Device {
     void write(const float* host, size_t n, float* out) override;
 
     void reserve_kv(const KvLayout& layout, int64_t n_pages) override;
-    size_t kv_page_bytes() const override { return kv_.page_stride; }
+    size_t kv_page_bytes() const override;
     void copy_kv_page(int32_t from, int32_t to) override;
-    void release_kv_page(int32_t) override {}
+    void release_kv_page(int32_t page) override;
     void read_kv_page(int32_t page, std::byte* out) const override;
     void write_kv_page(int32_t page, const std::byte* data) override;
     size_t scratch_bytes() const override { return scratch_bytes_; }
 
-    void set_cancel(const std::atomic<bool>* cancel) override { cancel_ = cancel; }
-    void set_threads(int) override {}
+    void set_cancel(const std::atomic<bool>* cancel) override;
+    void set_threads(int n_threads) override;
 
     void begin(const BatchInputs& inputs) override;
     void repeat(uint64_t key, const std::function<void()>& steps) override;
@@ -59,6 +60,7 @@ class CudaDevice final : public Device {
     void append_kv(int64_t layer, const Heads& heads) override;
     void attend(int64_t layer, const AttentionShape& shape, const float* q, int64_t stride,
                 float* out) override;
+    double kv_host_share(int64_t layer) const override;
     void collect_counters() override;
     void feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) override;
     void log_probabilities(const float* logits, int64_t n, int64_t n_vocab, const int32_t* targets,
@@ -70,6 +72,14 @@ class CudaDevice final : public Device {
     Current enter() const;
     CUdeviceptr input(size_t word) const { return inputs_ + word * sizeof(uint32_t); }
     KvArgs kv_of(int64_t layer) const;
+    CUdeviceptr page_address(int32_t page) const {
+        return kv_.pool + size_t(page) * kv_.page_stride;
+    }
+    int64_t place_pages(const Segment& segment, int64_t n_pages, int32_t* table);
+    void adapt_kv();
+    // Rounds of layers' attention have kinds behind those of networks.
+    int64_t kind_of_kv(int64_t layer) const { return int64_t(share_.weights->n_ffns()) + layer; }
+    void attend_here(const AttendArgs& all);
     int64_t launch_positions() const;
 
     // x in the form that weights of that type want: quantised at most once while x does not change.
@@ -106,7 +116,7 @@ class CudaDevice final : public Device {
 
     // Addresses of the arrays that WorkingSizes lists.
     CUdeviceptr inputs_, q8_, hidden_, lifted_, low_, predictions_, masks_, named_, partial_,
-        attend_room_, terms_;
+        attend_room_, terms_, kv_terms_, kv_other_;
     NeuronList list_;
     KvArgs kv_;
 
@@ -116,11 +126,15 @@ class CudaDevice final : public Device {
     Event embedded_sent_;
     PinnedMemory readback_;
 
-    // Where the host keeps neurons.
+    // Where the host keeps neurons, or keys and values.
     std::optional<Exchange> exchange_;
     PinnedMemory host_x_, host_z_, host_y_;  // [n_batch][n_embd]
     PinnedMemory host_names_;                // [n_batch][n_words]
     std::vector<FfnCounters*> shared_;       // by DeviceFfn::index, of networks computed so
+
+    std::optional<SharedKv> shared_kv_;
+    Exchange::Round kv_round_{};  // of the layer now computed
+    bool replayed_ = false;       // the last pass was
 
     BatchInputs batch_{};
     int64_t n_tiles_ = 0;
