@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ._files import StrPath
 from ._interrupt import run_interruptibly
+from ._kv_place import KvPlace, mode_name
 from ._native import Handle, check, ffi, lib, new_error
 from ._types import tensor_type, type_name
 from ._weights import Weights
@@ -26,13 +27,13 @@ from .sparsity import LayerStats, Policy
 Tokens = Sequence[int] | NDArray[np.integer[Any]]
 Wanted = Literal["none", "last", "all"]
 Progress = Callable[[int, int], None]
-KvMode = Literal["auto", "device", "host", "split"]
 
 # A feed of more tokens than this may take long enough for Ctrl-C to have to reach into it.
 SHORT_FEED = 16
 
 _INT32_MAX = 2**31 - 1
 _ALL_NEURONS = Policy()
+_KV_PLACE = KvPlace()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,61 +73,6 @@ def kv_type_number(name: str) -> int:
     return tensor_type(name).number
 
 
-@dataclass(frozen=True, slots=True)
-class KvPlace:
-    """Where the keys and values of layers that a GPU computes live, and who attends to them.
-
-    Attributes:
-        mode: "device" keeps all on the GPU, "host" all in host memory, where the processor attends
-            to them. "split" keeps all in host memory and copies of as many pages as fit on the
-            GPU: each attends to its positions and the parts are merged, which is exact. "auto" is
-            "device" where they fit beside the attention, else "split".
-        ratio: the processor's share of the positions at first, 0 to 1; None: what does not fit on
-            the GPU. It implies "split".
-        step: how much of the positions the boundary of a layer moves after each token, towards
-            where both take as long; None or 0: not. It implies "split".
-    """
-
-    mode: KvMode = "auto"
-    ratio: float | None = None
-    step: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in _KV_MODES:
-            raise ArgumentError(
-                f"kv_mode={self.mode!r:.80} is not 'auto', 'device', 'host' or 'split'"
-            )
-        for name, value in (("kv_ratio", self.ratio), ("kv_step", self.step)):
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and 0 <= value <= 1):
-                raise ArgumentError(f"{name}={value!r:.80} is not a share from 0 to 1")
-            if value and self.mode in ("device", "host"):
-                raise ArgumentError(
-                    f"{name} is for keys and values that both share, not for kv_mode={self.mode!r}"
-                )
-
-    def check_device(self, weights: Weights) -> None:
-        """Raises ArgumentError where no GPU computes and anything but "auto" is asked for."""
-        if weights.offload is None and self != KvPlace():
-            raise ArgumentError(
-                "kv_mode, kv_ratio and kv_step say which keys and values a GPU keeps, and no GPU "
-                "is used: the processor keeps them all in host memory"
-            )
-
-
-_KV_MODES = {
-    "auto": lib.QI_KV_AUTO,
-    "device": lib.QI_KV_DEVICE,
-    "host": lib.QI_KV_HOST,
-    "split": lib.QI_KV_SPLIT,
-}
-_KV_ANYWHERE = KvPlace()
-
-
-def _kv_mode_name(number: int) -> str:
-    return next(name for name, known in _KV_MODES.items() if known == number)
-
-
 class Context:
     """Sequences of tokens that a model has read, with everything it remembers of them.
 
@@ -144,7 +90,7 @@ class Context:
         n_batch: int | None = None,
         threads: int | None = None,
         kv_type: str = "f16",
-        kv_place: KvPlace = _KV_ANYWHERE,
+        kv_place: KvPlace = _KV_PLACE,
         policy: Policy = _ALL_NEURONS,
     ) -> None:
         kv_place.check_device(weights)
@@ -161,7 +107,7 @@ class Context:
         params.generated_rule = policy.generated_rule
         params.sparse_threshold = math.nan if policy.threshold is None else policy.threshold
         params.offload = ffi.NULL if weights.offload is None else weights.offload.pointer
-        params.kv_mode = _KV_MODES[kv_place.mode]
+        params.kv_mode = kv_place.number
         params.kv_ratio = math.nan if kv_place.ratio is None else kv_place.ratio
         params.kv_step = kv_place.step or 0.0
         out = ffi.new("qi_context **")
@@ -591,7 +537,7 @@ class Context:
             kv_bytes_used=out.kv_bytes_used,
             kv_bytes_reserved=out.kv_bytes_reserved,
             scratch_bytes=out.scratch_bytes,
-            kv_mode=_kv_mode_name(out.kv_mode),
+            kv_mode=mode_name(out.kv_mode),
             n_device_pages=out.n_device_pages,
         )
 

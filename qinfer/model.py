@@ -19,10 +19,11 @@ from ._files import StrPath
 from ._generate import Answer, GenerateOptions, Settings, run
 from ._gguf import Progress
 from ._keywords import check_keywords, hinting
+from ._kv_place import KvMode, KvPlace
 from ._pool import ContextPool
 from ._weights import ModelInfo, Weights
 from .completion import Completion, Piece, Score
-from .context import Context, KvMode, KvPlace, Tokens, Wanted, kv_type_number, positive
+from .context import Context, Tokens, Wanted, kv_type_number, positive
 from .errors import ArgumentError, ContextFull, FileError
 from .offload import GpuSplit, Placement, offload
 from .sampling import token_array
