@@ -292,8 +292,9 @@ std::string describe(const Placement& placement, const Model& model,
         n_resident += shard.neurons().size();
     const auto n_layer = double(model.layers().size());
     const KvShare& kv = placement.kv_share;
-    const std::string pages =
-        kv.with_host ? format(", %lld pages of keys and values", (long long)kv.n_pages) : "";
+    std::string pages;
+    if (kv.with_host && kv.n_pages == 0) pages = ", no keys and values";
+    if (kv.n_pages > 0) pages = format(", %lld pages of keys and values", (long long)kv.n_pages);
     return format("%lld of %zu layers' attention%s%s%s, %.0f %% of the neurons; %s of %s",
                   (long long)placement.n_layers, model.layers().size(),
                   placement.predictors && model.predictor_rank() ? ", predictors" : "",
