@@ -242,7 +242,9 @@ def _through_file(a: Any, b: Any) -> None:
         b.load_state(path)
 
 
-def failures(path: str, code: int, every: int) -> dict[str, Any]:
+def failures(
+    path: str, code: int, every: int, options: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """A failure injected into one driver call after the other, from opening a model to a step.
 
     Afterwards the same process opens the model and computes. `every` passes over calls, for time.
@@ -250,7 +252,10 @@ def failures(path: str, code: int, every: int) -> dict[str, Any]:
     cuda = _cuda()
 
     def run() -> list[float]:
-        with Model(path, device="cuda", n_ctx=64, sparsity="off") as model, model.context() as c:
+        with (
+            Model(path, device="cuda", n_ctx=64, sparsity="off", **(options or {})) as model,
+            model.context() as c,
+        ):
             c.feed(TOKENS[:3])
             return [float(x) for x in c.logits[:8]]
 

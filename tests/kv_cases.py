@@ -47,9 +47,7 @@ def _use(context: Any) -> npt.NDArray[np.floating]:
     return np.concatenate(rows)
 
 
-def compare(
-    path: str, places: list[dict[str, Any]], kv_type: str, budget: str, n_batch: int = 64
-) -> list[dict[str, Any]]:
+def compare(path: str, places: list[dict[str, Any]], kv_type: str) -> list[dict[str, Any]]:
     """The logits with keys and values in each place against the processor's."""
     options: dict[str, Any] = {"n_ctx": N_CTX, "kv_type": kv_type, "sparsity": "off"}
     with Model(path, device="cpu", **options) as cpu, cpu.context(n_seq=2) as context:
@@ -59,8 +57,8 @@ def compare(
     found = []
     for place in places:
         with (
-            Model(path, device="cuda", vram_budget=budget, **options, **place) as gpu,
-            gpu.context(n_seq=2, n_batch=n_batch) as context,
+            Model(path, device="cuda", vram_budget="300MiB", **options, **place) as gpu,
+            gpu.context(n_seq=2, n_batch=64) as context,
         ):
             errors = _errors(_use(context), expected)
             shares = context.kv_host_shares().tolist()
@@ -73,9 +71,6 @@ def compare(
                     "shares": shares,
                     "mode": info.kv_mode,
                     "n_pages": info.n_device_pages,
-                    "summary": placement.summary,
-                    "n_neurons": placement.n_neurons,
-                    "n_layers": placement.n_layers,
                 }
             )
         assert int(_cuda().standin_allocated()) == 0
@@ -105,25 +100,25 @@ def states(path: str) -> list[Any]:
     return [[file == files[0] for file in files], errors]
 
 
-def adapted(path: str, step: float, delay_of: str) -> dict[str, Any]:
-    """The boundary's way over tokens while one side is made slower than the other."""
+def adapted(path: str, step: float) -> list[list[float]]:
+    """The host's share by layer, token after token; ten pages and then eleven."""
     with (
         Model(path, device="cuda", n_ctx=704, sparsity="off", kv_ratio=0.5, kv_step=step) as model,
         model.context() as context,
     ):
-        context.feed(np.resize(TOKENS, 640).tolist())
+        context.feed(np.resize(TOKENS, 630).tolist())
         curve = []
-        for token in TOKENS[:24]:
+        for token in TOKENS[:16]:
             context.feed([token], generated=True)
             curve.append(context.kv_host_shares().tolist())
-        return {"curve": curve, "text": delay_of}
+        return curve
 
 
 def kept_under(path: str, sizes: list[str]) -> list[dict[str, Any]]:
     """What "auto" does with budgets that hold the keys and values of a long context or do not."""
     rows: list[dict[str, Any]] = []
     options: dict[str, Any] = {"n_ctx": 4096, "sparsity": "off"}
-    tokens = np.resize(TOKENS, 200).tolist()
+    tokens = TOKENS[:40]
     with Model(path, device="cpu", **options) as cpu, cpu.context() as context:
         context.feed(tokens)
         expected = context.logits[None].copy()
@@ -134,11 +129,14 @@ def kept_under(path: str, sizes: list[str]) -> list[dict[str, Any]]:
                 model.context(n_batch=32) as context,
             ):
                 context.feed(tokens)
+                with model.context(n_batch=32) as other:
+                    later = other.info.kv_mode
                 placement, info = model.placement, context.info
                 assert placement is not None
                 rows.append(
                     {
                         "mode": info.kv_mode,
+                        "later": later,
                         "n_pages": info.n_device_pages,
                         "n_layers": placement.n_layers,
                         "n_neurons": placement.n_neurons,
@@ -166,6 +164,7 @@ def failures(path: str, code: int, every: int) -> dict[str, Any]:
         Model(path, device="cuda", n_ctx=N_CTX, sparsity="off", kv_ratio=0.5) as model,
         model.context(n_batch=64) as context,
     ):
+
         def run() -> list[float]:
             context.truncate(100)
             context.feed(TOKENS[100:200])
@@ -189,5 +188,3 @@ def failures(path: str, code: int, every: int) -> dict[str, Any]:
             finally:
                 cuda.standin_fail_at(-1, 0)
         return {"n_calls": n_calls, "kinds": kinds, "same": run() == expected}
-
-

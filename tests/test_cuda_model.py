@@ -23,10 +23,9 @@ from test_sparsity import CASES, QUANTISED, Case
 DATA = Path(__file__).parent / "data"
 STORIES = Path(__file__).parents[1] / "qinfer" / "data" / "relu-stories-15M.gguf"
 PROGRAM = """
-import json, sys
-import cuda_cases
-name, arguments = json.loads(sys.argv[1])
-print(json.dumps(getattr(cuda_cases, name)(*arguments)))
+import importlib, json, sys
+cases, name, arguments = json.loads(sys.argv[1])
+print(json.dumps(getattr(importlib.import_module(cases), name)(*arguments)))
 """
 
 
@@ -36,9 +35,9 @@ def kernel_cache() -> str:
     return str(cuda_standin.FOLDER / "qinfer-cache")
 
 
-def on_gpu(name: str, *arguments: Any, **settings: object) -> Any:
+def on_gpu(name: str, *arguments: Any, cases: str = "cuda_cases", **settings: object) -> Any:
     """What a function of cuda_cases answers in a process that has the stand-in for a GPU."""
-    words = json.dumps([name, [str(a) if isinstance(a, Path) else a for a in arguments]])
+    words = json.dumps([cases, name, [str(a) if isinstance(a, Path) else a for a in arguments]])
     environment = cuda_standin.environment(**settings)
     environment["QINFER_CACHE_DIR"] = kernel_cache()
     environment["PYTHONPATH"] = os.pathsep.join([str(DATA.parent), *filter(None, sys.path)])
