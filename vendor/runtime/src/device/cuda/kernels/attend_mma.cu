@@ -210,7 +210,7 @@ QI_DEVICE void attend_mma(const TileAttention& a, const KvPages& kv, const Token
     const int g = lane_id() / 4, i = lane_id() % 4;
 
     // This lane has parts of two rows: token row / n_heads of the tile, head row % n_heads.
-    int position[2], first[2], last[2];
+    int first[2], last[2];  // positions it sees
     const f32* q[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -218,10 +218,10 @@ QI_DEVICE void attend_mma(const TileAttention& a, const KvPages& kv, const Token
         const bool real = row < n_tokens * n_heads;
         const i64 token = first_token + (real ? row / n_heads : 0);
         const int head = kv_head * group + first_of_group + row % n_heads;
-        position[r] = real ? tokens.positions[token] : -1;
-        first[r] = position[r] < 0 ? 0 : first_visible(position[r], a.window);
-        last[r] = last_visible(tokens, first_token, position[r]);
-        q[r] = position[r] < 0 ? nullptr : a.q + token * a.q_stride + i64(head) * head_dim;
+        const int position = real ? tokens.positions[token] : -1;
+        first[r] = position < 0 ? 0 : first_visible(position, a.window);
+        last[r] = last_visible(tokens, first_token, position);
+        q[r] = position < 0 ? nullptr : a.q + token * a.q_stride + i64(head) * head_dim;
     }
     __shared__ int first_seen, last_seen;
     if (threadIdx.x == 0) {
@@ -231,7 +231,7 @@ QI_DEVICE void attend_mma(const TileAttention& a, const KvPages& kv, const Token
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-        if (i == 0 && position[r] >= 0 && last[r] >= first[r]) {
+        if (i == 0 && last[r] >= first[r]) {
             atomicMin(&first_seen, first[r]);
             atomicMax(&last_seen, last[r]);
         }
@@ -360,20 +360,21 @@ QI_DEVICE void attend_mma(const TileAttention& a, const KvPages& kv, const Token
 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        if (position[r] < 0) continue;
-        const int row = 16 * warp_id() + g + 8 * r;
+        // Looked up again: registers are short.
+        const int row = 16 * warp_id() + g + 8 * r, token = first_token + row / n_heads;
+        if (row >= n_tokens * n_heads || tokens.positions[token] < 0) continue;
         const int head = kv_head * group + first_of_group + row % n_heads;
-        f32* out = a.out + (i64(first_token + row / n_heads) * a.n_head + head) * head_dim;
+        f32* out = a.out + (i64(token) * a.n_head + head) * head_dim;
+        const f32 divisor = a.terms ? 1.0f : total[r];
 #pragma unroll
         for (int n = 0; n < n_dims; ++n)
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const int d = 8 * n + 2 * i + j;
-                const f32 sum = acc[n][2 * r + j];
-                if (d < head_dim) out[d] = a.terms ? sum : sum / total[r];
+                if (d < head_dim) out[d] = acc[n][2 * r + j] / divisor;
             }
         if (!a.terms || i != 0) continue;
-        f32* terms = a.terms + 2 * ((i64(first_token) + row / n_heads) * a.n_head + head);
+        f32* terms = a.terms + 2 * (i64(token) * a.n_head + head);
         terms[0] = maximum[r];
         terms[1] = total[r];
     }
