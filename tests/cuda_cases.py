@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qinfer import Model, QInferError, UnsupportedError
+from qinfer import Cancelled, Model, QInferError, UnsupportedError
 
 N_TOKENS = 24
 TOKENS = np.random.default_rng(5).integers(0, 301, N_TOKENS).tolist()
@@ -112,10 +113,10 @@ def compare(
     return found
 
 
-def replayed(path: str) -> dict[str, Any]:
+def replayed(path: str, share: str) -> dict[str, Any]:
     """Steps that are computed, recorded and replayed: their logits, and the graphs there are."""
     counts = (ctypes.c_uint64 * 7)()
-    with Model(path, device="cuda", n_ctx=64, sparsity="off") as model, model.context() as context:
+    with _shared(path, share) as model, model.context() as context:
         rows = []
         for _ in range(4):
             context.truncate(0)
@@ -123,7 +124,45 @@ def replayed(path: str) -> dict[str, Any]:
                 context.feed([token], generated=True)
             rows.append([float(x) for x in context.logits])
         _cuda().standin_live_objects(counts)
-    return {"rows": rows, "n_graphs": int(counts[4])}
+        layers = [
+            [layer.seconds, layer.device_seconds, layer.host_seconds, layer.wait_seconds]
+            for layer in context.stats().layers
+        ]
+    return {"rows": rows, "n_graphs": int(counts[4]), "layers": layers}
+
+
+def _shared(path: str, share: str, options: dict[str, Any] | None = None) -> Model:
+    """A model with all ("whole"), half or none of its neurons on the GPU."""
+    split = "none" if share == "none" else "auto"
+    given: dict[str, Any] = {"n_ctx": 64, "sparsity": "off"} | (options or {})
+    model = Model(path, device="cuda", gpu_split=split, **given)
+    if share == "half":
+        _keep_half(model)
+    return model
+
+
+def cancelled(path: str, share: str) -> dict[str, Any]:
+    """Steps that another thread cancels, each later than the one before; then one that ends."""
+    n_cancelled = 0
+    with _shared(path, share) as model, model.context() as context:
+        expected = _logits(context, 1, TOKENS[:4])
+        for delay in range(12):
+            context.truncate(0)
+            timer = threading.Timer(delay * 0.003, context.cancel)
+            timer.start()
+            try:
+                for token in TOKENS:
+                    context.feed([token], generated=True)
+                timer.join()
+                context.clear_cancel()
+            except Cancelled:
+                n_cancelled += 1
+        same = np.array_equal(_logits(context, 1, TOKENS[:4]), expected)
+    return {
+        "n_cancelled": n_cancelled,
+        "same": bool(same),
+        "left": int(_cuda().standin_allocated()),
+    }
 
 
 def counted(path: str) -> dict[str, list[Any]]:
@@ -243,7 +282,7 @@ def _through_file(a: Any, b: Any) -> None:
 
 
 def failures(
-    path: str, code: int, every: int, options: dict[str, Any] | None = None
+    path: str, share: str, code: int, every: int, options: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """A failure injected into one driver call after the other, from opening a model to a step.
 
@@ -252,11 +291,9 @@ def failures(
     cuda = _cuda()
 
     def run() -> list[float]:
-        with (
-            Model(path, device="cuda", n_ctx=64, sparsity="off", **(options or {})) as model,
-            model.context() as c,
-        ):
-            c.feed(TOKENS[:3])
+        with _shared(path, share, options) as model, model.context() as c:
+            for token in TOKENS[:3]:
+                c.feed([token], generated=True)
             return [float(x) for x in c.logits[:8]]
 
     expected = run()  # compiles what has to be
@@ -279,14 +316,15 @@ def failures(
     return {"n_calls": n_calls, "kinds": kinds, "same": run() == expected}
 
 
-def lost(path: str) -> dict[str, str]:
+def lost(path: str, share: str) -> dict[str, str]:
     """The device is lost between two steps."""
-    with Model(path, device="cuda", n_ctx=64, sparsity="off") as model:
+    with _shared(path, share) as model:
         context = model.context()
-        context.feed(TOKENS[:3])
+        for token in TOKENS[:3]:
+            context.feed([token], generated=True)
         _cuda().standin_kill()
         try:
-            context.feed(TOKENS[:1])
+            context.feed(TOKENS[:1], generated=True)
             return {"error": "none"}
         except QInferError as error:
             return {"error": type(error).__name__, "message": str(error)}
@@ -309,6 +347,25 @@ def together(path: str) -> list[list[float]]:
                 context.feed([token])
             rows += [_errors(x.logits[None], expected.logits[None])[0] for x in (a, b, c)]
         return [rows]
+
+
+def side_by_side(path: str) -> list[bool]:
+    """Two threads, each with a context of a model that shares its layers with the processor."""
+    same = []
+
+    def run(model: Model) -> None:
+        with model.context() as context:
+            rows = [_logits(context, 1, TOKENS[:8]) for _ in range(3)]
+        same.append(all(np.array_equal(row, rows[0]) for row in rows))
+
+    with _shared(path, "half") as one, _shared(path, "half") as other:
+        run(one)
+        threads = [threading.Thread(target=run, args=(model,)) for model in (one, other, one)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return same
 
 
 def automatic(path: str) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def test_any_call_may_fail(code: int, every: int) -> None:
 
 
 def test_any_call_may_fail_while_a_context_is_made() -> None:
-    found = on_gpu("failures", SMALL, 2, 37, {"kv_mode": "split"}, cases="cuda_cases")
+    found = on_gpu("failures", SMALL, "half", 2, 37, {"kv_mode": "split"}, cases="cuda_cases")
     assert set(found["kinds"]) <= {"none", "OutOfMemory", "DeviceError"}
     assert found["kinds"]["OutOfMemory"] > 5
     assert found["same"]

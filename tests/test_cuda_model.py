@@ -90,10 +90,29 @@ def test_q8_0_keys_and_values(tmp_path: Path) -> None:
         assert np.median(errors) < 1e-4
 
 
-def test_steps_are_recorded_and_replayed() -> None:
+@pytest.mark.parametrize("share", ["whole", "half", "none"])
+def test_steps_are_recorded_and_replayed(share: str) -> None:
     """The same bits, whether kernels are launched one by one, recorded or replayed."""
-    found = on_gpu("replayed", DATA / "stories260K.F32.gguf")
+    found = on_gpu("replayed", DATA / "stories260K.F32.gguf", share)
     assert found["n_graphs"] > 0
+    assert all(row == found["rows"][0] for row in found["rows"])
+    for seconds, on_gpu_seconds, on_host, waiting in found["layers"]:
+        assert (on_host > 0) == (share != "whole")
+        assert seconds == pytest.approx(on_gpu_seconds + waiting)
+
+
+@pytest.mark.parametrize("share", ["whole", "half"])
+def test_steps_can_be_cancelled(share: str) -> None:
+    """Wherever it meets a step, the next ones are right."""
+    found = on_gpu("cancelled", DATA / "stories260K.F32.gguf", share)
+    assert found["n_cancelled"] > 0
+    assert found["same"]
+    assert found["left"] == 0
+
+
+def test_kernels_do_not_wait_where_a_watchdog_ends_them() -> None:
+    found = on_gpu("replayed", DATA / "stories260K.F32.gguf", "half", watchdog_ms=9000)
+    assert found["n_graphs"] == 0
     assert all(row == found["rows"][0] for row in found["rows"])
 
 
@@ -157,10 +176,15 @@ def test_models_share_a_gpu() -> None:
     assert max(errors) < 1e-5
 
 
-@pytest.mark.parametrize("code", [2, 999])
-def test_any_call_may_fail(code: int) -> None:
+def test_threads_share_a_gpu() -> None:
+    """Kernels of one context wait for their thread while those of another do for theirs."""
+    assert on_gpu("side_by_side", DATA / "stories260K.F32.gguf") == [True] * 4
+
+
+@pytest.mark.parametrize(("code", "share"), [(2, "half"), (999, "whole")])
+def test_any_call_may_fail(code: int, share: str) -> None:
     """Out of memory, or an unknown error: a typed exception, nothing leaked, and it goes on."""
-    found = on_gpu("failures", DATA / "stories260K.F32.gguf", code, 7)
+    found = on_gpu("failures", DATA / "stories260K.F32.gguf", share, code, 7)
     kinds = found["kinds"]
     assert found["n_calls"] > 100
     assert kinds.get("DeviceError", 0) + kinds.get("OutOfMemory", 0) > 10
@@ -168,8 +192,9 @@ def test_any_call_may_fail(code: int) -> None:
     assert found["same"]
 
 
-def test_a_lost_device_is_an_error() -> None:
-    found = on_gpu("lost", DATA / "stories260K.F32.gguf")
+@pytest.mark.parametrize("share", ["whole", "half"])
+def test_a_lost_device_is_an_error(share: str) -> None:
+    found = on_gpu("lost", DATA / "stories260K.F32.gguf", share)
     assert found["error"] == "DeviceError"
 
 

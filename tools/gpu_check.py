@@ -301,6 +301,7 @@ class Check:
         measured = [r for r in self.found if r.part == "speed" and r.status == MEASURED]
         if measured:
             columns = ("prompt t/s", "decode t/s", "MB/token", "of copies", "VRAM GB")
+            columns += ("GPU ms", "CPU ms", "waits ms")
             lines += ["", f"{'speed':<32}" + "".join(f"{name:>12}" for name in columns)]
         for result in measured:
             values = result.values
@@ -312,12 +313,17 @@ class Check:
                 f"{share:.0%}" if share is not None else "",
                 f"{values['used_bytes'] / 1e9:.2f}" if "used_bytes" in values else "",
             ]
+            if values.get("host_seconds"):
+                names = ("device_seconds", "host_seconds", "wait_seconds")
+                cells += [f"{values[name] * 1e3:.3f}" for name in names]
             row = f"{result.name:<32}" + "".join(f"{cell:>12}" for cell in cells)
             lines.append(row.rstrip())
         if measured:
             lines.append(
                 "of copies: the weights that a token reads, wherever they lie, beside what the "
-                "card\nreads and writes per second where it copies"
+                "card\nreads and writes per second where it copies\n"
+                "GPU, CPU: of a token, what each takes for its neurons of the layers that both "
+                "compute;\nwaits: how long the GPU is idle there until the CPU is ready"
             )
         failed = [r for r in self.found if r.status == FAILED]
         lines += ["", *(f"FAILED {r.part} {r.name}: {r.detail}" for r in failed)]

@@ -25,6 +25,7 @@ from sparse_weights import Sparsity
 
 import qinfer
 from qinfer import Model, OutOfMemory, QInferError, _cuda, _machine
+from qinfer.completion import Stats
 from qinfer.sampling import Sampler, Sampling
 
 PASSED, FAILED, SKIPPED, MEASURED = "passed", "failed", "skipped", "measured"
@@ -239,7 +240,8 @@ def properties(settings: Settings) -> Iterator[Result]:
     from qinfer._alias import embedded
 
     stories = embedded("stories")
-    yield replayed(settings, stories)
+    for share in ("whole", "half"):
+        yield replayed(settings, stories, share)
     yield from budgets(settings, stories)
     yield memory(settings, stories)
 
@@ -255,10 +257,7 @@ def compare_shares(settings: Settings, path: Path, type_name: str) -> Iterator[R
         split: Any = "none" if share == "none" else "auto"
         with Model(path, device=settings.device, gpu_split=split, **options) as gpu:
             if share == "half":
-                offload = gpu._weights.offload
-                assert offload is not None
-                for layer in range(gpu.info.n_layer):
-                    offload.choose_neurons(layer, np.arange(0, gpu.info.n_ff, 2, dtype=np.int32))
+                keep_half(gpu)
             errors = [error_of(logits_in(gpu, *case), expected[case]) for case in cases]
             placement = gpu.placement
         assert placement is not None
@@ -283,9 +282,19 @@ def logits_in(model: Model, mode: Any, step: int) -> npt.NDArray[np.float32]:
         return logits_of(context, step)
 
 
-def replayed(settings: Settings, path: Path) -> Result:
+def keep_half(model: Model) -> None:
+    """Every other neuron goes to the GPU."""
+    offload = model._weights.offload
+    assert offload is not None
+    for layer in range(model.info.n_layer):
+        offload.choose_neurons(layer, np.arange(0, model.info.n_ff, 2, dtype=np.int32))
+
+
+def replayed(settings: Settings, path: Path, share: str) -> Result:
     """The same bits, whether kernels are launched one by one, recorded or replayed."""
     with Model(path, device=settings.device, n_ctx=64, sparsity="off") as model:
+        if share == "half":
+            keep_half(model)
         rows = []
         with model.context() as context:
             for _ in range(4 if settings.quick else 20):
@@ -294,7 +303,8 @@ def replayed(settings: Settings, path: Path) -> Result:
                     context.feed([token], generated=True)
                 rows.append(context.logits.tobytes())
     same = sum(row == rows[0] for row in rows)
-    return judged("properties", "replayed steps", same == len(rows), f"{same} of {len(rows)} alike")
+    name, detail = f"replayed steps, {share}", f"{same} of {len(rows)} alike"
+    return judged("properties", name, same == len(rows), detail)
 
 
 def budgets(settings: Settings, path: Path) -> Iterator[Result]:
@@ -363,13 +373,18 @@ def speed(settings: Settings) -> Iterator[Result]:
             model.context(n_ctx=n_ctx, n_batch=settings.n_prompt) as context,
         ):
             loaded = time.perf_counter() - begin
-            prompt, generation, per_token = timed_rounds(context, settings)
+            prompt, generation, stats = timed_rounds(context, settings)
             placement = model.placement
             mode = model.policy.mode
     except OutOfMemory as problem:
         yield Result("speed", name, SKIPPED, f"refused: {problem}")
         return
     assert placement is not None
+    per_token = stats.weight_bytes_read / stats.n_generated_tokens
+    waits = {
+        name: sum(getattr(layer, name) for layer in stats.layers) / stats.n_generated_tokens
+        for name in ("device_seconds", "host_seconds", "wait_seconds")
+    }
     values: dict[str, Any] = {
         "engine": "qinfer",
         "file_bytes": n_bytes,
@@ -383,6 +398,7 @@ def speed(settings: Settings) -> Iterator[Result]:
         "generation_rate": statistics.median(generation),
         "generation_range": [min(generation), max(generation)],
         "bytes_per_token": per_token,
+        **waits,  # per token, in all layers that both compute
         "placed": placement.summary,
         "n_neurons": placement.n_neurons,
     }
@@ -397,8 +413,8 @@ def speed(settings: Settings) -> Iterator[Result]:
 
 def timed_rounds(
     context: qinfer.Context, settings: Settings
-) -> tuple[list[float], list[float], float]:
-    """Tokens per second of prompts and of generating, by round, and bytes read per token.
+) -> tuple[list[float], list[float], Stats]:
+    """Tokens per second of prompts and of generating, by round, and what the last one generated.
 
     A shorter round comes first and is not counted.
     """
@@ -424,8 +440,7 @@ def timed_rounds(
         if number >= 0:
             prompt.append(settings.n_prompt / (prompt_end - start))
             generation.append(n_generate / (end - generation_start))
-    stats = context.stats()
-    return prompt, generation, stats.weight_bytes_read / stats.n_generated_tokens
+    return prompt, generation, context.stats()
 
 
 PARTS: dict[str, Callable[[Settings], Iterator[Result]]] = {

@@ -123,7 +123,7 @@ int attribute(const Settings& s, int which) {
         case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT:
             return static_cast<int>(s.multiprocessors);
         case CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT:
-            return 0;
+            return s.watchdog_ms < 10000;  // as a driver with a display has it
         case CU_DEVICE_ATTRIBUTE_INTEGRATED:
             return 0;
         case CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY:

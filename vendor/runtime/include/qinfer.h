@@ -437,7 +437,7 @@ typedef struct qi_context_info {
     uint64_t kv_bytes_used;
     uint64_t kv_bytes_reserved; /* address space; memory is taken as pages fill */
     uint64_t scratch_bytes;
-    int32_t kv_mode;         /* QI_KV_DEVICE, HOST or SPLIT */
+    int32_t kv_mode;        /* QI_KV_DEVICE, HOST or SPLIT */
     int32_t n_device_pages; /* of keys and values that an accelerator has room for */
 } qi_context_info;
 

@@ -271,7 +271,8 @@ void test_parts(const Level& level, Type type) {
                 float* out = &part.out[size_t(i * dim)];
                 const int64_t position = positions[size_t(i)];
                 if (position < first) {
-                    const bool nothing = std::all_of(out, out + dim, [](float x) { return x == 0; });
+                    const bool nothing =
+                        std::all_of(out, out + dim, [](float x) { return x == 0; });
                     checks.expect(nothing && sum == 0 && maximum == -__FLT_MAX__,
                                   "%s %s: a part that sees nothing is something", level.name(),
                                   type_name(type));

@@ -147,10 +147,10 @@ enum class KvMode {
 
 // What is left of that choice when it is made.
 struct KvShare {
-    bool with_host = false;    // the host holds every page, the device copies of some; else it all
-    int64_t n_pages = 0;       // that the device has room for, if so
-    double host_share = 0;     // of the positions, that the host attends to at first
-    double step = 0;           // of them, that one adaptation moves; 0: none does
+    bool with_host = false;  // the host holds every page, the device copies of some; else it all
+    int64_t n_pages = 0;     // that the device has room for, if so
+    double host_share = 0;   // of the positions, that the host attends to at first
+    double step = 0;         // of them, that one adaptation moves; 0: none does
 };
 
 struct AttentionShape {

@@ -92,8 +92,7 @@ double KvBoundaries::host_share(int64_t layer) const {
     int64_t n = 0, of_host = 0;
     for (size_t i = 0; i < segments_.size(); ++i) {
         n += segments_[i].n_positions;
-        of_host +=
-            std::max<int64_t>(0, segments_[i].n_positions - pages[i] * kernels::page_size);
+        of_host += std::max<int64_t>(0, segments_[i].n_positions - pages[i] * kernels::page_size);
     }
     return double(of_host) / double(n);
 }

@@ -92,9 +92,9 @@ Offload::Part Offload::make_part(const DeviceNeeds& needs, const KvWish& kv, Dev
     if (is_first)
         of_part.kv_share = placement_->kv_share;
     else
-        of_part = share_kv(*accelerator_, of_part, kv,
-                           accelerator_->budget() -
-                               std::min(accelerator_->budget(), accelerator_->used()));
+        of_part = share_kv(
+            *accelerator_, of_part, kv,
+            accelerator_->budget() - std::min(accelerator_->budget(), accelerator_->used()));
     auto device = accelerator_->make_device(of_part, host);
     return {std::move(device), placement_->n_layers, placement_->head, of_part.kv_share};
 }

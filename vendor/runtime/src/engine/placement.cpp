@@ -231,13 +231,13 @@ Placement place(const Model& model, const Accelerator& accelerator, const Device
     if (plan.result.n_layers == 0) {
         DeviceNeeds first = kv.mode == KvMode::device ? alone : none;
         first.kv.n_layer = 1;
-        fail(QI_MEMORY,
-             "one layer's attention, its keys and values and the working space take %s, "
-             "of the device's memory %s are left for them",
-             size_text(attention_bytes(model.layers()[0], accelerator) +
-                       accelerator.bytes_of(first))
-                 .c_str(),
-             size_text(room).c_str());
+        fail(
+            QI_MEMORY,
+            "one layer's attention, its keys and values and the working space take %s, "
+            "of the device's memory %s are left for them",
+            size_text(attention_bytes(model.layers()[0], accelerator) + accelerator.bytes_of(first))
+                .c_str(),
+            size_text(room).c_str());
     }
     DeviceNeeds of_layers = needs;
     of_layers.kv.n_layer = plan.result.n_layers;
@@ -249,7 +249,8 @@ Placement place(const Model& model, const Accelerator& accelerator, const Device
     const size_t left = room - plan.used;
     const bool neurons = plan.all_layers() && plan.result.predictors;
     // Neurons that were asked for by name come first.
-    if (shared && split.neurons.empty()) copy_pages(neurons && std::isnan(kv.ratio) ? left / 2 : left);
+    if (shared && split.neurons.empty())
+        copy_pages(neurons && std::isnan(kv.ratio) ? left / 2 : left);
     if (neurons)
         plan.add_neurons(split);
     else

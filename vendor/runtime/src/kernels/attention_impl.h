@@ -428,8 +428,7 @@ void attend_pages(const AttentionArgs& args, const Scratch& scratch) {
     int64_t first_page = INT64_MAX, last_page = 0;
     for (int64_t i = 0; i < args.n_queries; ++i) {
         const int64_t position = args.queries[i].position;
-        int64_t first =
-            args.window > 0 && position >= args.window ? position - args.window + 1 : 0;
+        int64_t first = args.window > 0 && position >= args.window ? position - args.window + 1 : 0;
         first = args.first > first ? args.first : first;
         first_page = first / page_size < first_page ? first / page_size : first_page;
         last_page = position / page_size > last_page ? position / page_size : last_page;

@@ -100,11 +100,10 @@ void CpuAttention::attend(const BatchInputs& batch, int64_t layer, const Attenti
             for (int64_t g = 0; g < group; ++g) {
                 const int64_t head = kv_head * group + g;
                 const int64_t row = segment->row + i;
-                queries[n_queries++] = {q + row * stride + head * head_dim,
-                                        out + (row * shape.n_head + head) * head_dim,
-                                        segment->position + i,
-                                        part ? part->terms + 2 * (row * shape.n_head + head)
-                                             : nullptr};
+                queries[n_queries++] = {
+                    q + row * stride + head * head_dim,
+                    out + (row * shape.n_head + head) * head_dim, segment->position + i,
+                    part ? part->terms + 2 * (row * shape.n_head + head) : nullptr};
             }
         }
         const kernels::AttentionArgs args{layout.type, head_dim, shape.scale, shape.sliding_window,

@@ -188,8 +188,7 @@ void CudaDevice::attend_here(const AttendArgs& all) {
         share_.kernels->attend_tiles(stream_, args);
         return;
     }
-    args.max_positions =
-        std::min(launch_positions(), device_pages(needs_) * kernels::page_size);
+    args.max_positions = std::min(launch_positions(), device_pages(needs_) * kernels::page_size);
     for (int64_t first = 0; first < n; first += few_tokens) {
         AttendArgs some = args;
         some.n_tokens = std::min(few_tokens, n - first);

@@ -99,7 +99,8 @@ class CudaDevice final : public Device {
                       int64_t h_stride, int64_t first, int64_t n);
     // A network's neurons that the host keeps: what it needs of a batch, what it does, and what
     // that adds to y.
-    Exchange::Round send_to_host(const DeviceFfn& kept, const FfnBatch& batch, bool predicting);
+    Exchange::Round send_to_host(const FeedForward& ffn, const DeviceFfn& kept,
+                                 const FfnBatch& batch, bool predicting);
     void compute_of_host(const FeedForward& ffn, const DeviceFfn& kept, FfnBatch batch,
                          bool predicting);
     void collect_times();

@@ -63,7 +63,7 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
     if (predicting) predict(ffn, kept, batch);
     // The host computes while the GPU does.
     std::optional<Exchange::Round> round;
-    if (!kept.whole()) round = send_to_host(kept, batch, predicting);
+    if (!kept.whole()) round = send_to_host(ffn, kept, batch, predicting);
     if (many && kept.n_slots() > 0)
         compute_many(ffn, kept, batch, y);
     else if (kept.n_slots() > 0)
@@ -284,12 +284,12 @@ void CudaDevice::collect_counters() {
     std::fill(tallies_.begin(), tallies_.end(), Tally{});
 }
 
-Exchange::Round CudaDevice::send_to_host(const DeviceFfn& kept, const FfnBatch& batch,
-                                         bool predicting) {
+Exchange::Round CudaDevice::send_to_host(const FeedForward& ffn, const DeviceFfn& kept,
+                                         const FfnBatch& batch, bool predicting) {
     const int64_t n = batch_.n_tokens;
     std::vector<Exchange::Rows> rows{
         {address(batch.x), host_x_.device_address(), n * needs_.n_embd}};
-    if (kept.n_slots() == 0 && batch.z)
+    if (kept.n_slots() == 0 && ffn.predictor)
         rows.push_back({address(batch.z), host_z_.device_address(), n * needs_.n_embd});
     if (predicting)
         rows.push_back({masks_, host_names_.device_address(), n * name_words(needs_.n_ff)});
@@ -307,8 +307,8 @@ void CudaDevice::compute_of_host(const FeedForward& ffn, const DeviceFfn& kept, 
         batch.shard = &kept.rest;
         batch.z = nullptr;
         if (predicting) batch.names = reinterpret_cast<const uint32_t*>(host_names_.data());
-    } else if (batch.z) {
-        batch.z = reinterpret_cast<const float*>(host_z_.data());
+    } else {
+        batch.z = ffn.predictor ? reinterpret_cast<const float*>(host_z_.data()) : nullptr;
     }
     auto* const out = reinterpret_cast<float*>(host_y_.data());
     std::fill_n(out, batch_.n_tokens * needs_.n_embd, 0.0f);

@@ -78,7 +78,7 @@ class Exchange {
     double round_trip_seconds() const { return round_trip_seconds_; }
 
   private:
-    void wait_for(const Stream& stream, uint32_t number, bool replaying);
+    bool wait_for(const Stream& stream, uint32_t number, bool replaying);
     void finish(uint32_t number);
     void try_out(const Stream& stream);
 

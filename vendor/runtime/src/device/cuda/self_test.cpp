@@ -19,6 +19,7 @@ const std::vector<SelfTest>& all_tests() {
         add_neuron_tests(made);
         add_attention_tests(made);
         add_logit_tests(made);
+        add_exchange_tests(made);
         return made;
     }();
     return tests;

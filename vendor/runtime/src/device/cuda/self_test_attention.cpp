@@ -361,9 +361,9 @@ void test_attend(Bench& bench, const AttendCase& c) {
                 kernels::attend(
                     {shape.type, head_dim, args.scale, c.window, pages.data(), &asked, 1},
                     scratch.data());
-                const Wanted wanted = attend_slowly(keys, values, query, head_dim, first,
-                                                    token.position, double(args.scale),
-                                                    c.bound < 0 ? 1 : 2);
+                const Wanted wanted =
+                    attend_slowly(keys, values, query, head_dim, first, token.position,
+                                  double(args.scale), c.bound < 0 ? 1 : 2);
                 for (int64_t d = 0; d < head_dim; ++d) {
                     const double value =
                         double(got[size_t((t * shape.n_head + head) * head_dim + d)]);

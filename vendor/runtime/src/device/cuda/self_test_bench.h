@@ -103,5 +103,6 @@ void add_product_tests(std::vector<SelfTest>& tests);
 void add_attention_tests(std::vector<SelfTest>& tests);
 void add_neuron_tests(std::vector<SelfTest>& tests);
 void add_logit_tests(std::vector<SelfTest>& tests);
+void add_exchange_tests(std::vector<SelfTest>& tests);
 
 }  // namespace qi::cuda

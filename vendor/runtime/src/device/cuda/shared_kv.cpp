@@ -27,8 +27,8 @@ SharedKv::SharedKv(const GpuShare& share, const DeviceNeeds& needs)
         std::max(needs.n_batch, needs.kv.n_layer * std::min(needs.n_batch, few_tokens));
     const char* const what = "keys and values on their way";
     sent_ = PinnedMemory(share.gpu, size_t(rows * heads_floats(needs)) * sizeof(float), what);
-    answer_ = PinnedMemory(share.gpu, size_t(part_floats(needs, needs.n_batch)) * sizeof(float),
-                           what);
+    answer_ =
+        PinnedMemory(share.gpu, size_t(part_floats(needs, needs.n_batch)) * sizeof(float), what);
 }
 
 void SharedKv::begin(const BatchInputs& batch, std::span<const int64_t> n_on_device) {
@@ -57,15 +57,16 @@ void SharedKv::write_bounds(int32_t* bounds) const {
 Exchange::Rows SharedKv::sending(int64_t layer, const Heads& heads) {
     const int64_t n = batch_.n_tokens;
     const size_t offset =
-        n > few_tokens ? 0 : size_t(layer * std::min(needs_.n_batch, few_tokens) *
-                                    heads_floats(needs_));
+        n > few_tokens
+            ? 0
+            : size_t(layer * std::min(needs_.n_batch, few_tokens) * heads_floats(needs_));
     auto* const q = reinterpret_cast<float*>(sent_.data()) + offset;
     Heads& here = heads_[size_t(layer)] = heads;
     here.q = q;
     here.k = q + (heads.k - heads.q);
     here.v = q + (heads.v - heads.q);
-    const int64_t n_words = heads.v - heads.q + (n - 1) * heads.kv_stride +
-                            needs_.kv.n_head_kv * needs_.kv.head_dim;
+    const int64_t n_words =
+        heads.v - heads.q + (n - 1) * heads.kv_stride + needs_.kv.n_head_kv * needs_.kv.head_dim;
     return {reinterpret_cast<CUdeviceptr>(heads.q), sent_.device_address() + offset * sizeof(float),
             n_words};
 }
@@ -83,8 +84,8 @@ void SharedKv::answer(int64_t layer, const AttentionShape& shape) {
         first_.clear();
         for (const int64_t n_pages : pages)
             first_.push_back(n_pages * kernels::page_size);
-        const CpuAttention::Part part{
-            first_.data(), out + batch_.n_tokens * shape.n_head * needs_.kv.head_dim};
+        const CpuAttention::Part part{first_.data(),
+                                      out + batch_.n_tokens * shape.n_head * needs_.kv.head_dim};
         host_.attend(batch_, layer, shape, heads.q, heads.q_stride, out, &part);
     }
     host_seconds_[size_t(layer)] +=

@@ -45,8 +45,7 @@ WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, cons
     // Parts of attention, the device's terms and what the host sends.
     const bool in_parts = needs.kv_share.with_host && needs.kv_share.n_pages > 0;
     kv_terms = in_parts ? size_t(n * needs.n_head * 2) * sizeof(float) : 0;
-    kv_other =
-        in_parts ? size_t(n * needs.n_head * (needs.kv.head_dim + 2)) * sizeof(float) : 0;
+    kv_other = in_parts ? size_t(n * needs.n_head * (needs.kv.head_dim + 2)) * sizeof(float) : 0;
     kv = size_t(device_pages(needs)) * kv_args.page_stride;
 }
 
@@ -64,8 +63,8 @@ size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs) {
     const WorkingSizes s(share, needs, kv_args_for(needs));
     size_t bytes = 0;
     for (const size_t n : {s.inputs, s.q8, s.hidden, s.lifted, s.low, s.predictions, s.masks,
-                           s.named, s.list, s.partial, s.other, s.attend, s.terms, s.totals, s.exchange,
-                           s.kv_terms, s.kv_other, s.kv})
+                           s.named, s.list, s.partial, s.other, s.attend, s.terms, s.totals,
+                           s.exchange, s.kv_terms, s.kv_other, s.kv})
         if (n > 0) bytes += DeviceMemory::counted_bytes(n);
     for (const size_t n : needs.arrays)
         if (n > 0) bytes += DeviceMemory::counted_bytes(n * sizeof(float));

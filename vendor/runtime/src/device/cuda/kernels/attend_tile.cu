@@ -170,8 +170,8 @@ QI_DEVICE void attend_tile(const TileAttention& a, const KvPages& kv, const Toke
                    const i32* tables, u8* pool, i64 page_stride, i64 layer_offset, i64 head_bytes, \
                    const i32* pages, const i32* bounds, f32* terms) {                              \
         attend_tile<QI_KV, n_rows>(                                                                \
-            {q, q_stride, out, n_head, n_head_kv, head_dim, scale, window, tiles, terms},                 \
-            {pool, page_stride, layer_offset, head_bytes, pages}, {positions, tables, bounds});            \
+            {q, q_stride, out, n_head, n_head_kv, head_dim, scale, window, tiles, terms},          \
+            {pool, page_stride, layer_offset, head_bytes, pages}, {positions, tables, bounds});    \
     }
 
 QI_ATTEND_TILE(qi_attend_tile_32, 32)
