@@ -50,10 +50,14 @@ class KvPlace:
         """The runtime's number for the mode."""
         return int(_MODES[self.mode])
 
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing was asked for."""
+        return self.mode == "auto" and self.ratio is None and not self.step
+
     def check_device(self, weights: Weights) -> None:
         """Raises ArgumentError where no GPU computes and anything but "auto" is asked for."""
-        asked = self.mode != "auto" or self.ratio is not None or self.step
-        if weights.offload is None and asked:
+        if weights.offload is None and not self.is_default:
             raise ArgumentError(
                 "kv_mode, kv_ratio and kv_step say which keys and values a GPU keeps, and no GPU "
                 "is used: the processor keeps them all in host memory"

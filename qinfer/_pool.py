@@ -32,10 +32,19 @@ class ContextPool:
     def give_back(self, context: Context) -> None:
         """Keeps a context for the next caller."""
         with self._lock:
-            if not self._closed and len(self._idle) < _MAX_IDLE:
+            # One that found no room on the GPU may find it when it is made again.
+            if not self._closed and len(self._idle) < _MAX_IDLE and not context.lacks_gpu:
                 self._idle.append(context)
                 return
         context.close()
+
+    def free_idle(self) -> bool:
+        """Closes the idle contexts, whose memory somebody needs; whether there were any."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for context in idle:
+            context.close()
+        return bool(idle)
 
     def close(self) -> None:
         """Closes the idle contexts, and those given back later."""

@@ -14,6 +14,7 @@ from ._native import Handle, check, ffi, lib, new_error, text
 from .errors import ArgumentError, FormatError
 
 if TYPE_CHECKING:
+    from ._pool import ContextPool
     from .context import Context
     from .offload import Offload
 
@@ -92,7 +93,13 @@ class Weights:
         self._handle = self._load()
         self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self.offload: Offload | None = None
+        self.pool: weakref.ref[ContextPool] | None = None  # it keeps the weights, not they it
         self.info = self._read_info()
+
+    def free_idle(self) -> bool:
+        """Closes contexts that nobody needs just now; whether there were any."""
+        pool = None if self.pool is None else self.pool()
+        return pool is not None and pool.free_idle()
 
     def _load(self, *, check_tensors: bool = False) -> Handle:
         """The C model; `check_tensors` looks at every weight and refuses NaN and infinity."""

@@ -34,8 +34,9 @@ class Spread:
 class BenchResult:
     """Figures of a benchmark: tokens per second, bytes, bytes per second.
 
-    `share` is the part of the read bandwidth that reading the weights took while generating,
-    `active` the part of all neurons that contributed, None where all are computed.
+    `share` is the part of the processor's read bandwidth that reading the weights took while
+    generating, `active` the part of all neurons that contributed, None where all are computed.
+    `gpu` tells what of the model a GPU kept; it is empty where none computed.
     """
 
     n_prompt: int
@@ -50,6 +51,7 @@ class BenchResult:
     bytes_per_second: float
     read_bandwidth: Spread
     share: float
+    gpu: str
 
 
 def bench(
@@ -72,6 +74,7 @@ def bench(
     prompt_rates, generation_rates, bandwidths = [], [], []
     with model.context(n_ctx=n_prompt + n_generate) as context:
         threads = context.info.threads
+        gpu = str(model.placement) if context.on_gpu else ""
         for number in range(-1, repeats):
             sampler = Sampler(model.info.n_vocab, Sampling(temperature=0))
             context.truncate(0)
@@ -108,6 +111,7 @@ def bench(
         bytes_per_second=bytes_per_second,
         read_bandwidth=bandwidth,
         share=bytes_per_second / bandwidth.median,
+        gpu=gpu,
     )
 
 
@@ -117,17 +121,22 @@ def render(model: Model, result: BenchResult) -> str:
     rows = [
         ("model", f"{info.architecture}, {info.n_params / 1e6:.1f} M parameters, {model.path}"),
         ("machine", f"{_machine.processor().brand}, {result.isa}, {result.threads} threads"),
+        *([("GPU", result.gpu)] if result.gpu else []),
         (f"prompt {result.n_prompt}", _rate(result.prompt_rate)),
         (f"generate {result.n_generate}", _rate(result.generation_rate)),
         ("sparsity", _sparsity(result)),
         ("per token", f"{result.bytes_per_token / 1e6:.1f} MB of weights read"),
-        (
-            "reading",
-            f"{result.bytes_per_second / 1e9:.1f} GB/s, {result.share:.0%} of the "
-            f"{result.read_bandwidth.median / 1e9:.1f} GB/s this machine reads",
-        ),
+        ("reading", _reading(result)),
     ]
     return "\n".join(f"{name:<14}{value}" for name, value in rows)
+
+
+def _reading(result: BenchResult) -> str:
+    speed = f"{result.bytes_per_second / 1e9:.1f} GB/s"
+    most = f"{result.read_bandwidth.median / 1e9:.1f} GB/s"
+    if result.gpu:
+        return f"{speed} by all; the processor alone reads {most} of its memory"
+    return f"{speed}, {result.share:.0%} of the {most} this machine reads"
 
 
 def _sparsity(result: BenchResult) -> str:

@@ -495,7 +495,7 @@ def perplexity(
 @click.option("--chunks", type=click.IntRange(1), help="Chunks at most.")
 @click.option("--plot/--no-plot", default=True, help="Draw the plots, too (default).")
 @click.option("--hidden-act", help="Override the activation, e.g. relu.")
-@_with(_MACHINE_OPTIONS)
+@_with(_MACHINE_OPTIONS, _DEVICE_OPTIONS)
 def profile(
     model: str,
     file: TextIO,
@@ -520,8 +520,7 @@ def profile(
         measure.check_plots()
     with (
         _load(
-            model, threads=threads, mmap=not no_mmap, hidden_act=hidden_act, sparsity="off",
-            device="cpu",
+            model, threads=threads, mmap=not no_mmap, hidden_act=hidden_act, sparsity="off"
         ) as loaded,
         Bar("counting") as bar,
     ):  # fmt: skip

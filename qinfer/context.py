@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -20,7 +21,7 @@ from ._native import Handle, check, ffi, lib, new_error
 from ._types import tensor_type, type_name
 from ._weights import Weights
 from .completion import Stats
-from .errors import ArgumentError, Busy, FormatError
+from .errors import ArgumentError, Busy, FormatError, OutOfMemory
 from .sampling import Sampler, token_array
 from .sparsity import LayerStats, Policy
 
@@ -40,8 +41,9 @@ _KV_PLACE = KvPlace()
 class ContextInfo:
     """Limits of a context, and its memory in bytes; `kv_bytes_reserved` is address space.
 
-    `kv_mode` is "device", "host" or "split", and `n_device_pages` how many pages of keys and values
-    a GPU has room for.
+    `on_gpu` is false where no GPU is used, or the model's has no room for this context. `kv_mode`
+    is "device", "host" or "split", and `n_device_pages` how many pages of keys and values a GPU has
+    room for.
     """
 
     n_ctx: int
@@ -53,6 +55,7 @@ class ContextInfo:
     kv_bytes_used: int
     kv_bytes_reserved: int
     scratch_bytes: int
+    on_gpu: bool
     kv_mode: str
     n_device_pages: int
 
@@ -106,14 +109,13 @@ class Context:
         params.prompt_rule = policy.prompt_rule
         params.generated_rule = policy.generated_rule
         params.sparse_threshold = math.nan if policy.threshold is None else policy.threshold
-        params.offload = ffi.NULL if weights.offload is None else weights.offload.pointer
         params.kv_mode = kv_place.number
         params.kv_ratio = math.nan if kv_place.ratio is None else kv_place.ratio
         params.kv_step = kv_place.step or 0.0
-        out = ffi.new("qi_context **")
-        error = new_error()
-        check(lib.qi_context_create(weights.pointer, params, out, error), error)
-        self._handle = Handle(out[0], lib.qi_context_close, "this context")
+        self.on_gpu = weights.offload is not None
+        on_gpu = partial(self._create_on_gpu, may_do_without=kv_place.is_default)
+        pointer = self._create(params) if weights.offload is None else on_gpu(params)
+        self._handle = Handle(pointer, lib.qi_context_close, "this context")
         self._lock = threading.Lock()
         self.n_seq = n_seq
         self._histories: list[list[int]] = [[] for _ in range(n_seq)]
@@ -122,6 +124,41 @@ class Context:
         self._outputs: dict[str, NDArray[np.float32]] = {}
         self._n_hidden = 0
         weights.contexts.add(self)
+
+    def _create(self, params: Any) -> Any:
+        """The C context."""
+        out = ffi.new("qi_context **")
+        error = new_error()
+        check(lib.qi_context_create(self._weights.pointer, params, out, error), error)
+        return out[0]
+
+    def _create_on_gpu(self, params: Any, *, may_do_without: bool) -> Any:
+        """The C context, computed by the GPU if its memory can hold it beside those that are there.
+
+        What keeps it from that is an error where the GPU was asked for by name and holds nothing of
+        the model yet, and where it was said what it is to keep of keys and values.
+        """
+        share = self._weights.offload
+        assert share is not None
+        params.offload = share.pointer
+        for may_free in (True, False):
+            try:
+                return self._create(params)
+            except OutOfMemory as error:
+                if may_free and self._weights.free_idle():
+                    continue
+                if not may_do_without or not (share.optional or share.placement.is_placed):
+                    raise
+                share.warn_of_context(error)
+                break
+        params.offload = ffi.NULL
+        self.on_gpu = False
+        return self._create(params)
+
+    @property
+    def lacks_gpu(self) -> bool:
+        """Whether it is computed without the GPU that the model is on, for want of memory there."""
+        return not self.on_gpu and self._weights.offload is not None
 
     # ---- feeding ----
 
@@ -537,6 +574,7 @@ class Context:
             kv_bytes_used=out.kv_bytes_used,
             kv_bytes_reserved=out.kv_bytes_reserved,
             scratch_bytes=out.scratch_bytes,
+            on_gpu=self.on_gpu,
             kv_mode=mode_name(out.kv_mode),
             n_device_pages=out.n_device_pages,
         )
@@ -549,16 +587,19 @@ class Context:
             check(lib.qi_context_set_threads(self._handle.pointer, n, error), error)
 
     def stats(self) -> Stats:
-        """The counters since the context was made or `reset_stats` was called."""
+        """The counters since the context was made or `reset_stats` was called.
+
+        From any thread: while another computes, as they were after one of its last steps.
+        """
         out = ffi.new("qi_stats *")
         layer = ffi.new("qi_layer_stats *")
         layers = []
-        with self._exclusive():
-            check(lib.qi_context_get_stats(self._handle.pointer, out))
-            for index in range(self.model_info.n_layer):
-                check(lib.qi_context_get_layer_stats(self._handle.pointer, index, layer, ffi.NULL))
-                fields = {name: getattr(layer, name) for name in LayerStats.__slots__}
-                layers.append(LayerStats(**fields))
+        pointer = self._handle.pointer
+        check(lib.qi_context_get_stats(pointer, out))
+        for index in range(self.model_info.n_layer):
+            check(lib.qi_context_get_layer_stats(pointer, index, layer, ffi.NULL))
+            fields = {name: getattr(layer, name) for name in LayerStats.__slots__}
+            layers.append(LayerStats(**fields))
         return Stats(
             n_prompt_tokens=out.n_prompt_tokens,
             n_generated_tokens=out.n_generated_tokens,
@@ -593,8 +634,7 @@ class Context:
     def check_predictions(self, every: int) -> None:
         """Holds the predictions for every n-th generated token against all gates; 0 stops it.
 
-        What was found is in `stats()`: `n_checked`, `n_due` and `n_missed` of each layer. Raises
-        UnsupportedError where a GPU computes.
+        What was found is in `stats()`: `n_checked`, `n_due` and `n_missed` of each layer.
         """
         if not 0 <= every <= _INT32_MAX:
             raise ArgumentError(f"every={every!r} is not 0 or a positive number of tokens")
@@ -603,10 +643,7 @@ class Context:
             check(lib.qi_context_check_predictions(self._handle.pointer, every, error), error)
 
     def count_activations(self, on: bool = True) -> None:
-        """Starts counting, from 0, for how many tokens each neuron is active; or stops.
-
-        Raises UnsupportedError where a GPU computes.
-        """
+        """Starts counting, from 0, for how many tokens each neuron is active; or stops."""
         error = new_error()
         with self._exclusive():
             check(lib.qi_context_count_activations(self._handle.pointer, on, error), error)

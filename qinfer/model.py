@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -169,6 +170,7 @@ class Model:
             weights, sparsity, prefill, sparse_threshold, threads, self._make_context
         )
         self._pool = ContextPool(partial(self._make_context, self.policy))
+        weights.pool = weakref.ref(self._pool)
 
     @classmethod
     def from_pretrained(
@@ -468,6 +470,9 @@ class Model:
     ) -> Context:
         """A context of one's own: tokens in, logits out. Everything else is built on it.
 
+        Where the model's GPU has no room for it beside other contexts, the processor alone computes
+        it, and the log says so. With no other alive, neurons on the GPU make room.
+
         Args:
             n_ctx: positions per sequence; None takes the model's.
             n_seq: sequences it can hold.
@@ -595,7 +600,8 @@ def _shared_context(
     return Context(
         weights,
         n_ctx=n_ctx,
-        n_seq=_KEPT_SEQUENCES,
+        # On a GPU the memory of another conversation is worth more as neurons.
+        n_seq=_KEPT_SEQUENCES if weights.offload is None else 1,
         threads=threads,
         kv_type=kv_type,
         kv_place=kv_place,

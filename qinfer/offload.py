@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ._files import StrPath
 from ._native import Handle, check, ffi, lib, new_error, text
-from .errors import ArgumentError, DeviceError
+from .errors import ArgumentError, DeviceError, OutOfMemory
 
 if TYPE_CHECKING:
     from ._weights import Weights
@@ -61,11 +61,18 @@ class Placement:
     n_layers: int
     has_head: bool
 
+    def __str__(self) -> str:
+        kept = self.summary or "what it will keep is decided with the first context"
+        return f"{self.device}: {kept}"
+
 
 class Offload:
     """A model's share on a GPU. Closing it, or the model, gives the memory back."""
 
-    def __init__(self, weights: Weights, device: str, budget: int | None) -> None:
+    def __init__(
+        self, weights: Weights, device: str, budget: int | None, *, optional: bool = False
+    ) -> None:
+        """`optional`: nobody asked for this device by name."""
         from . import _cuda
 
         _cuda.configure()
@@ -75,6 +82,8 @@ class Offload:
         status = lib.qi_offload_create(weights.pointer, device.encode(), n_bytes, out, error)
         check(status, error)
         self._handle = Handle(out[0], lib.qi_offload_close, f"the share of {weights.path}")
+        self.optional = optional
+        self._has_warned = False
         self.kind = f"{self.placement.device}-{budget}"  # what speed depends on
 
     @property
@@ -122,6 +131,12 @@ class Offload:
                 if name not in ("device", "summary", "is_placed", "has_head")
             },
         )
+
+    def warn_of_context(self, error: OutOfMemory) -> None:
+        """Says that a context finds no room on the GPU; once aloud."""
+        level = logging.INFO if self._has_warned else logging.WARNING
+        self._has_warned = True
+        logger.log(level, "the processor alone computes this context: %s", error)
 
     def close(self) -> None:
         """Contexts keep what they use; calling it again does nothing."""
@@ -178,7 +193,7 @@ def offload(
         return None
     if kind == "auto":
         try:
-            share = Offload(weights, "cuda", budget)
+            share = Offload(weights, "cuda", budget, optional=True)
             from . import _cuda_check
 
             types = {tensor.type for tensor in weights.file.tensors} | {kv_type}

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qinfer import Cancelled, Model, QInferError, UnsupportedError
+from qinfer import Cancelled, Model, QInferError, Sampling
+from qinfer.sampling import Sampler
 
 N_TOKENS = 24
 TOKENS = np.random.default_rng(5).integers(0, 301, N_TOKENS).tolist()
@@ -23,7 +24,8 @@ TOKENS = np.random.default_rng(5).integers(0, 301, N_TOKENS).tolist()
 
 def _cuda() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
-    for name in ("standin_calls", "standin_allocated", "standin_live_objects"):
+    names = ("calls", "allocated", "copied_to_host", "live_objects")
+    for name in (f"standin_{name}" for name in names):
         getattr(library, name).restype = ctypes.c_uint64
     library.standin_fail_at.argtypes = [ctypes.c_int64, ctypes.c_int]
     library.standin_fail_at.restype = None
@@ -171,7 +173,7 @@ def counted(path: str) -> dict[str, list[Any]]:
     for name, device, budget in (
         ("cpu", "cpu", None),
         ("gpu", "cuda", None),
-        ("both", "cuda", "12MiB"),
+        ("both", "cuda", "8MiB"),
     ):
         with (
             Model(path, device=device, vram_budget=budget, n_ctx=64, sparsity="predict") as model,
@@ -180,19 +182,73 @@ def counted(path: str) -> dict[str, list[Any]]:
             context.feed(TOKENS[:12])
             for token in TOKENS[12:]:
                 context.feed([token], generated=True)
-            if name != "cpu":
-                for refused in (context.count_activations, lambda: context.check_predictions(2)):
-                    try:
-                        refused()
-                    except UnsupportedError:
-                        continue
-                    raise AssertionError("what the GPU does not count was not refused")
             stats = context.stats()
             found[name] = [stats.weight_bytes_read] + [
                 [layer.n_tokens, layer.n_active, layer.n_predicted, layer.n_bytes]
                 for layer in stats.layers
             ]
     return found
+
+
+def neurons_counted(path: str, mode: str, shares: list[str]) -> dict[str, Any]:
+    """Tokens by neuron, and predictions held against the gates, on the processor and by share."""
+
+    def count(model: Model) -> dict[str, Any]:
+        info = model.info
+        with model.context(n_batch=32) as context:
+            context.feed(TOKENS[:3])
+            context.count_activations()
+            context.check_predictions(2)
+            context.reset_stats()
+            context.feed(TOKENS[:12])
+            for token in TOKENS[12:]:  # by the fourth they are replayed
+                context.feed([token], generated=True)
+            first = [context.activation_counts(layer).tolist() for layer in range(info.n_layer)]
+            checks = [[x.n_checked, x.n_due, x.n_missed] for x in context.stats().layers]
+            # Anew from 0, and in steps that count nothing no more.
+            context.check_predictions(0)
+            context.count_activations()
+            for token in TOKENS[:4]:
+                context.feed([token], generated=True)
+            second = [context.activation_counts(layer).tolist() for layer in range(info.n_layer)]
+            context.count_activations(False)
+            for token in TOKENS[:4]:
+                context.feed([token], generated=True)
+            after = [[x.n_checked, x.n_due, x.n_missed] for x in context.stats().layers]
+            assert checks == after
+        return {"first": first, "second": second, "checks": checks}
+
+    options: dict[str, Any] = {"n_ctx": 64, "sparsity": mode}
+    found = {}
+    with Model(path, device="cpu", **options) as model:
+        found["cpu"] = count(model)
+    for share in shares:
+        with Model(path, device="cuda", vram_budget="900MiB", **options) as model:
+            if share == "half":
+                _keep_half(model)
+            found[share] = count(model)
+    return found
+
+
+def profiled(path: str, folder: str) -> dict[str, Any]:
+    """What `qinfer profile` counts with and without a GPU: the differences, and the sum."""
+    from click.testing import CliRunner
+
+    from qinfer.activation import read_activations
+    from qinfer.cli import cli
+
+    text = Path(folder) / "text"
+    text.write_text("Once upon a time there was a little girl who liked to play. " * 3)
+    counts = {}
+    for device, options in (("cpu", []), ("cuda", ["--vram-budget", "8MiB"])):
+        into = Path(folder) / device
+        words = ["profile", path, "-f", str(text), "-o", str(into), "-c", "32", "--no-plot"]
+        done = CliRunner().invoke(cli, [*words, "--device", device, *options])
+        assert done.exit_code == 0, (done.output, done.exception)
+        counted = read_activations(into / "activation", n_layers=6, n_ff=768)
+        counts[device] = np.stack(list(counted))
+    difference = np.abs(counts["cuda"] - counts["cpu"])
+    return {"different": float(difference.sum()), "sum": float(counts["cpu"].sum())}
 
 
 def split_by(path: str, neurons: list[list[int]]) -> list[str]:
@@ -255,12 +311,149 @@ def texts(path: str, prompt: str, n: int) -> list[str]:
     return found
 
 
+# Settings whose draws need the best logit, the best few, all of them, or all in the end.
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "top-k": {"temperature": 0.9, "top_k": 20, "top_p": 1.0, "min_p": 0.0},
+    "top-k and top-p": {"temperature": 1.2, "top_k": 40, "top_p": 0.8, "typical_p": 0.9},
+    "most": {"temperature": 0.9, "top_k": 511, "dynatemp_range": 0.5, "min_p": 0.01},
+    "all": {"temperature": 0.9, "top_k": 512, "top_p": 1.0},
+    "top-p": {"temperature": 1.0, "top_k": 0, "top_p": 0.9},
+    "penalties": {"temperature": 0, "repeat_penalty": 1.3, "penalty_window": -1},
+    "bias": {"temperature": 0.8, "top_k": 5, "logit_bias": {13: 2.5, 400: -float("inf")}},
+    "mirostat": {"temperature": 1.0, "mirostat": 2},
+}
+
+
+def sampled(path: str, n_steps: int) -> dict[str, Any]:
+    """Tokens by settings on both devices; on the GPU also those drawn from all its logits.
+
+    Sequences of several settings are computed in one step.
+    """
+    found: dict[str, Any] = {"bytes": {}}
+    for device in ("cpu", "cuda"):
+        with (
+            Model(path, device=device, n_ctx=128, sparsity="off") as model,
+            model.context(n_seq=len(SAMPLINGS)) as context,
+        ):
+            prompt = model.tokenizer.encode("Once upon a time")
+            chosen = [Sampling(seed=3, **settings) for settings in SAMPLINGS.values()]
+            ours, twins = ([Sampler(model.info.n_vocab, s) for s in chosen] for _ in range(2))
+            context.feed_batch(dict.fromkeys(range(len(chosen)), prompt))
+            tokens = [[s.sample(row)] for s, row in zip(ours, context.all_logits, strict=True)]
+            again = [[s.sample(row)] for s, row in zip(twins, context.all_logits, strict=True)]
+            for _ in range(n_steps):
+                drawn = context.step([t[-1] for t in tokens], ours, seqs=list(range(len(chosen))))
+                for mine, token in zip(tokens, drawn, strict=True):
+                    mine.append(token)
+                for other, s, row in zip(again, twins, context.all_logits, strict=True):
+                    other.append(s.sample(row))
+            found[device] = dict(zip(SAMPLINGS, tokens, strict=True))
+            assert again == tokens
+            if device == "cpu":
+                continue
+            # One sequence alone, to see what crosses.
+            for seq, (name, sampler) in enumerate(zip(SAMPLINGS, ours, strict=True)):
+                before = int(_cuda().standin_copied_to_host())
+                context.step(tokens[seq][-1:], [sampler], seqs=[seq])
+                found["bytes"][name] = int(_cuda().standin_copied_to_host()) - before
+            found["n_vocab"] = model.info.n_vocab
+    return found
+
+
+def contexts(path: str) -> dict[str, Any]:
+    """Contexts beyond what the GPU has room for: where each is computed, and what of a model stays.
+
+    Errors are those of logits, by context, against the processor's.
+    """
+    lines = _log()
+    options: dict[str, Any] = {"n_ctx": 64, "sparsity": "off"}
+    with Model(path, device="cpu", **options) as cpu, cpu.context() as context:
+        expected = _logits(context, 24)
+    found: dict[str, Any] = {"on_gpu": {}, "errors": {}, "kept": {}}
+    with Model(path, device="cuda", vram_budget="8MiB", **options) as model:
+
+        def look(name: str, context: Any) -> Any:
+            found["on_gpu"][name] = context.info.on_gpu
+            found["errors"][name] = float(np.median(_errors(_logits(context, 24), expected)))
+            assert model.placement is not None
+            assert model.placement.used_bytes <= model.placement.budget_bytes
+            found["kept"][name] = model.placement.n_neurons
+            return context
+
+        first = look("first", model.context())
+        second = look("second", model.context())
+        look("another", model.context()).close()
+        found["warnings"] = [line for line in lines if "processor alone" in line]
+        generated = model.generate("Once", max_tokens=4, temperature=0)
+        first.close()
+        third = look("third", model.context())
+        second.close()
+        third.close()
+        # A context kept for calls makes room; with none left, so do the neurons.
+        again = model.generate("Once", max_tokens=4, temperature=0)
+        assert again.tokens == generated.tokens
+        assert model.placement is not None
+        found["kept"]["generate"] = model.placement.n_neurons
+        look("after a call", model.context()).close()
+        look("larger", model.context(n_ctx=128)).close()
+        look("last", model.context()).close()
+        with model.context(n_ctx=256, n_seq=64) as context:  # not even with all neurons away
+            found["on_gpu"]["huge"] = context.info.on_gpu
+            found["why"] = lines[-1]
+        look("at last", model.context()).close()
+    found["left"] = int(_cuda().standin_allocated())
+    return found
+
+
+def polled(path: str) -> dict[str, Any]:
+    """A thread looks at the counters while another generates on a GPU and the processor."""
+    import threading
+
+    seen: list[tuple[int, int]] = []
+    failures: list[BaseException] = []
+    with (
+        Model(path, device="cuda", vram_budget="8MiB", n_ctx=64, sparsity="exact") as model,
+        model.context() as context,
+    ):
+        done = threading.Event()
+
+        def look() -> None:
+            try:
+                while not done.is_set():
+                    stats = context.stats()
+                    seen.append((stats.n_generated_tokens, stats.layers[0].n_active))
+            except BaseException as failure:
+                failures.append(failure)
+
+        thread = threading.Thread(target=look)
+        context.feed(TOKENS[:8])
+        thread.start()
+        for token in TOKENS[8:]:
+            context.feed([token], generated=True)
+        done.set()
+        thread.join()
+        stats = context.stats()
+        last = [stats.n_generated_tokens, stats.layers[0].n_active]
+        context.truncate(8)
+        context.reset_stats()
+        for token in TOKENS[8:]:
+            context.feed([token], generated=True)
+        alone = context.stats()
+    return {
+        "seen": seen,
+        "failures": [repr(failure) for failure in failures],
+        "last": last,
+        "alone": [alone.n_generated_tokens, alone.layers[0].n_active],
+    }
+
+
 def states(path: str) -> list[float]:
     """A sequence begun on one device and continued on the other: errors of its next logits."""
     found = []
     with (
         Model(path, device="cpu", n_ctx=128, sparsity="off") as cpu,
-        Model(path, device="cuda", n_ctx=128, sparsity="off", vram_budget="12MiB") as gpu,
+        Model(path, device="cuda", n_ctx=128, sparsity="off", vram_budget="8MiB") as gpu,
     ):
         for one, other in ((cpu, gpu), (gpu, cpu)):
             with one.context(n_batch=32) as a, other.context(n_batch=32) as b:
@@ -373,7 +566,13 @@ def automatic(path: str) -> dict[str, Any]:
     lines = _log()
     with Model(path, n_ctx=64) as model:
         placement = model.placement
-        return {"log": lines, "device": None if placement is None else placement.device}
+        found = {"log": list(lines), "device": None if placement is None else placement.device}
+    if placement is not None:
+        lines.clear()
+        with Model(path, n_ctx=64, vram_budget="100KiB") as model, model.context() as context:
+            context.feed(TOKENS[:1])
+            found |= {"small": list(lines), "on_gpu": context.info.on_gpu}
+    return found
 
 
 def distrusted(path: str, cache: str) -> list[Any]:

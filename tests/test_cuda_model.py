@@ -118,7 +118,7 @@ def test_kernels_do_not_wait_where_a_watchdog_ends_them() -> None:
 
 def test_budgets() -> None:
     """From nothing to everything: what fits is kept, and no budget is exceeded."""
-    rows = on_gpu("budgets", STORIES, ["0", "7.5MiB", "9MiB", "10MiB", "12MiB", "18MiB", "60MiB"])
+    rows = on_gpu("budgets", STORIES, ["0", "4MiB", "5MiB", "8MiB", "10MiB", "18MiB", "60MiB"])
     kept = [row for row in rows if "refused" not in row]
     for row in rows[:1]:
         assert row["refused"] == "OutOfMemory"
@@ -160,11 +160,80 @@ def test_counters() -> None:
             assert mine[1:3] == pytest.approx(expected[1:3], rel=5e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("llama", "predict"), ("llama", "exact"), ("opt", "predict"), ("falcon", "off")],
+)
+def test_neurons_are_counted(name: str, mode: str, tmp_path: Path) -> None:
+    """Tokens by neuron and checked predictions, with all and with half of the neurons there."""
+    path = CASES[name].write(tmp_path)
+    found = on_gpu("neurons_counted", path, mode, ["whole", "half"])
+    expected = found.pop("cpu")
+    assert {layer[0] for layer in expected["checks"]} == {6 if mode == "predict" else 0}
+    assert all(layer[2] > 0 for layer in expected["checks"]) or mode != "predict"
+    for share, counted in found.items():
+        assert counted["checks"] == expected["checks"], share
+        for part in ("first", "second"):
+            mine, theirs = np.array(counted[part]), np.array(expected[part])
+            assert theirs.sum() > 0
+            # A gate that is all but 0 may be on its other side.
+            assert np.abs(mine - theirs).sum() <= 2, (share, part)
+
+
+def test_profiles(tmp_path: Path) -> None:
+    """Of a model that GPU and CPU share; int8 codes that flip move gates that are all but 0."""
+    found = on_gpu("profiled", STORIES, tmp_path)
+    assert found["sum"] > 10_000
+    assert found["different"] < 0.005 * found["sum"]
+
+
 def test_texts() -> None:
     """Both tell the published story."""
     first, second = on_gpu("texts", DATA / "stories260K.F32.gguf", "Once upon a time", 60)
     assert first == second
     assert len(first) > 100
+
+
+def test_sampling_on_the_device() -> None:
+    """The same tokens as from all logits, of which only what decides crosses to the host."""
+    found = on_gpu("sampled", DATA / "stories260K.F32.gguf", 12)
+    assert found["cuda"] == found["cpu"]
+    candidate, all_logits = 8, 4 * found["n_vocab"]
+    assert found["bytes"] == {
+        "greedy": candidate,
+        "top-k": 21 * candidate,
+        "top-k and top-p": 41 * candidate,
+        "most": 512 * candidate,
+        **dict.fromkeys(["all", "top-p", "penalties", "bias", "mirostat"], all_logits),
+    }
+
+
+def test_contexts_beyond_the_first() -> None:
+    """The processor alone computes those that find no room, and says so once."""
+    found = on_gpu("contexts", STORIES)
+    assert found["on_gpu"] == {
+        "first": True, "second": False, "another": False, "third": True,
+        "after a call": True, "larger": True, "last": True, "huge": False, "at last": True,
+    }  # fmt: skip
+    assert max(found["errors"].values()) < 0.03  # int8 codes that flip; see test_quantised_weights
+    first, again = found["warnings"]
+    assert first == again
+    assert "takes " in first and " of 8.0 MiB are left beside the model" in first
+    kept = found["kept"]
+    assert 0 < kept["larger"] < kept["first"] == kept["third"] == kept["after a call"]
+    assert kept["at last"] == kept["last"] == kept["larger"]
+    assert "one layer's attention" in found["why"]
+    assert found["left"] == 0
+
+
+def test_counters_are_read_while_steps_are_computed() -> None:
+    """By another thread, without disturbing anybody; none is lost or counted twice."""
+    found = on_gpu("polled", STORIES)
+    assert found["failures"] == []
+    assert found["last"] == found["alone"]
+    for values in zip(*found["seen"], strict=True):
+        assert list(values) == sorted(values)
+        assert len(set(values)) > 5
 
 
 def test_states_move_between_devices() -> None:
@@ -201,6 +270,8 @@ def test_a_lost_device_is_an_error(share: str) -> None:
 def test_auto_uses_a_gpu_that_is_there(tmp_path: Path) -> None:
     found = on_gpu("automatic", DATA / "stories260K.F32.gguf")
     assert found["device"] == "Stand-in GPU 0 (cuda:0)"
+    assert found["on_gpu"] is False
+    assert sum("the processor alone computes this context" in line for line in found["small"]) == 1
     hidden = on_gpu("automatic", DATA / "stories260K.F32.gguf", devices=0)
     assert hidden["device"] is None
     assert sum("no GPU is used" in line for line in hidden["log"]) == 1

@@ -111,11 +111,11 @@ def test_a_context_in_use_by_another_thread_says_so(slow_model: Model) -> None:
             lambda: context.truncate(0),
             lambda: context.fork(0, 0),
             lambda: context.info,
-            lambda: context.stats(),
             lambda: context.set_threads(1),
         ):
             with pytest.raises(qinfer.Busy, match="in use by another thread"):
                 use()
+        assert context.stats().n_prompt_tokens == 0
         context.cancel()
         with pytest.raises(qinfer.Cancelled):
             feeding.end()

@@ -216,6 +216,11 @@ STANDIN_API CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
             if (!memory_is_there(d, node))
                 d.complain(CUDA_ERROR_ILLEGAL_ADDRESS,
                            "cuGraphLaunch of a copy or fill whose memory was freed");
+            if (node.kind == Kind::copy) {
+                Copy copy;
+                std::memcpy(&copy, node.payload.data(), sizeof copy);
+                if (!d.find_device(copy.to, copy.bytes)) d.copied_to_host += copy.bytes;
+            }
             if (node.module) {
                 // The real driver would run what is no longer there.
                 bool alive = false;

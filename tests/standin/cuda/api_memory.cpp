@@ -219,6 +219,7 @@ CUresult copy_out(Driver& d, std::unique_lock<std::mutex>& lock, Stream& stream,
     require(d.find_device(from, bytes), CUDA_ERROR_INVALID_VALUE);
     const HostRange host = host_range(d, to, bytes);
     d.note_use(stream, from);
+    if (!stream.capture) d.copied_to_host += bytes;
     if (host.pinned) {
         d.note_use(stream, host.arena);
         const Copy copy = {host.arena, from, bytes};

@@ -340,8 +340,8 @@ typedef struct qi_offload_info {
 } qi_offload_info;
 
 /* device: "cuda" or "cuda:N". budget_bytes: of its memory, everything counted; below 0: all that is
- * free less a reserve. What is kept there is decided when the first context with it
- * is made. */
+ * free less a reserve. What is kept there is decided when the first context with it is made, and
+ * again when one finds no room and no other is alive. */
 int32_t qi_offload_create(qi_model* model, const char* device, int64_t budget_bytes,
                           qi_offload** out, qi_error* error);
 void qi_offload_close(qi_offload* offload); /* contexts keep it alive */
@@ -468,6 +468,7 @@ typedef struct qi_layer_stats {
     double wait_seconds;
 } qi_layer_stats;
 
+/* QI_MEMORY also where the offload's device has no room for another context. */
 int32_t qi_context_create(qi_model* model, const qi_context_params* params, qi_context** out,
                           qi_error* error);
 void qi_context_close(qi_context* context);
@@ -485,8 +486,8 @@ int32_t qi_context_set_threads(qi_context* context, int32_t n_threads, qi_error*
 int32_t qi_context_feed(qi_context* context, const int32_t* tokens, const int32_t* seqs,
                         const uint8_t* flags, uint64_t n_tokens, qi_error* error);
 /* Outputs of the last feed in the order asked for: n_vocab logits, or n_embd of the hidden state.
- * Valid until the next feed. */
-int32_t qi_context_logits(const qi_context* context, uint64_t index, const float** logits,
+ * Valid until the next feed. Logits on an accelerator come from there when they are asked for. */
+int32_t qi_context_logits(qi_context* context, uint64_t index, const float** logits,
                           qi_error* error);
 int32_t qi_context_hidden(const qi_context* context, uint64_t index, const float** hidden,
                           qi_error* error);
@@ -521,12 +522,15 @@ void qi_context_cancel(qi_context* context);
 void qi_context_clear_cancel(qi_context* context);
 /* From any thread: tokens done of the feed now running, as a share in [0, 1]. */
 double qi_context_progress(const qi_context* context);
+/* From any thread: while another computes in the context, as it was after one of its last calls. */
 int32_t qi_context_get_stats(const qi_context* context, qi_stats* out);
-/* Also of the layers, and of the activations counted. */
+/* From any thread, once no other computes in the context. Also of the layers, and of the
+ * activations counted. */
 void qi_context_reset_stats(qi_context* context);
 /* Which share of the positions the processor attended to in the last batch, by layer. */
 int32_t qi_context_kv_host_shares(const qi_context* context, double* out, uint64_t n_layer,
                                   qi_error* error);
+/* From any thread, as qi_context_get_stats. */
 int32_t qi_context_get_layer_stats(const qi_context* context, int32_t layer, qi_layer_stats* out,
                                    qi_error* error);
 /* Holds the predictions for every n-th generated token against all gates, which costs computing
@@ -535,8 +539,8 @@ int32_t qi_context_check_predictions(qi_context* context, int32_t every, qi_erro
 /* Starts counting, from 0, for how many tokens each neuron is active (on 1), or stops (on 0). */
 int32_t qi_context_count_activations(qi_context* context, int32_t on, qi_error* error);
 /* The counts of a layer: n_ff of them into out. */
-int32_t qi_context_activations(const qi_context* context, int32_t layer, uint64_t* out,
-                               uint64_t n_ff, qi_error* error);
+int32_t qi_context_activations(qi_context* context, int32_t layer, uint64_t* out, uint64_t n_ff,
+                               qi_error* error);
 
 /* --- declarations end --- */
 

@@ -336,6 +336,67 @@ void test_argmax(Checks& checks) {
         expect(alternating, {0, 0, 3, 0, 2.5f, 0}, expected);
 }
 
+// The best logits in the order that a device gives: NaN first, -infinity last.
+std::vector<Candidate> best_of(const std::vector<float>& logits, size_t n) {
+    std::vector<Candidate> best;
+    for (size_t i = 0; i < logits.size(); ++i)
+        best.push_back({logits[i], int32_t(i)});
+    std::stable_sort(best.begin(), best.end(), [](const Candidate& a, const Candidate& b) {
+        const bool a_is_nan = std::isnan(a.logit), b_is_nan = std::isnan(b.logit);
+        return a_is_nan || b_is_nan ? a_is_nan && !b_is_nan : a.logit > b.logit;
+    });
+    best.resize(std::min(n, best.size()));
+    return best;
+}
+
+// The same draws, bit by bit, from the best logits as from all of them.
+void test_best_alone(Checks& checks) {
+    std::mt19937_64 random(8);
+    int n_drawn = 0, n_left = 0;
+    for (int round = 0; round < 400; ++round) {
+        const size_t n = sizes[random() % std::size(sizes)];
+        SamplingParams params;
+        params.seed = random();
+        params.temperature = round % 5 == 0 ? 0.0f : uniform(random, 0.3f, 2.0f);
+        params.top_k = int(1 + random() % 100);
+        if (random() % 2) params.top_p = uniform(random, 0.1f, 1.0f);
+        if (random() % 3 == 0) params.typical_p = uniform(random, 0.1f, 1.0f);
+        if (random() % 3 == 0) params.min_p = uniform(random, 0.0f, 0.3f);
+        if (random() % 3 == 0) params.dynatemp_range = 0.25f;
+        params.min_keep = int(1 + random() % 3);
+        Sampler of_all(params, int32_t(n)), of_best(params, int32_t(n));
+        const size_t n_deciding = of_best.n_deciding();
+        checks.expect((n_deciding == 0) == (params.temperature > 0 && size_t(params.top_k) >= n),
+                      "top-k %d of %zu needs the %zu best", params.top_k, n, n_deciding);
+        for (int step = 0; step < 4; ++step) {
+            auto logits = random_logits(random, n, round % 3 ? 0.0f : 0.5f);
+            for (float& logit : logits)
+                if (round % 7 == 0 && random() % 8) logit = -infinity;
+            if (round % 11 == 0) logits[random() % n] = infinity;
+            if (round % 7 == 0) logits[random() % n] = 1.0f;
+            std::optional<int32_t> token;
+            if (n_deciding > 0) token = of_best.sample_best(best_of(logits, n_deciding));
+            token ? ++n_drawn : ++n_left;
+            const int32_t found = token ? *token : of_best.sample(logits);
+            const int32_t expected = of_all.sample(logits);
+            checks.expect(found == expected, "round %d, step %d: token %d of the best, %d of all",
+                          round, step, found, expected);
+        }
+    }
+    checks.expect(n_drawn > 800 && n_left > 100, "%d drawn, %d left", n_drawn, n_left);
+    SamplingParams needs_all;
+    needs_all.repeat_penalty = 1.1f;
+    checks.expect(Sampler(needs_all, 10).n_deciding() == 0, "penalties look at all logits");
+    needs_all = {};
+    needs_all.bias = {{1, 0.5f}};
+    checks.expect(Sampler(needs_all, 10).n_deciding() == 0, "a bias looks at all logits");
+    needs_all = {};
+    needs_all.temperature = 1.0f;
+    needs_all.top_k = 4;
+    needs_all.mirostat = 2;
+    checks.expect(Sampler(needs_all, 10).n_deciding() == 0, "mirostat looks at all logits");
+}
+
 template <typename Body>
 void expect_error(Checks& checks, const std::vector<std::string>& words, Body body) {
     try {
@@ -404,6 +465,15 @@ void test_bad_logits(Checks& checks) {
         const int32_t a = disturbed.sample(logits), b = undisturbed.sample(logits);
         checks.expect(a == b, "step %d: errors changed the draw from %d to %d", step, b, a);
     }
+    params = {};
+    params.temperature = 1.0f;
+    params.top_k = 3;
+    Sampler few(params, 40);
+    auto with_nan = logits;
+    with_nan[31] = with_nan[7] = std::nanf("");
+    expect_error(checks, {"token 7 ", "NaN"}, [&] { few.sample_best(best_of(with_nan, 4)); });
+    expect_error(checks, {"all 40 logits are -inf"},
+                 [&] { few.sample_best(best_of(std::vector<float>(40, -infinity), 4)); });
     params.bias = {{0, -infinity}, {1, -infinity}};
     Sampler banned(params, 2);
     expect_error(checks, {"after the bias"}, [&] { banned.sample(std::vector<float>(2)); });
@@ -422,6 +492,7 @@ int main() {
     test_mirostat(checks);
     test_frequencies(checks);
     test_argmax(checks);
+    test_best_alone(checks);
     test_bad_parameters(checks);
     test_bad_logits(checks);
     return checks.status();

@@ -102,12 +102,11 @@ int32_t qi_context_feed(qi_context* context, const int32_t* tokens, const int32_
     });
 }
 
-int32_t qi_context_logits(const qi_context* context, uint64_t index, const float** logits,
+int32_t qi_context_logits(qi_context* context, uint64_t index, const float** logits,
                           qi_error* error) {
-    return guard(error, [&] {
-        require_pointer(context, "context");
+    return enter(context, error, [&](Context& c) {
         require_pointer(logits, "logits");
-        *logits = context->context.logits(index).data();
+        *logits = c.logits(index).data();
     });
 }
 
@@ -212,12 +211,11 @@ double qi_context_progress(const qi_context* context) {
 
 int32_t qi_context_get_stats(const qi_context* context, qi_stats* out) {
     if (!context || !out) return QI_ARGUMENT;
-    *out = context->context.stats();
-    return QI_OK;
+    return guard(nullptr, [&] { *out = context->context.stats(); });
 }
 
 void qi_context_reset_stats(qi_context* context) {
-    if (context) context->context.reset_stats();
+    if (context) guard(nullptr, [&] { context->context.reset_stats(); });
 }
 
 int32_t qi_context_get_layer_stats(const qi_context* context, int32_t layer, qi_layer_stats* out,
@@ -225,7 +223,7 @@ int32_t qi_context_get_layer_stats(const qi_context* context, int32_t layer, qi_
     return guard(error, [&] {
         require_pointer(context, "context");
         require_pointer(out, "out");
-        const FfnCounters& c = context->context.layer_counters(layer);
+        const FfnCounters c = context->context.layer_counters(layer);
         *out = {c.n_tokens, c.n_active,       c.n_predicted,  c.n_checked,
                 c.n_due,    c.n_missed,       c.n_bytes,      c.predict_seconds,
                 c.seconds,  c.device_seconds, c.host_seconds, c.wait_seconds};
@@ -257,12 +255,11 @@ int32_t qi_context_count_activations(qi_context* context, int32_t on, qi_error* 
     return enter(context, error, [&](Context& c) { c.count_activations(on != 0); });
 }
 
-int32_t qi_context_activations(const qi_context* context, int32_t layer, uint64_t* out,
-                               uint64_t n_ff, qi_error* error) {
-    return guard(error, [&] {
-        require_pointer(context, "context");
+int32_t qi_context_activations(qi_context* context, int32_t layer, uint64_t* out, uint64_t n_ff,
+                               qi_error* error) {
+    return enter(context, error, [&](Context& c) {
         require_pointer(out, "out");
-        const std::span<const uint64_t> counts = context->context.activations(layer);
+        const std::span<const uint64_t> counts = c.activations(layer);
         if (n_ff != counts.size())
             fail(QI_ARGUMENT, "a layer has %zu neurons, room was given for %llu", counts.size(),
                  (unsigned long long)n_ff);

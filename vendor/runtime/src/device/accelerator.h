@@ -25,7 +25,9 @@ struct DeviceNeeds {
     KvLayout kv;          // of the layers on this device
     KvShare kv_share;
     std::vector<size_t> arrays;  // that allocate() will be asked for, in floats
-    int64_t n_head = 0;          // of queries
+    int64_t n_logits = 0;        // rows of logits, beside those, where the head is; else 0
+    int64_t n_vocab = 0;
+    int64_t n_head = 0;  // of queries
     int64_t n_embd = 0, n_ff = 0;
     int64_t predictor_rank = 0;  // 0: no predictors
 };
@@ -56,7 +58,10 @@ class Accelerator {
     // `resident` here, `rest` with the host: together all neurons.
     virtual void keep(const FeedForward& ffn, NeuronShard resident, NeuronShard rest) = 0;
 
-    // `host` computes what is not kept here.
+    // Gives up all copies and their memory; no device made here may be alive.
+    virtual void drop() = 0;
+
+    // `host` computes what is not kept here. Takes all memory that the needs name.
     virtual std::unique_ptr<Device> make_device(const DeviceNeeds& needs, Device& host) = 0;
 };
 

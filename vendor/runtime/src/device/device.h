@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "base/aligned_buffer.h"
+#include "device/candidate.h"
 #include "kernels/matmul.h"
 #include "quant/types.h"
 #include "sparse/counters.h"
@@ -221,6 +222,15 @@ class Device {
     // host's.
     virtual void log_probabilities(const float* logits, int64_t n, int64_t n_vocab,
                                    const int32_t* targets, float* out) = 0;
+    // How many of a row's best logits best() finds at most; 0: the host reads all of them as fast.
+    virtual int64_t best_max() const { return 0; }
+    // out [n][k], the host's: the k best of each row of logits [n][n_vocab] in order of rank, NaN
+    // before all others. 1 <= k <= best_max(), k <= n_vocab.
+    virtual void best(const float* logits, int64_t n, int64_t n_vocab, int64_t k, Candidate* out) {
+        (void)logits, (void)n, (void)n_vocab, (void)k, (void)out;
+    }
+    // Waits until all steps are done; what went wrong in one of them is thrown here at the latest.
+    virtual void finish() {}
 };
 
 // A growing array in a device's memory; contents are lost when it grows.

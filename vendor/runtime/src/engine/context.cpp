@@ -14,8 +14,9 @@ namespace qi {
 namespace {
 
 constexpr int64_t default_batch = 512;
-// Rows of logits that a device holds at a time: 32 rows of a 128k vocabulary are 16 MB.
-constexpr int64_t logits_rows = 32;
+// Rows of logits that a device holds at a time, by the number of sequences: 32 rows of a 128k
+// vocabulary are 16 MB.
+constexpr int64_t logits_rows_least = 32, logits_rows_most = 256;
 
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) {
@@ -83,10 +84,13 @@ Context::Context(std::shared_ptr<const Model> model, const ContextOptions& optio
     host_->set_cancel(&cancel_);
     if (accelerator_) {
         accelerator_->set_cancel(&cancel_);
-        forward_.reserve(options_.n_batch);
+        forward_.reserve(batch_max());
+        if (&last_device() == accelerator_.get())
+            logits_.reserve(size_t(logits_rows() * model_->hyper_params().n_vocab));
     }
     monitor_.threshold = options_.policy.threshold;
     monitor_.counters.resize(size_t(model_->hyper_params().n_layer));
+    published_.layers = monitor_.counters;
 }
 
 std::vector<Stage> Context::make_stages() {
@@ -99,17 +103,19 @@ std::vector<Stage> Context::make_stages() {
         return {{host_.get(), 0, hp.n_layer}};
     }
     DeviceNeeds needs;
-    needs.n_batch = options_.n_batch;
+    needs.n_batch = batch_max();
     needs.n_seq = options_.n_seq;
     needs.n_pages = KvCache::n_pages(options_.n_seq, options_.n_ctx);
     needs.kv = kv_layout(*model_, options_.kv_type);
-    needs.arrays = ForwardPass::array_sizes(hp, options_.n_batch);
-    needs.arrays.push_back(size_t(logits_rows * hp.n_vocab));
+    needs.arrays = ForwardPass::array_sizes(hp, batch_max());
+    needs.n_logits = logits_rows();
+    needs.n_vocab = hp.n_vocab;
     needs.n_head = hp.n_head;
     needs.n_embd = hp.n_embd;
     needs.n_ff = hp.n_ff;
     needs.predictor_rank = model_->predictor_rank();
     Offload::Part part = offload_->make_part(needs, options_.kv, *host_);
+    part_alive_ = std::move(part.alive);
     accelerator_ = std::move(part.device);
     accelerator_->set_threads(options_.n_threads);
     kv_share_ = part.kv_share;
@@ -117,6 +123,14 @@ std::vector<Stage> Context::make_stages() {
     if (part.n_layers < hp.n_layer || !part.head)
         stages.push_back({host_.get(), part.n_layers, hp.n_layer});
     return stages;
+}
+
+int64_t Context::batch_max() const {
+    return std::min(options_.n_batch, options_.n_ctx * options_.n_seq);
+}
+
+int64_t Context::logits_rows() const {
+    return std::clamp(options_.n_seq, logits_rows_least, logits_rows_most);
 }
 
 void Context::check_seq(int32_t seq) const {
@@ -152,7 +166,8 @@ void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done
     tokens_all_.store(int64_t(tokens.size()), std::memory_order_relaxed);
     tokens_done_.store(0, std::memory_order_relaxed);
     const auto start_time = Clock::now();
-    const uint64_t ffn_bytes_before = generating ? 0 : ffn_bytes_read();
+    if (!generating) collect_counters();
+    const uint64_t ffn_bytes_before = ffn_bytes_counted();
     if (generating && check_every_ > 0) {
         monitor_.check = n_until_check_ == 0;
         n_until_check_ = monitor_.check ? check_every_ - 1 : n_until_check_ - 1;
@@ -171,6 +186,8 @@ void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done
             chunk_done(int64_t(first), int64_t(chunk.size()));
             tokens_done_.fetch_add(int64_t(chunk.size()), std::memory_order_relaxed);
         }
+        for (const Stage& stage : stages_)
+            stage.device->finish();
     } catch (...) {
         for (const Start& start : starts)
             kv_.truncate(start.seq, start.length);
@@ -182,7 +199,8 @@ void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done
         stats_.generated_seconds += seconds_since(start_time);
         stats_.weight_bytes_read += model_->n_bytes_per_token() - model_->n_ffn_bytes_per_token();
     } else {
-        ffn_bytes_of_prompts_ += ffn_bytes_read() - ffn_bytes_before;
+        collect_counters();
+        ffn_bytes_of_prompts_ += ffn_bytes_counted() - ffn_bytes_before;
         stats_.n_prompt_tokens += tokens.size();
         stats_.prompt_seconds += seconds_since(start_time);
     }
@@ -229,6 +247,12 @@ void Context::want_last_logits(std::span<FeedToken> tokens) const {
 }
 
 void Context::feed(std::span<const FeedToken> tokens) {
+    const std::lock_guard lock(counting_);
+    compute(tokens, 0);
+    publish();
+}
+
+void Context::compute(std::span<const FeedToken> tokens, int64_t n_best) {
     const HyperParams& hp = model_->hyper_params();
     uint64_t n_logits = 0, n_hidden = 0;
     for (const FeedToken& t : tokens) {
@@ -236,13 +260,16 @@ void Context::feed(std::span<const FeedToken> tokens) {
         n_hidden += (t.flags & QI_WANT_HIDDEN) != 0;
     }
     n_logits_ = n_hidden_ = 0;
+    host_logits_ = nullptr;
     if (tokens.empty()) return;
     const auto n_embd = size_t(hp.n_embd), n_vocab = size_t(hp.n_vocab);
     // Few rows stay where they are computed, more are brought to the host block by block.
-    const bool few = n_logits <= uint64_t(logits_rows);
-    float* logits = logits_.reserve(std::min(n_logits, uint64_t(logits_rows)) * n_vocab);
+    const auto rows_max = size_t(logits_rows());
+    const bool few = n_logits <= rows_max;
+    float* logits = logits_.reserve(std::min(n_logits, rows_max) * n_vocab);
     float* all_logits = few ? nullptr : all_logits_.reserve(n_logits * n_vocab);
     hidden_.reserve(n_hidden * n_embd);
+    best_.resize(n_logits * size_t(n_best));
 
     std::vector<int64_t> rows;
     const auto rows_that_want = [&](uint8_t what, int64_t first, int64_t n) {
@@ -260,30 +287,32 @@ void Context::feed(std::span<const FeedToken> tokens) {
             hidden_done += n_rows;
         }
         const size_t n_rows = rows_that_want(QI_WANT_LOGITS, first, n);
-        for (size_t begin = 0; begin < n_rows; begin += size_t(logits_rows)) {
-            const size_t n_block = std::min(n_rows - begin, size_t(logits_rows));
+        for (size_t begin = 0; begin < n_rows; begin += rows_max) {
+            const size_t n_block = std::min(n_rows - begin, rows_max);
             const std::span block(rows.data() + begin, n_block);
             float* out = few ? logits + logits_done * n_vocab : logits;
-            forward_.head(forward_.final_norm(block), int64_t(n_block), out);
+            forward_.head(block, out, out == logits);
+            if (n_best > 0)
+                last_device().best(out, int64_t(n_block), hp.n_vocab, n_best,
+                                   best_.data() + logits_done * size_t(n_best));
             if (!few)
                 std::copy_n(last_device().host_view(out, n_block * n_vocab, host_room_),
                             n_block * n_vocab, all_logits + logits_done * n_vocab);
             logits_done += n_block;
         }
     });
-    if (!few)
-        host_logits_ = all_logits;
-    else if (n_logits > 0)
-        host_logits_ = last_device().host_view(logits, n_logits * n_vocab, host_room_);
+    if (!few) host_logits_ = all_logits;
     n_logits_ = n_logits;
     n_hidden_ = n_hidden;
 }
 
-std::span<const float> Context::logits(uint64_t index) const {
+std::span<const float> Context::logits(uint64_t index) {
     if (index >= n_logits_)
         fail(QI_ARGUMENT, "logits %llu were not asked for: the last feed gave %llu rows",
              (unsigned long long)index, (unsigned long long)n_logits_);
     const auto n = size_t(model_->hyper_params().n_vocab);
+    if (!host_logits_)
+        host_logits_ = last_device().host_view(logits_.data(), n_logits_ * n, host_room_);
     return {host_logits_ + index * n, n};
 }
 
@@ -303,11 +332,26 @@ void Context::step(std::span<const FeedToken> tokens, std::span<Sampler* const> 
         if (seen[size_t(t.seq)]) fail(QI_ARGUMENT, "sequence %d is given twice in one step", t.seq);
         seen[size_t(t.seq)] = true;
     }
-    feed(tokens);
+    // Some samplers need no more than the best logits.
+    const int64_t most = last_device().best_max();
+    std::vector<size_t> n_deciding;
+    size_t n_best = 0;
+    for (const Sampler* sampler : samplers) {
+        const size_t n = sampler->n_deciding();
+        n_deciding.push_back(int64_t(n) <= most ? n : 0);
+        n_best = std::max(n_best, n_deciding.back());
+    }
+    const std::lock_guard lock(counting_);
+    compute(tokens, int64_t(n_best));
     const auto start = Clock::now();
-    for (size_t i = 0; i < tokens.size(); ++i)
-        next[i] = samplers[i]->sample(logits(i));
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        std::optional<int32_t> token;
+        if (n_deciding[i] > 0)
+            token = samplers[i]->sample_best({best_.data() + i * n_best, n_deciding[i]});
+        next[i] = token ? *token : samplers[i]->sample(logits(i));
+    }
     stats_.sample_seconds += seconds_since(start);
+    publish();
 }
 
 void Context::score(int32_t seq, std::span<const int32_t> tokens, std::span<const int32_t> targets,
@@ -325,12 +369,13 @@ void Context::score(int32_t seq, std::span<const int32_t> tokens, std::span<cons
     std::vector<int64_t> rows;
     std::vector<int32_t> wanted;
     std::vector<float> found;
+    const std::lock_guard lock(counting_);
     run(feed_tokens, [&](int64_t first, int64_t n) {
         for (int64_t i = 0; i < n;) {
             rows.clear();
             wanted.clear();
             const int64_t begin = i;
-            for (; i < n && int64_t(rows.size()) < logits_rows; ++i) {
+            for (; i < n && int64_t(rows.size()) < logits_rows_least; ++i) {
                 if (targets[size_t(first + i)] == -1) continue;
                 rows.push_back(row_of_[size_t(i)]);
                 wanted.push_back(targets[size_t(first + i)]);
@@ -338,7 +383,7 @@ void Context::score(int32_t seq, std::span<const int32_t> tokens, std::span<cons
             if (rows.empty()) break;
             const auto n_rows = int64_t(rows.size());
             float* logits = logits_.reserve(rows.size() * size_t(hp.n_vocab));
-            forward_.head(forward_.final_norm(rows), n_rows, logits);
+            forward_.head(rows, logits, true);
             found.resize(rows.size());
             last_device().log_probabilities(logits, n_rows, hp.n_vocab, wanted.data(),
                                             found.data());
@@ -347,6 +392,7 @@ void Context::score(int32_t seq, std::span<const int32_t> tokens, std::span<cons
                 if (targets[size_t(first + j)] != -1) logprobs[first + j] = found[row++];
         }
     });
+    publish();
 }
 
 int64_t Context::length(int32_t seq) const {
@@ -394,15 +440,32 @@ void Context::collect_counters() const {
     if (accelerator_) accelerator_->collect_counters();
 }
 
-qi_stats Context::stats() const {
+// What others read from now on. Devices' own counters cost a moment and are brought only where
+// somebody looks.
+void Context::publish() const {
+    if (wanted_.exchange(false, std::memory_order_relaxed)) collect_counters();
     qi_stats stats = stats_;
     if (stats.n_generated_tokens > 0)
-        stats.weight_bytes_read += ffn_bytes_read() - ffn_bytes_of_prompts_;
-    return stats;
+        stats.weight_bytes_read += ffn_bytes_counted() - ffn_bytes_of_prompts_;
+    const std::lock_guard lock(publishing_);
+    published_.stats = stats;
+    published_.layers = monitor_.counters;
 }
 
-uint64_t Context::ffn_bytes_read() const {
-    collect_counters();
+// Where no other thread computes.
+void Context::refresh_published() const {
+    wanted_.store(true, std::memory_order_relaxed);
+    const std::unique_lock lock(counting_, std::try_to_lock);
+    if (lock) publish();
+}
+
+qi_stats Context::stats() const {
+    refresh_published();
+    const std::lock_guard lock(publishing_);
+    return published_.stats;
+}
+
+uint64_t Context::ffn_bytes_counted() const {
     uint64_t total = 0;
     for (const FfnCounters& counters : monitor_.counters)
         total += counters.n_bytes;
@@ -410,35 +473,39 @@ uint64_t Context::ffn_bytes_read() const {
 }
 
 void Context::reset_stats() {
+    const std::lock_guard lock(counting_);
     collect_counters();
     stats_ = {};
     ffn_bytes_of_prompts_ = 0;
     std::fill(monitor_.counters.begin(), monitor_.counters.end(), FfnCounters{});
     std::fill(monitor_.activations.begin(), monitor_.activations.end(), 0);
+    publish();
 }
 
 void Context::check_predictions(int64_t every) {
-    if (every > 0 && accelerator_)
-        fail(QI_UNSUPPORTED, "predictions are checked on the processor only: device=\"cpu\"");
     check_every_ = every;
 }
 
 void Context::count_activations(bool on) {
-    if (on && accelerator_)
-        fail(QI_UNSUPPORTED, "activations are counted on the processor only: device=\"cpu\"");
+    const std::lock_guard lock(counting_);
+    collect_counters();
     const HyperParams& hp = model_->hyper_params();
+    // The array stays where it is: devices have been told of it.
     monitor_.activations.clear();
     if (on) monitor_.activations.resize(size_t(hp.n_layer * hp.n_ff));
 }
 
-const FfnCounters& Context::layer_counters(int64_t layer) const {
+FfnCounters Context::layer_counters(int64_t layer) const {
     check_layer(layer);
-    collect_counters();
-    return monitor_.counters[size_t(layer)];
+    refresh_published();
+    const std::lock_guard lock(publishing_);
+    return published_.layers[size_t(layer)];
 }
 
 std::span<const uint64_t> Context::activations(int64_t layer) const {
     check_layer(layer);
+    const std::lock_guard lock(counting_);
+    collect_counters();
     if (monitor_.activations.empty()) fail(QI_ARGUMENT, "activations are not being counted");
     const auto n_ff = size_t(model_->hyper_params().n_ff);
     return {monitor_.activations.data() + size_t(layer) * n_ff, n_ff};

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <vector>
 
@@ -34,7 +35,8 @@ struct FeedToken {
     uint8_t flags;  // QI_WANT_*, QI_GENERATED or-ed together
 };
 
-// Not safe for two threads at once, except cancel(), clear_cancel() and progress().
+// Not safe for two threads at once, except cancel(), clear_cancel(), progress(), stats(),
+// layer_counters() and reset_stats().
 class Context {
   public:
     // offload: the model's share on an accelerator, or null.
@@ -45,7 +47,8 @@ class Context {
     void want_last_logits(std::span<FeedToken> tokens) const;
     // Appends tokens to their sequences; on any failure no sequence has changed.
     void feed(std::span<const FeedToken> tokens);
-    std::span<const float> logits(uint64_t index) const;
+    // Brings them to the host when they are first asked for; valid until the next feed.
+    std::span<const float> logits(uint64_t index);
     std::span<const float> hidden(uint64_t index) const;
     uint64_t n_logits() const { return n_logits_; }
 
@@ -71,13 +74,15 @@ class Context {
     void set_threads(int n_threads);
     const Model& model() const { return *model_; }
     const ContextOptions& options() const { return options_; }
+    // While another thread computes: as they were after one of its last calls.
     qi_stats stats() const;
+    FfnCounters layer_counters(int64_t layer) const;
+    // Waits for another thread's call.
     void reset_stats();
     // Holds the predictions of every n-th generated token against all gates; 0: of none.
     void check_predictions(int64_t every);
     // Starts counting, from 0, for how many tokens each neuron is active; or stops.
     void count_activations(bool on);
-    const FfnCounters& layer_counters(int64_t layer) const;
     std::span<const uint64_t> activations(int64_t layer) const;  // [n_ff]
     int page_size() const;
     // Where keys and values of the accelerator's layers live, `host` without one; and pages copied
@@ -100,14 +105,23 @@ class Context {
     void check_token(int32_t token) const;
     void check_layer(int64_t layer) const;
     void collect_counters() const;
-    uint64_t ffn_bytes_read() const;
+    void publish() const;
+    void refresh_published() const;
+    uint64_t ffn_bytes_counted() const;
     void run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done);
+    // n_best: how many of each row's best logits to find on the device.
+    void compute(std::span<const FeedToken> tokens, int64_t n_best);
+    // Tokens that are ever computed together.
+    int64_t batch_max() const;
+    // Rows of logits that a device holds at a time.
+    int64_t logits_rows() const;
     // next: by sequence, the position of its next token.
     void compute_chunk(std::span<const FeedToken> tokens, std::vector<int64_t>& next);
 
     std::shared_ptr<const Model> model_;
     ContextOptions options_;
     std::shared_ptr<Offload> offload_;
+    std::shared_ptr<const void> part_alive_;  // of the offload, for as long as the accelerator is
     std::unique_ptr<Device> host_;
     std::unique_ptr<Device> accelerator_;  // or null
     KvShare kv_share_;
@@ -125,9 +139,11 @@ class Context {
     int64_t check_every_ = 0, n_until_check_ = 0;
 
     DeviceArray logits_;                  // of the last device
-    const float* host_logits_ = nullptr;  // [n_logits][n_vocab] where the host can read them
+    const float* host_logits_ = nullptr;  // [n_logits][n_vocab] once they are where the host can
+                                          // read them
     AlignedBuffer<float> all_logits_;     // the same when they are many
     AlignedBuffer<float> host_room_;      // copies from devices whose memory is not the host's
+    std::vector<Candidate> best_;         // [n_logits][n_best]
     AlignedBuffer<float> hidden_;
     uint64_t n_logits_ = 0, n_hidden_ = 0;
 
@@ -136,6 +152,16 @@ class Context {
     std::atomic<int64_t> tokens_done_{0}, tokens_chunk_{0}, tokens_all_{0};
     qi_stats stats_{};
     uint64_t ffn_bytes_of_prompts_ = 0;
+
+    // Held while counters change, so that a thread that asks for them sees whether it may collect.
+    mutable std::mutex counting_;
+    mutable std::atomic<bool> wanted_{false};  // somebody asked while it was held
+    struct Published {
+        qi_stats stats{};
+        std::vector<FfnCounters> layers;
+    };
+    mutable std::mutex publishing_;
+    mutable Published published_;
 };
 
 }  // namespace qi

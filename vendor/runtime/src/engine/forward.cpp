@@ -6,6 +6,13 @@
 
 namespace qi {
 
+namespace {
+
+// Tells what is repeated of the head from what is repeated of the layers.
+constexpr uint64_t head_key = uint64_t(1) << 63;
+
+}  // namespace
+
 ForwardPass::ForwardPass(const Model& model, std::span<const Stage> stages)
     : model_(model), hp_(model.hyper_params()) {
     for (const Stage& stage : stages)
@@ -166,9 +173,23 @@ const float* ForwardPass::final_norm(std::span<const int64_t> rows) {
     return normed;
 }
 
-void ForwardPass::head(const float* normed, int64_t n, float* out) {
-    const Projection logits{&model_.head(), out};
-    parts_.back().stage.device->project(normed, n, {&logits, 1});
+void ForwardPass::head(std::span<const int64_t> rows, float* out, bool recurring) {
+    Device& device = *parts_.back().stage.device;
+    const auto compute = [&] {
+        const Projection logits{&model_.head(), out};
+        device.project(final_norm(rows), int64_t(rows.size()), {&logits, 1});
+    };
+    // Which rows they are is part of what recurs: they go into the key, 4 bits each.
+    uint64_t key = head_key | rows.size();
+    bool fits = recurring && rows.size() <= 12;
+    for (const int64_t row : rows) {
+        fits = fits && row < 16;
+        key = (key & head_key) | (key << 4 & ~head_key) | uint64_t(row);
+    }
+    if (fits)
+        device.repeat(key, compute);
+    else
+        compute();
 }
 
 }  // namespace qi

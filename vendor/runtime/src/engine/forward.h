@@ -44,8 +44,9 @@ class ForwardPass {
     // The final norm of some rows of the last run: [rows.size()][n_embd] in the device's memory,
     // valid until the next call of anything here.
     const float* final_norm(std::span<const int64_t> rows);
-    // Logits of n rows that final_norm gave: out [n][n_vocab], in the device's memory.
-    void head(const float* normed, int64_t n, float* out);
+    // Logits of some rows of the last run: out [rows.size()][n_vocab], in the device's memory.
+    // recurring: all calls that say so have the same `out`, for as long as it is not released.
+    void head(std::span<const int64_t> rows, float* out, bool recurring);
 
     size_t scratch_bytes() const;
 

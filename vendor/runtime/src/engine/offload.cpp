@@ -76,27 +76,54 @@ std::vector<Type> weight_types(const Model& model) {
 
 }  // namespace
 
+// Where nobody computes: what is kept by now makes room.
+void Offload::place_anew(const DeviceNeeds& needs, const KvWish& kv) {
+    accelerator_->prepare(weight_types(*model_), needs.kv.type);
+    // With all that is known to fit: what is kept is only given up for something.
+    Placement placement = place(*model_, *accelerator_, needs, kv, split_);
+    accelerator_->drop();
+    placement_.reset();
+    keep(*model_, placement, *accelerator_);
+    placement_ = std::move(placement);
+}
+
 Offload::Part Offload::make_part(const DeviceNeeds& needs, const KvWish& kv, Device& host) {
     const std::lock_guard lock(mutex_);
-    const bool is_first = !placement_;
-    if (is_first) {
-        accelerator_->prepare(weight_types(*model_), needs.kv.type);
-        Placement placement = place(*model_, *accelerator_, needs, kv, split_);
-        keep(*model_, placement, *accelerator_);
-        placement_ = std::move(placement);
+    const auto of_part = [&] {
+        DeviceNeeds part = needs;
+        part.kv.n_layer = placement_->n_layers;
+        if (!placement_->head) part.n_logits = 0;
+        part.kv_share = placement_->kv_share;
+        return part;
+    };
+    bool is_new = !placement_;
+    if (is_new) place_anew(needs, kv);
+    DeviceNeeds part = of_part();
+    if (!is_new) {
+        const size_t left = accelerator_->budget() - accelerator_->used();
+        part = share_kv(*accelerator_, part, kv, left);
+        const size_t wanted = accelerator_->bytes_of(part);
+        const bool alone = alive_.use_count() == 1;
+        if (wanted > left && !alone)
+            fail(QI_MEMORY,
+                 "a context of these sizes takes %s of the device's memory, %s of %s are left "
+                 "beside the model and its other contexts",
+                 size_text(wanted).c_str(), size_text(left).c_str(),
+                 size_text(accelerator_->budget()).c_str());
+        // Keys and values come before neurons; where they were shared before, they will be again.
+        const bool may_gain =
+            kv.by_default() && part.kv_share.with_host && !placement_->kv_share.with_host;
+        if (wanted > left || (alone && may_gain)) {
+            place_anew(needs, kv);
+            part = of_part();
+            is_new = true;
+        }
+    }
+    auto device = accelerator_->make_device(part, host);
+    if (is_new)
         log(LogLevel::info, format("%s keeps %s", accelerator_->name().c_str(),
                                    describe(*placement_, *model_, *accelerator_).c_str()));
-    }
-    DeviceNeeds of_part = needs;
-    of_part.kv.n_layer = placement_->n_layers;
-    if (is_first)
-        of_part.kv_share = placement_->kv_share;
-    else
-        of_part = share_kv(
-            *accelerator_, of_part, kv,
-            accelerator_->budget() - std::min(accelerator_->budget(), accelerator_->used()));
-    auto device = accelerator_->make_device(of_part, host);
-    return {std::move(device), placement_->n_layers, placement_->head, of_part.kv_share};
+    return {alive_, std::move(device), placement_->n_layers, placement_->head, part.kv_share};
 }
 
 Offload::Report Offload::report() const {

@@ -1,5 +1,6 @@
 // A model's share on an accelerator: what is kept there is decided when its first context is made,
-// because only then is known what keys, values and working space will take.
+// because only then is known what keys, values and working space will take. A later context finds
+// what room there is; when none is alive, the neurons make room for it.
 #pragma once
 
 #include <memory>
@@ -29,11 +30,13 @@ class Offload {
 
     // The accelerator's device for a context and the layers it computes. `host` computes the rest.
     struct Part {
+        std::shared_ptr<const void> alive;  // for as long as the device is
         std::unique_ptr<Device> device;
         int64_t n_layers;
         bool head;
         KvShare kv_share;
     };
+    // QI_MEMORY when the device cannot hold another context of these needs.
     Part make_part(const DeviceNeeds& needs, const KvWish& kv, Device& host);
 
     struct Report {
@@ -46,11 +49,13 @@ class Offload {
 
   private:
     void check_open(int64_t layer) const;
+    void place_anew(const DeviceNeeds& needs, const KvWish& kv);
 
     std::shared_ptr<const Model> model_;
     std::unique_ptr<Accelerator> accelerator_;
     SplitChoice split_;
     std::optional<Placement> placement_;
+    std::shared_ptr<const void> alive_ = std::make_shared<char>();  // held by each context, too
     mutable std::mutex mutex_;
 };
 

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <numeric>
-#include <tuple>
 
 #include "base/error.h"
 
@@ -11,11 +10,6 @@ namespace qi {
 namespace {
 
 constexpr double gib = 1024.0 * 1024.0 * 1024.0, mib = 1024.0 * 1024.0;
-
-std::string size_text(size_t n_bytes) {
-    return double(n_bytes) < gib ? format("%.1f MiB", double(n_bytes) / mib)
-                                 : format("%.2f GiB", double(n_bytes) / gib);
-}
 
 // Whether the host can compute some of the neurons: their gate and up share one prepared input.
 bool can_be_split(const FeedForward& ffn) {
@@ -112,6 +106,11 @@ std::vector<std::vector<int32_t>> choose(const Model& model, const Accelerator& 
 
 }  // namespace
 
+std::string size_text(size_t n_bytes) {
+    return double(n_bytes) < gib ? format("%.1f MiB", double(n_bytes) / mib)
+                                 : format("%.2f GiB", double(n_bytes) / gib);
+}
+
 namespace {
 
 // A placement under way.
@@ -144,6 +143,7 @@ struct Plan {
 
 void Plan::add_attention(DeviceNeeds needs) {
     result.kv_share = needs.kv_share;
+    needs.n_logits = 0;  // they come with the head
     for (const Layer& layer : model.layers()) {
         const size_t attention = result.attention_bytes + attention_bytes(layer, accelerator);
         needs.kv.n_layer = result.n_layers + 1;
@@ -171,14 +171,17 @@ void Plan::add_weights(const DeviceNeeds& needs) {
 
     const size_t head =
         accelerator.bytes_of(model.output_norm()) + accelerator.bytes_of(model.head());
-    if (!fits(head)) return;
+    const size_t logits = accelerator.bytes_of(needs) - result.device_bytes;
+    if (!fits(head + logits)) return;
     result.head = true;
     result.head_bytes = head;
     used += head;
+    change_context(needs);
 }
 
 void Plan::change_context(DeviceNeeds needs) {
     needs.kv.n_layer = result.n_layers;
+    if (!result.head) needs.n_logits = 0;
     used -= result.device_bytes;
     result.device_bytes = accelerator.bytes_of(needs);
     used += result.device_bytes;
@@ -217,8 +220,8 @@ void Plan::add_neurons(const SplitChoice& split) {
 
 Placement place(const Model& model, const Accelerator& accelerator, const DeviceNeeds& needs,
                 const KvWish& kv, const SplitChoice& split) {
-    const size_t taken = accelerator.used() + accelerator.reserve_overhead();
-    const size_t room = accelerator.budget() - std::min(accelerator.budget(), taken);
+    const size_t overhead = accelerator.reserve_overhead();
+    const size_t room = accelerator.budget() - std::min(accelerator.budget(), overhead);
     const DeviceNeeds alone = with_device_alone(needs), none = with_host(needs, kv, 0);
     Plan whole{model, accelerator, room, {}}, parted{model, accelerator, room, {}};
     if (kv.mode == KvMode::device || kv.by_default()) whole.add_weights(alone);
@@ -241,6 +244,7 @@ Placement place(const Model& model, const Accelerator& accelerator, const Device
     }
     DeviceNeeds of_layers = needs;
     of_layers.kv.n_layer = plan.result.n_layers;
+    if (!plan.result.head) of_layers.n_logits = 0;
     const auto copy_pages = [&](size_t more) {
         const int64_t n =
             fitting_pages(accelerator, of_layers, kv, plan.result.device_bytes + more);

@@ -41,12 +41,16 @@ struct Placement {
     KvShare kv_share;         // of the first context
 };
 
-// QI_MEMORY when not even the first layer fits, and when given lists do not.
+// For an accelerator that holds nothing yet, or gives up what it holds. QI_MEMORY when not even the
+// first layer fits, and when given lists do not.
 Placement place(const Model& model, const Accelerator& accelerator, const DeviceNeeds& needs,
                 const KvWish& kv, const SplitChoice& split);
 
 // Makes the copies.
 void keep(const Model& model, const Placement& placement, Accelerator& accelerator);
+
+// "512.0 MiB", "3.90 GiB"
+std::string size_text(size_t n_bytes);
 
 // "32 of 32 layers, predictors, head, 41 % of the neurons; 3.9 of 4.0 GiB"
 std::string describe(const Placement& placement, const Model& model,

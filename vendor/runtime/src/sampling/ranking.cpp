@@ -103,6 +103,14 @@ void Ranking::reset(std::span<const float> logits, const LogitSummary& summary) 
     best_ = summary.best;
 }
 
+void Ranking::reset(std::span<const Candidate> best, size_t n) {
+    logits_ = {};
+    ordered_.assign(best.begin(), best.end());
+    size_ = n;
+    n_possible_ = 0;
+    best_ = best.front().logit;
+}
+
 void Ranking::slice(size_t begin, size_t end) {
     first(end);
     ordered_.resize(end);

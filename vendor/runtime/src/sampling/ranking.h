@@ -6,17 +6,9 @@
 #include <span>
 #include <vector>
 
+#include "device/candidate.h"
+
 namespace qi {
-
-struct Candidate {
-    float logit;
-    int32_t token;
-};
-
-// By falling logit, equal ones by rising id.
-inline bool ranks_before(const Candidate& a, const Candidate& b) {
-    return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
-}
 
 // What one pass over the logits finds.
 struct LogitSummary {
@@ -38,6 +30,8 @@ class Ranking {
   public:
     // The logits hold no NaN and no +infinity, and outlive the ranking's use.
     void reset(std::span<const float> logits, const LogitSummary& summary);
+    // The first n of more candidates, of which only the best, in order, are known: n and more.
+    void reset(std::span<const Candidate> best, size_t n);
     void truncate(size_t n) { size_ = n < size_ ? n : size_; }  // to the n most likely
     void slice(size_t begin, size_t end);                       // to those ranks, at least one
 
@@ -59,7 +53,7 @@ class Ranking {
     std::vector<Candidate> ordered_;  // a prefix of the ranking
     std::vector<Candidate> scratch_;
     size_t size_ = 0;
-    size_t n_possible_ = 0;  // of logits_; 0 once sliced
+    size_t n_possible_ = 0;  // of logits_; 0 once sliced, or where there are none
     float best_ = 0.0f;
 };
 

@@ -100,26 +100,47 @@ int32_t Sampler::sample(std::span<const float> logits) {
     if (summary.has_nan) {
         const auto nan =
             std::find_if(adjusted.begin(), adjusted.end(), [](float x) { return x != x; });
-        fail(QI_ARGUMENT, "the logit of token %td is NaN", nan - adjusted.begin());
+        refuse_nan(int32_t(nan - adjusted.begin()));
     }
-    if (summary.n_possible == 0)
-        fail(QI_ARGUMENT, "no token is possible: all %d logits are -inf%s", n_vocab_,
-             params_.bias.empty() ? "" : " after the bias");
+    if (summary.n_possible == 0) refuse_none();
     int32_t token;
     if (params_.temperature == 0.0f || summary.best == infinity) {
         token =
             int32_t(std::find(adjusted.begin(), adjusted.end(), summary.best) - adjusted.begin());
     } else {
         ranking_.reset(adjusted, summary);
-        if (params_.mirostat != 0) {
-            token = draw_mirostat();
-        } else {
-            filter();
-            token = draw(dynamic_temperature()).token;
-        }
+        token = params_.mirostat != 0 ? draw_mirostat() : draw_filtered();
     }
     penalties_.accept(token);
     return token;
+}
+
+void Sampler::refuse_nan(int32_t token) const {
+    fail(QI_ARGUMENT, "the logit of token %d is NaN", token);
+}
+
+void Sampler::refuse_none() const {
+    fail(QI_ARGUMENT, "no token is possible: all %d logits are -inf%s", n_vocab_,
+         params_.bias.empty() ? "" : " after the bias");
+}
+
+size_t Sampler::n_deciding() const {
+    if (!params_.bias.empty() || penalties_.active()) return 0;
+    if (params_.temperature == 0.0f) return 1;
+    if (params_.mirostat != 0 || params_.top_k == 0 || params_.top_k >= n_vocab_) return 0;
+    // One more shows that top-k leaves something out: sums over all logits are rounded otherwise.
+    return size_t(params_.top_k) + 1;
+}
+
+std::optional<int32_t> Sampler::sample_best(std::span<const Candidate> best) {
+    const Candidate& first = best.front();
+    if (first.logit != first.logit) refuse_nan(first.token);
+    if (first.logit == -infinity) refuse_none();
+    // Penalties are off, so that nothing has to be accepted.
+    if (params_.temperature == 0.0f || first.logit == infinity) return first.token;
+    if (best.back().logit == -infinity) return std::nullopt;
+    ranking_.reset(best, size_t(params_.top_k));
+    return draw_filtered();
 }
 
 // The logits after bias and penalties.
@@ -132,6 +153,11 @@ std::span<const float> Sampler::adjust(std::span<const float> logits) {
     }
     penalties_.apply(adjusted_);
     return adjusted_;
+}
+
+int32_t Sampler::draw_filtered() {
+    filter();
+    return draw(dynamic_temperature()).token;
 }
 
 void Sampler::filter() {

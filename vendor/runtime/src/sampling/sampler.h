@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -48,8 +49,18 @@ class Sampler {
     // when a logit is NaN or all are -infinity. A logit of +infinity wins, the lowest id first.
     int32_t sample(std::span<const float> logits);
 
+    // How many of the best logits, in order, draw the same token as all of them; 0: all are needed.
+    size_t n_deciding() const;
+    // Draws from the n_deciding() best, in order of rank but that a NaN comes before all others.
+    // As sample(), but that no token is drawn, and nothing has changed, where so few are possible
+    // that all logits are needed after all.
+    std::optional<int32_t> sample_best(std::span<const Candidate> best);
+
   private:
     std::span<const float> adjust(std::span<const float> logits);
+    void refuse_nan(int32_t token) const;
+    void refuse_none() const;
+    int32_t draw_filtered();
     void filter();
     float dynamic_temperature();
     Candidate draw(float temperature);

@@ -403,6 +403,33 @@ void CpuFeedForward::check_predictions(const FeedForward& ffn, const FfnBatch& b
     }
 }
 
+// The same of the neurons of a shard, whose names another device knows.
+void CpuFeedForward::check_names(const FeedForward& ffn, const FfnBatch& batch, const Group& group,
+                                 const std::byte* prepared) {
+    const Linear& first = ffn.first();
+    const std::span<const int32_t> neurons = batch.shard->neurons();
+    const auto stride = int64_t(neurons.size()), n_words = name_words(first.weight.n_rows);
+    float* gates = gates_.reserve(size_t(group.n_tokens * stride));
+    products_.loop(n_partitions, [&](int64_t p, int) {
+        const std::span<const int32_t> ours = batch.shard->partition(p);
+        const auto n = int64_t(ours.size());
+        float* of_ours = gates + (ours.data() - neurons.data());
+        kernels::matmul_listed(first.weight, ours.data(), n, prepared, group.n_tokens, of_ours,
+                               stride);
+        for (int64_t t = 0; t < group.n_tokens; ++t)
+            add_bias(first, ours.data(), n, of_ours + t * stride);
+    });
+    FfnCounters& counters = *batch.counters;
+    counters.n_checked += uint64_t(group.n_tokens);
+    for (int64_t t = 0; t < group.n_tokens; ++t) {
+        for (int64_t i = 0; i < stride; ++i) {
+            if (!(gates[t * stride + i] > ffn.act.threshold)) continue;
+            ++counters.n_due;
+            counters.n_missed += !is_named(group.names + t * n_words, neurons[size_t(i)]);
+        }
+    }
+}
+
 void CpuFeedForward::compute_chosen(const FeedForward& ffn, const FfnBatch& batch,
                                     const Group& group) {
     const Linear& first = ffn.first();
@@ -419,8 +446,11 @@ void CpuFeedForward::compute_chosen(const FeedForward& ffn, const FfnBatch& batc
         const Projection gate{&first, gates_.reserve(size_t(n * n_ff))};
         products_.multiply(prepared, n, {&gate, 1});
         counters.n_bytes += weight_bytes(first);
-    } else if (batch.check && !batch.shard) {
-        check_predictions(ffn, batch, group, prepared, predictions_.data());
+    } else if (batch.check && predicting) {
+        if (batch.shard)
+            check_names(ffn, batch, group, prepared);
+        else
+            check_predictions(ffn, batch, group, prepared, predictions_.data());
     }
     const int64_t width = n_ff / n_partitions + 1;
     products_.reserve_workers(2 * Room::bytes<int32_t>(width) + 2 * Room::bytes<float>(n * width) +

@@ -45,6 +45,8 @@ class CpuFeedForward {
     const float* predict(const FeedForward& ffn, const FfnBatch& batch, const Group& group);
     void check_predictions(const FeedForward& ffn, const FfnBatch& batch, const Group& group,
                            const std::byte* prepared, const float* predictions);
+    void check_names(const FeedForward& ffn, const FfnBatch& batch, const Group& group,
+                     const std::byte* prepared);
     void project_down(const FeedForward& ffn, int64_t n_tokens, float* y);
     uint64_t project_down_of_chosen(const FeedForward& ffn, int64_t n_tokens, bool bias, float* y);
     const int32_t* all_neurons(int64_t n_ff);

@@ -54,6 +54,8 @@ class CudaAccelerator final : public Accelerator {
         share_.weights->keep(ffn, std::move(resident), std::move(rest));
     }
 
+    void drop() override { share_.weights = std::make_shared<Weights>(share_.gpu, share_.budget); }
+
     std::unique_ptr<Device> make_device(const DeviceNeeds& needs, Device& host) override {
         return std::make_unique<CudaDevice>(share_, needs, host);
     }

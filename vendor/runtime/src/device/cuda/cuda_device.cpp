@@ -15,7 +15,7 @@ namespace qi::cuda {
 
 namespace {
 
-constexpr size_t recordings_max = 32;
+constexpr size_t recordings_max = 64;
 
 }  // namespace
 
@@ -44,9 +44,15 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     partial_ = take(sizes.partial, "activations");
     attend_room_ = take(sizes.attend, "attention");
     terms_ = take(sizes.terms, "log-probabilities");
+    tickets_ = take(sizes.tickets, "logits");
+    if (tickets_) stream_.fill(tickets_, 0, sizes.tickets);
+    partial_best_ = take(sizes.partial_best, "logits");
+    best_ = take(sizes.best, "logits");
     totals_ = take(sizes.totals, "counters");
+    counts_ = take(sizes.counts, "counters");
     tallies_.resize(share_.weights->n_ffns());
     stream_.fill(totals_, 0, sizes.totals);
+    stream_.fill(counts_, 0, sizes.counts);
     const CUdeviceptr exchange_room = take(sizes.exchange, "counters");
     kv_terms_ = take(sizes.kv_terms, "attention");
     kv_other_ = take(sizes.kv_other, "attention");
@@ -56,6 +62,10 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     tickets.n_head = needs.n_head;
     tickets.n_tokens = std::min(needs.n_batch, few_tokens);
     stream_.fill(attend_room_, 0, Kernels::attend_ticket_bytes(tickets));
+    for (const size_t n : needs.arrays)
+        spare_.emplace_back(share_.gpu, share_.budget, n * sizeof(float), "activations");
+    spare_.emplace_back(share_.gpu, share_.budget,
+                        size_t(needs.n_logits * needs.n_vocab) * sizeof(float), "logits");
     stream_.synchronize();
     const auto n_ffns = int64_t(share_.weights->n_ffns());
     if (needs.kv_share.with_host) {
@@ -114,7 +124,16 @@ Current CudaDevice::enter() const {
 
 float* CudaDevice::allocate(size_t n) {
     const Current current(*share_.gpu);
-    DeviceMemory memory(share_.gpu, share_.budget, n * sizeof(float), "activations");
+    const auto spare = std::find_if(spare_.begin(), spare_.end(), [&](const DeviceMemory& memory) {
+        return memory.n_bytes() == n * sizeof(float);
+    });
+    DeviceMemory memory;
+    if (spare != spare_.end()) {
+        memory = std::move(*spare);
+        spare_.erase(spare);
+    } else {
+        memory = DeviceMemory(share_.gpu, share_.budget, n * sizeof(float), "activations");
+    }
     auto* const array = reinterpret_cast<float*>(memory.address());
     stream_.fill(memory.address(), 0, n * sizeof(float));
     arrays_.emplace(array, std::move(memory));
@@ -128,7 +147,7 @@ void CudaDevice::release(float* array) {
 }
 
 const float* CudaDevice::host_view(const float* x, size_t n, AlignedBuffer<float>&) {
-    const Current current = enter();
+    const Current current(*share_.gpu);
     if (readback_.n_bytes() < n * sizeof(float))
         readback_ = PinnedMemory(share_.gpu, n * sizeof(float), "results");
     stream_.copy_to_host(readback_.data(), address(x), n * sizeof(float));
@@ -234,7 +253,9 @@ void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
     for (size_t i = 0; i < tallies_.size(); ++i)
         add_tally(recording.tallies[i]);
     prepared_from_ = 0;
-    if (exchange_) exchange_->replay(stream_, recording.answers);
+    // Rounds are numbered on from the layers: what has none leaves their number alone.
+    if (recording.answers.empty()) return;
+    exchange_->replay(stream_, recording.answers);
     replayed_ = true;
 }
 
@@ -333,19 +354,6 @@ void CudaDevice::project(const float* x, int64_t n_rows, std::span<const Project
     }
     for (const Projection& output : outputs)
         forget_prepared(output.y);
-}
-
-void CudaDevice::log_probabilities(const float* logits, int64_t n, int64_t n_vocab,
-                                   const int32_t* targets, float* out) {
-    const Current current = enter();
-    const CUdeviceptr device_targets = terms_ + size_t(n) * sizeof(Kernels::LogTerms);
-    stream_.copy_to_device(device_targets, targets, size_t(n) * sizeof(int32_t));
-    share_.kernels->log_terms(stream_, address(logits), n, n_vocab, device_targets, terms_);
-    std::vector<Kernels::LogTerms> terms(static_cast<size_t>(n));
-    stream_.copy_to_host(terms.data(), terms_, terms.size() * sizeof(Kernels::LogTerms));
-    stream_.synchronize();
-    for (int64_t i = 0; i < n; ++i)
-        out[i] = float(terms[size_t(i)].log_probability());
 }
 
 }  // namespace qi::cuda

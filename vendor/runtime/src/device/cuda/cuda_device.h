@@ -65,6 +65,9 @@ class CudaDevice final : public Device {
     void feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) override;
     void log_probabilities(const float* logits, int64_t n, int64_t n_vocab, const int32_t* targets,
                            float* out) override;
+    int64_t best_max() const override { return best_of(needs_); }
+    void best(const float* logits, int64_t n, int64_t n_vocab, int64_t k, Candidate* out) override;
+    void finish() override;
 
   private:
     CUdeviceptr take(size_t n_bytes, const char* what);
@@ -97,6 +100,15 @@ class CudaDevice final : public Device {
                   int64_t n, CUdeviceptr y);
     void count_active(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
                       int64_t h_stride, int64_t first, int64_t n);
+    CUdeviceptr total(const DeviceFfn& kept, size_t which) const {
+        return totals_ + (n_totals * kept.index + which) * sizeof(uint64_t);
+    }
+    CUdeviceptr counts_of(size_t index) const {
+        return counts_ + index * size_t(needs_.n_ff) * sizeof(uint64_t);
+    }
+    void check_predictions(const FeedForward& ffn, const DeviceFfn& kept, CUdeviceptr x,
+                           int64_t first, int64_t n);
+    void collect_activations();
     // A network's neurons that the host keeps: what it needs of a batch, what it does, and what
     // that adds to y.
     Exchange::Round send_to_host(const FeedForward& ffn, const DeviceFfn& kept,
@@ -112,12 +124,13 @@ class CudaDevice final : public Device {
     Stream stream_;
     std::vector<DeviceMemory> memory_;
     std::unordered_map<float*, DeviceMemory> arrays_;
+    std::vector<DeviceMemory> spare_;  // arrays that will be asked for
     size_t scratch_bytes_ = 0;
     const std::atomic<bool>* cancel_ = nullptr;
 
     // Addresses of the arrays that WorkingSizes lists.
     CUdeviceptr inputs_, q8_, hidden_, lifted_, low_, predictions_, masks_, named_, partial_,
-        attend_room_, terms_, kv_terms_, kv_other_;
+        attend_room_, terms_, tickets_, partial_best_, best_, kv_terms_, kv_other_;
     NeuronList list_;
     KvArgs kv_;
 
@@ -126,6 +139,7 @@ class CudaDevice final : public Device {
     PinnedMemory embedded_;  // [n_batch][n_embd]
     Event embedded_sent_;
     PinnedMemory readback_;
+    PinnedMemory candidates_;  // [n][k]
 
     // Where the host keeps neurons, or keys and values.
     std::optional<Exchange> exchange_;
@@ -144,13 +158,16 @@ class CudaDevice final : public Device {
     CUdeviceptr prepared_from_ = 0;
     int64_t prepared_rows_ = 0, prepared_cols_ = 0;
 
-    // What a network did since the counters were last collected, as far as the host knows; active
-    // and predicted neurons are counted in device memory, [n_ffns][2].
+    // What a network did since the counters were last collected, as far as the host knows; the rest
+    // is counted in device memory: totals_ uint64 [n_ffns][n_totals], and by neuron
+    // counts_ uint64 [n_ffns][n_ff].
     struct Tally {
         const FeedForward* ffn = nullptr;
         const DeviceFfn* kept = nullptr;
         FfnCounters* counters = nullptr;
+        uint64_t* activations = nullptr;   // [n_ff], or null where neurons are not counted
         uint64_t n_tokens = 0;             // under a rule other than `all`
+        uint64_t n_checked = 0;            // under `predict`, whose predictions were checked
         uint64_t n_steps = 0;              // that predicted
         uint64_t n_groups = 0;             // of tokens computed together,
         uint64_t n_gates = 0;              // those that looked at every neuron kept,
@@ -159,7 +176,8 @@ class CudaDevice final : public Device {
     };
     void add_tally(const Tally& more);
     std::vector<Tally> tallies_;
-    CUdeviceptr totals_ = 0;
+    CUdeviceptr totals_ = 0, counts_ = 0;
+    bool counting_ = false;  // neurons, in the step now computed
 
     // Steps recorded, by all that their launches depend on.
     struct Recording {

@@ -44,7 +44,8 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
     // Biases stand by neuron, not by slot.
     const bool by_slot = kept.whole() || (!kept.weights.gate_bias && !kept.weights.up_bias);
     const bool many = batch_.n_tokens > few_tokens && !predicting && by_slot;
-    Tally tally{&ffn, &kept, batch.counters};
+    counting_ = batch.activations != nullptr;
+    Tally tally{&ffn, &kept, batch.counters, batch.activations};
     tally.n_steps += predicting;
     const int64_t together = many ? batch_.n_tokens : few_tokens;
     for (int64_t first = 0; first < batch_.n_tokens; first += together) {
@@ -52,6 +53,7 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
         for (int64_t t = first; t < std::min(batch_.n_tokens, first + together); ++t) {
             const NeuronRule rule = batch_.rules[size_t(t)];
             tally.n_tokens += rule != NeuronRule::all;
+            tally.n_checked += predicting && batch.check && rule == NeuronRule::predict;
             gates |= rule != NeuronRule::predict;
             whole |= rule == NeuronRule::all;
         }
@@ -107,7 +109,7 @@ void CudaDevice::predict(const FeedForward& ffn, const DeviceFfn& kept, const Ff
         if (batch_.rules[size_t(t)] == NeuronRule::predict)
             share_.kernels->count_bits(
                 stream_, masks_ + size_t(t * name_words(needs_.n_ff)) * sizeof(uint32_t),
-                name_words(needs_.n_ff), totals_ + (2 * kept.index + 1) * sizeof(uint64_t));
+                name_words(needs_.n_ff), total(kept, 1));
 }
 
 // Neuron by neuron, those that no token uses left out; a few tokens at a time.
@@ -126,6 +128,7 @@ void CudaDevice::compute_few(const FeedForward& ffn, const DeviceFfn& kept, cons
         args.list = kept.whole() ? nullptr : &kept.list;
         if (predicting) {
             args.masks = masks_ + size_t(first * name_words(n_ff)) * sizeof(uint32_t);
+            if (batch.check) check_predictions(ffn, kept, x, first, some);
             // Columns of an ordinary down are those of all slots.
             if (n <= few_tokens && ffn.down_by_neuron) {
                 kernels.compact(stream_, named_, kept.slot_of_neuron, n_ff, list_);
@@ -208,7 +211,7 @@ void CudaDevice::add_down(const DeviceFfn& kept, const NeuronList* list, CUdevic
 }
 
 // Neurons that contributed to tokens [first, first + n), whose values begin at h, as far as they
-// are counted.
+// are counted: the sum under rules other than `all`, neuron by neuron under every rule.
 void CudaDevice::count_active(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
                               int64_t h_stride, int64_t first, int64_t n) {
     DownArgs args;
@@ -222,10 +225,11 @@ void CudaDevice::count_active(const DeviceFfn& kept, const NeuronList* list, CUd
         };
         for (end = begin + 1; end < n && end - begin < few_tokens; ++end)
             if (counts(end) != counts(begin)) break;
-        if (!counts(begin)) continue;
+        if (!counts(begin) && !counting_) continue;
         args.h = h + size_t(begin * h_stride) * sizeof(float);
         args.n_tokens = end - begin;
-        share_.kernels->count_active(stream_, args, 0, totals_ + 2 * kept.index * sizeof(uint64_t));
+        share_.kernels->count_active(stream_, args, counting_ ? counts_of(kept.index) : 0,
+                                     counts(begin) ? total(kept, 0) : 0);
     }
 }
 
@@ -251,7 +255,8 @@ void CudaDevice::collect_counters() {
                                  [](const Tally& tally) { return tally.ffn != nullptr; });
     if (!any) return;
     const Current current(*share_.gpu);
-    std::vector<uint64_t> totals(2 * tallies_.size());
+    collect_activations();
+    std::vector<uint64_t> totals(n_totals * tallies_.size());
     stream_.copy_to_host(totals.data(), totals_, totals.size() * sizeof(uint64_t));
     stream_.fill(totals_, 0, totals.size() * sizeof(uint64_t));
     stream_.synchronize();
@@ -259,11 +264,15 @@ void CudaDevice::collect_counters() {
         const Tally& tally = tallies_[i];
         if (!tally.ffn) continue;
         const FeedForward& ffn = *tally.ffn;
-        const uint64_t n_active = totals[2 * i], n_predicted = totals[2 * i + 1];
+        const uint64_t* of_ffn = &totals[n_totals * i];
+        const uint64_t n_active = of_ffn[0], n_predicted = of_ffn[1];
         FfnCounters& counters = *tally.counters;
         counters.n_tokens += tally.n_tokens;
         counters.n_active += n_active;
         counters.n_predicted += n_predicted;
+        counters.n_checked += tally.n_checked;
+        counters.n_due += of_ffn[2];
+        counters.n_missed += of_ffn[3];
         // Active and predicted rows as if each token read its own: tokens computed together share
         // some.
         const size_t first_row = ffn.first().weight.row_bytes;
@@ -282,6 +291,22 @@ void CudaDevice::collect_counters() {
                 tally.n_steps * (bytes_of(ffn.predictor->fc1) + bytes_of(ffn.predictor->fc2));
     }
     std::fill(tallies_.begin(), tallies_.end(), Tally{});
+}
+
+// Adds what was counted neuron by neuron to the engine's counts, and begins again from 0.
+void CudaDevice::collect_activations() {
+    const auto n_ff = size_t(needs_.n_ff);
+    std::vector<uint64_t> counts;
+    for (size_t i = 0; i < tallies_.size(); ++i) {
+        uint64_t* const activations = tallies_[i].activations;
+        if (!activations) continue;
+        counts.resize(n_ff);
+        stream_.copy_to_host(counts.data(), counts_of(i), n_ff * sizeof(uint64_t));
+        stream_.fill(counts_of(i), 0, n_ff * sizeof(uint64_t));
+        stream_.synchronize();
+        for (size_t j = 0; j < n_ff; ++j)
+            activations[j] += counts[j];
+    }
 }
 
 Exchange::Round CudaDevice::send_to_host(const FeedForward& ffn, const DeviceFfn& kept,
@@ -317,7 +342,7 @@ void CudaDevice::compute_of_host(const FeedForward& ffn, const DeviceFfn& kept, 
     own.seconds = 0;  // of the network is what the GPU takes from sending to receiving
     if (kept.n_slots() > 0) {
         // Tokens and predictions are counted with the GPU's.
-        own.n_tokens = 0;
+        own.n_tokens = own.n_checked = 0;
         tallies_[kept.index].n_predicted_of_host += std::exchange(own.n_predicted, 0);
     }
     counters += own;
@@ -331,7 +356,9 @@ void CudaDevice::add_tally(const Tally& more) {
     tally.ffn = more.ffn;
     tally.kept = more.kept;
     tally.counters = more.counters;
+    if (more.activations) tally.activations = more.activations;
     tally.n_tokens += more.n_tokens;
+    tally.n_checked += more.n_checked;
     tally.n_steps += more.n_steps;
     tally.n_groups += more.n_groups;
     tally.n_gates += more.n_gates;

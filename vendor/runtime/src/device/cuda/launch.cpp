@@ -206,6 +206,7 @@ constexpr const char* gate_masks = "qi_gate_masks";
 constexpr const char* compact = "qi_compact";
 constexpr const char* count_active = "qi_count_active";
 constexpr const char* count_bits = "qi_count_bits";
+constexpr const char* count_missed = "qi_count_missed";
 constexpr const char* add_partials = "qi_add_partials";
 constexpr const char* argmax = "qi_argmax";
 constexpr const char* top_k = "qi_top_k";
@@ -246,7 +247,7 @@ void Kernels::load_common_kernels() {
         {names::norm, names::quantise, names::act_mul, names::add, names::add_bias, names::narrow});
     load(Source::select, Type::f32,
          {names::predicted_masks, names::gate_masks, names::compact, names::count_active,
-          names::count_bits, names::add_partials});
+          names::count_bits, names::count_missed, names::add_partials});
     load(Source::logits, Type::f32, {names::argmax, names::top_k, names::log_terms});
 }
 
@@ -610,6 +611,14 @@ void Kernels::count_bits(const Stream& stream, CUdeviceptr words, int64_t n, CUd
         .launch(stream, {1}, {1024}, 0, words, int(n), total);
 }
 
+void Kernels::count_missed(const Stream& stream, CUdeviceptr gates, float threshold,
+                           CUdeviceptr slot_of_neuron, CUdeviceptr masks, CUdeviceptr rules,
+                           int64_t n_tokens, int64_t n_ff, CUdeviceptr totals) {
+    function(Source::select, Type::f32, names::count_missed)
+        .launch(stream, {1}, {1024}, 0, gates, threshold, slot_of_neuron, masks, rules,
+                int(n_tokens), int(n_ff), totals);
+}
+
 void Kernels::add_partials(const Stream& stream, CUdeviceptr partial, CUdeviceptr bias,
                            CUdeviceptr other, int64_t n_tokens, int64_t n_embd, CUdeviceptr y) {
     function(Source::select, Type::f32, names::add_partials)
@@ -649,25 +658,21 @@ void Kernels::widen(const Stream& stream, const DeviceWeight& w, int64_t first, 
 
 static constexpr int64_t argmax_cols = 8192;
 
-size_t Kernels::argmax_ticket_bytes(int64_t n) {
-    return round256(size_t(n) * sizeof(uint32_t));
-}
-
-size_t Kernels::argmax_room_bytes(int64_t n, int64_t n_vocab) {
-    return argmax_ticket_bytes(n) + size_t(n * ceil_div(n_vocab, argmax_cols)) * sizeof(uint64_t);
+size_t Kernels::argmax_partial_bytes(int64_t n, int64_t n_vocab) {
+    return size_t(n * ceil_div(n_vocab, argmax_cols)) * sizeof(uint64_t);
 }
 
 void Kernels::argmax(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab,
-                     CUdeviceptr room, CUdeviceptr ids) {
+                     CUdeviceptr tickets, CUdeviceptr partial, CUdeviceptr best) {
     function(Source::logits, Type::f32, names::argmax)
         .launch(stream, {blocks(n_vocab, argmax_cols), unsigned(n)}, {256}, 0, logits, int(n_vocab),
-                room + argmax_ticket_bytes(n), room, ids);
+                partial, tickets, best);
 }
 
 void Kernels::top_k(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab, int64_t k,
-                    CUdeviceptr values, CUdeviceptr ids) {
+                    CUdeviceptr best) {
     function(Source::logits, Type::f32, names::top_k)
-        .launch(stream, {unsigned(n)}, {1024}, 0, logits, int(n_vocab), int(k), values, ids);
+        .launch(stream, {unsigned(n)}, {1024}, 0, logits, int(n_vocab), int(k), best);
 }
 
 void Kernels::log_terms(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab,

@@ -273,11 +273,16 @@ class Kernels {
                       CUdeviceptr other, int64_t n_tokens, int64_t n_embd, CUdeviceptr y);
 
     // active uint64 [n_ff] (or 0) grows by the tokens each listed neuron was active for, total
-    // uint64 [1] by their sum; h as in DownArgs.
+    // uint64 [1] (or 0) by their sum; h as in DownArgs.
     void count_active(const Stream& stream, const DownArgs& args, CUdeviceptr active,
                       CUdeviceptr total);
     // total uint64 [1] grows by the bits set in n words.
     void count_bits(const Stream& stream, CUdeviceptr words, int64_t n, CUdeviceptr total);
+    // totals uint64 [2] grow by the neurons whose gate passes the threshold, of tokens of rule
+    // `predict`, and by those of them that the masks leave out; gates as in gate_masks.
+    void count_missed(const Stream& stream, CUdeviceptr gates, float threshold,
+                      CUdeviceptr slot_of_neuron, CUdeviceptr masks, CUdeviceptr rules,
+                      int64_t n_tokens, int64_t n_ff, CUdeviceptr totals);
 
     // ---- rows of a weight as numbers ----
     // Float rows of activations can be gathered too, where n_cols is a multiple of 4. out[i] = row
@@ -289,14 +294,14 @@ class Kernels {
                CUdeviceptr out);
 
     // ---- logits [n][n_vocab] ----
-    // ids int32 [n]; room of argmax_room_bytes whose first argmax_ticket_bytes were zeroed once.
+    // best Candidate [n]; tickets uint32 [n], zeroed once; partial of argmax_partial_bytes.
     void argmax(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab,
-                CUdeviceptr room, CUdeviceptr ids);
-    static size_t argmax_room_bytes(int64_t n, int64_t n_vocab);
-    static size_t argmax_ticket_bytes(int64_t n);
-    // values float [n][k], ids int32 [n][k], falling, lower ids first among equals; k to 1024.
+                CUdeviceptr tickets, CUdeviceptr partial, CUdeviceptr best);
+    static size_t argmax_partial_bytes(int64_t n, int64_t n_vocab);
+    // best Candidate [n][k], falling, lower ids first among equals, NaN before everything; k to
+    // 1024.
     void top_k(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab, int64_t k,
-               CUdeviceptr values, CUdeviceptr ids);
+               CUdeviceptr best);
     static constexpr int64_t top_k_max = 1024;
     // terms [n] of targets int32 [n].
     struct LogTerms {

@@ -1,8 +1,10 @@
 // Self-tests of what becomes of logits.
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 
 #include "base/error.h"
+#include "device/candidate.h"
 #include "device/cuda/self_test_bench.h"
 #include "kernels/vector_ops.h"
 
@@ -25,46 +27,49 @@ std::vector<float> test_logits(Bench& bench, int64_t n, int64_t n_vocab, bool od
     return logits;
 }
 
-// Ids by falling logit, lower ids first among equals, NaN last.
+// Ids by falling logit, lower ids first among equals, NaN before everything.
 std::vector<int32_t> ranking(const float* row, int64_t n_vocab) {
     std::vector<int32_t> ids(static_cast<size_t>(n_vocab));
     std::iota(ids.begin(), ids.end(), 0);
     std::stable_sort(ids.begin(), ids.end(), [&](int32_t a, int32_t b) {
-        if (std::isnan(row[a]) || std::isnan(row[b])) return !std::isnan(row[a]);
+        if (std::isnan(row[a]) || std::isnan(row[b]))
+            return std::isnan(row[a]) && !std::isnan(row[b]);
         return row[a] > row[b];
     });
     return ids;
 }
 
+bool same(const Candidate& found, const float* row, int32_t id) {
+    return found.token == id && std::memcmp(&found.logit, row + id, sizeof(float)) == 0;
+}
+
 void test_best(Bench& bench, int64_t n, int64_t n_vocab) {
     const std::vector<float> logits = test_logits(bench, n, n_vocab, true);
     const CUdeviceptr at = bench.upload(logits);
-    const CUdeviceptr room = bench.room(Kernels::argmax_room_bytes(n, n_vocab));
-    bench.stream.fill(room, 0, Kernels::argmax_ticket_bytes(n));
-    const CUdeviceptr ids_at = bench.room(size_t(n) * 4);
-    bench.kernels.argmax(bench.stream, at, n, n_vocab, room, ids_at);
-    bench.stream.fill(ids_at, 0xff, size_t(n) * 4);
-    bench.kernels.argmax(bench.stream, at, n, n_vocab, room, ids_at);  // tickets are as they were
-    const auto best = bench.download<int32_t>(ids_at, size_t(n));
+    const CUdeviceptr partial = bench.room(Kernels::argmax_partial_bytes(n, n_vocab));
+    const CUdeviceptr tickets = bench.room(size_t(n) * sizeof(uint32_t));
+    bench.stream.fill(tickets, 0, size_t(n) * sizeof(uint32_t));
+    const CUdeviceptr best_at = bench.room(size_t(n) * sizeof(Candidate));
+    bench.kernels.argmax(bench.stream, at, n, n_vocab, tickets, partial, best_at);
+    bench.stream.fill(best_at, 0xff, size_t(n) * sizeof(Candidate));
+    bench.kernels.argmax(bench.stream, at, n, n_vocab, tickets, partial,
+                         best_at);  // tickets are as they were
+    const auto best = bench.download<Candidate>(best_at, size_t(n));
     std::vector<std::vector<int32_t>> ranked;
     for (int64_t i = 0; i < n; ++i) {
-        ranked.push_back(ranking(&logits[size_t(i * n_vocab)], n_vocab));
-        bench.expect(best[size_t(i)] == ranked.back()[0]);
+        const float* row = &logits[size_t(i * n_vocab)];
+        ranked.push_back(ranking(row, n_vocab));
+        bench.expect(same(best[size_t(i)], row, ranked.back()[0]));
     }
     for (int64_t k : {int64_t(1), int64_t(40), int64_t(100), Kernels::top_k_max}) {
         k = std::min(k, n_vocab);
-        const CUdeviceptr top = bench.room(size_t(n * k) * 4),
-                          values = bench.room(size_t(n * k) * 4);
-        bench.kernels.top_k(bench.stream, at, n, n_vocab, k, values, top);
-        const auto got = bench.download<int32_t>(top, size_t(n * k));
-        const auto got_values = bench.download<float>(values, size_t(n * k));
+        const CUdeviceptr top = bench.room(size_t(n * k) * sizeof(Candidate));
+        bench.kernels.top_k(bench.stream, at, n, n_vocab, k, top);
+        const auto got = bench.download<Candidate>(top, size_t(n * k));
         for (int64_t i = 0; i < n; ++i)
-            for (int64_t j = 0; j < k; ++j) {
-                const int32_t id = ranked[size_t(i)][size_t(j)];
-                bench.expect(got[size_t(i * k + j)] == id);
-                bench.compare(double(got_values[size_t(i * k + j)]),
-                              double(logits[size_t(i * n_vocab + id)]), 0.0);
-            }
+            for (int64_t j = 0; j < k; ++j)
+                bench.expect(same(got[size_t(i * k + j)], &logits[size_t(i * n_vocab)],
+                                  ranked[size_t(i)][size_t(j)]));
     }
 }
 

@@ -104,6 +104,20 @@ void test_lists(Bench& bench, int64_t n_ff, int64_t n_tokens, int percent) {
     bench.kernels.predicted_masks(bench.stream, values_at, threshold, bench.upload(rules), n_tokens,
                                   n_ff, masks, named);
     check(predicted);
+    const CUdeviceptr totals = bench.zeros(2 * 8);
+    bench.kernels.count_missed(bench.stream, values_at, -0.1f, slots_at, masks, bench.upload(rules),
+                               n_tokens, n_ff, totals);
+    uint64_t n_due = 0, n_missed = 0;
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        if (rules[size_t(t)] != uint8_t(NeuronRule::predict)) continue;
+        for (int64_t j = 0; j < n_ff; ++j) {
+            if (slot_of_neuron[size_t(j)] < 0 || !(values[size_t(t * n_ff + j)] > -0.1f)) continue;
+            ++n_due;
+            n_missed += !predicted(t, j);
+        }
+    }
+    const auto found = bench.download<uint64_t>(totals, 2);
+    bench.expect(found[0] == n_due && found[1] == n_missed);
     bench.kernels.gate_masks(bench.stream, values_at, 0.1f, slots_at, true, n_tokens, n_ff, masks,
                              named);
     check([&](int64_t t, int64_t j) { return predicted(t, j) && passes(t, j); });
@@ -239,13 +253,14 @@ void check_counts(Bench& bench, const FfnCase& c, const DownArgs& args,
     const CUdeviceptr active = bench.zeros(size_t(c.n_ff) * 8), total = bench.zeros(8);
     bench.kernels.count_active(bench.stream, args, 0, total);
     bench.kernels.count_active(bench.stream, args, active, total);
+    bench.kernels.count_active(bench.stream, args, active, 0);
     const auto got = bench.download<uint64_t>(active, size_t(c.n_ff));
     uint64_t all = 0;
     for (int64_t j = 0; j < c.n_ff; ++j) {
         uint64_t count = 0;
         for (int64_t t = 0; t < c.n_tokens; ++t)
             count += h[size_t(t * c.n_ff + j)] != 0.0f;
-        bench.expect(got[size_t(j)] == count);
+        bench.expect(got[size_t(j)] == 2 * count);
         all += count;
     }
     bench.expect(bench.download<uint64_t>(total, 1)[0] == 2 * all);

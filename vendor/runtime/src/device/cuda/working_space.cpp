@@ -32,7 +32,6 @@ WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, cons
     named = needs.predictor_rank ? size_t(name_words(n_ff)) * sizeof(uint32_t) : 0;
     list = needs.predictor_rank ? NeuronList::n_bytes(n_ff) : 0;
     partial = size_t(n_partitions * few * needs.n_embd) * sizeof(float);
-    other = size_t(n * needs.n_embd) * sizeof(float);
     AttendArgs attend_args;
     attend_args.kv = kv_args;
     attend_args.n_head = needs.n_head;
@@ -40,7 +39,11 @@ WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, cons
     attend_args.max_positions = device_pages(needs) * kernels::page_size;
     attend = share.kernels->attend_room_bytes(attend_args);
     terms = size_t(n) * (sizeof(Kernels::LogTerms) + sizeof(int32_t));
-    totals = size_t(needs.kv.n_layer) * 2 * sizeof(uint64_t);
+    tickets = size_t(needs.n_logits) * sizeof(uint32_t);
+    partial_best = Kernels::argmax_partial_bytes(needs.n_logits, needs.n_vocab);
+    best = size_t(needs.n_logits * best_of(needs)) * sizeof(Candidate);
+    totals = size_t(needs.kv.n_layer) * n_totals * sizeof(uint64_t);
+    counts = size_t(needs.kv.n_layer * n_ff) * sizeof(uint64_t);
     exchange = Exchange::room_bytes(needs.kv.n_layer * (needs.kv_share.with_host ? 2 : 1));
     // Parts of attention, the device's terms and what the host sends.
     const bool in_parts = needs.kv_share.with_host && needs.kv_share.n_pages > 0;
@@ -62,9 +65,17 @@ KvArgs kv_args_for(const DeviceNeeds& needs) {
 size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs) {
     const WorkingSizes s(share, needs, kv_args_for(needs));
     size_t bytes = 0;
-    for (const size_t n : {s.inputs, s.q8, s.hidden, s.lifted, s.low, s.predictions, s.masks,
-                           s.named, s.list, s.partial, s.other, s.attend, s.terms, s.totals,
-                           s.exchange, s.kv_terms, s.kv_other, s.kv})
+    for (const size_t n : {s.inputs,       s.q8,
+                           s.hidden,       s.lifted,
+                           s.low,          s.predictions,
+                           s.masks,        s.named,
+                           s.list,         s.partial,
+                           s.exchange,     s.attend,
+                           s.terms,        s.tickets,
+                           s.partial_best, s.best,
+                           s.totals,       s.counts,
+                           s.kv_terms,     s.kv_other,
+                           s.kv,           size_t(needs.n_logits * needs.n_vocab) * sizeof(float)})
         if (n > 0) bytes += DeviceMemory::counted_bytes(n);
     for (const size_t n : needs.arrays)
         if (n > 0) bytes += DeviceMemory::counted_bytes(n * sizeof(float));

@@ -2,6 +2,7 @@
 // and where the inputs of a batch lie in theirs.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <memory>
 
@@ -38,11 +39,20 @@ struct InputLayout {
 
 // Arrays in device memory that a context has beside those it allocates, and their bytes.
 struct WorkingSizes {
-    size_t inputs, q8, hidden, lifted, low, predictions, masks, named, list, partial, other, attend,
-        terms, totals, exchange, kv_terms, kv_other, kv;
+    size_t inputs, q8, hidden, lifted, low, predictions, masks, named, list, partial, attend, terms,
+        tickets, partial_best, best, totals, counts, exchange, kv_terms, kv_other, kv;
 
     WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, const KvArgs& kv_args);
 };
+
+// What is counted of each feed-forward network: neurons that were active, predicted, and, of
+// predictions that are checked, due and missed.
+inline constexpr size_t n_totals = 4;
+
+// Candidates of a row of logits that the device finds at most.
+inline int64_t best_of(const DeviceNeeds& needs) {
+    return needs.n_logits ? std::min(Kernels::top_k_max, needs.n_vocab) : 0;
+}
 
 // Keys and values of a context, but for the layer.
 KvArgs kv_args_for(const DeviceNeeds& needs);

@@ -8,12 +8,17 @@
 constexpr int argmax_cols = 8192;
 constexpr int top_threads = 1024;
 
-// Ascending with the value, and for equal values with falling id; 0 and -0 are equal, NaN comes
-// last.
+struct Candidate {
+    f32 logit;
+    i32 token;
+};
+
+// Ascending with the value, and for equal values with falling id; 0 and -0 are equal, NaN is above
+// everything, so that nobody overlooks it.
 QI_DEVICE u64 rank_key(f32 value, int id) {
     const u32 bits = __float_as_uint(value + 0.0f);
     const u32 ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return u64(value == value ? ordered : 0u) << 32 | (0xffffffffu - u32(id));
+    return u64(value == value ? ordered : 0xffffffffu) << 32 | (0xffffffffu - u32(id));
 }
 QI_DEVICE int id_of(u64 key) {
     return int(0xffffffffu - u32(key));
@@ -37,35 +42,35 @@ QI_DEVICE u64 block_best(u64 key, u64* room) {
     return key;
 }
 
-// ids[row] = the number of the largest logit, the lowest one among equals. partial:
+// best[row] = the largest logit, that of the lowest number among equals. partial:
 // [n_rows][gridDim.x]; tickets: [n_rows], zeros. grid (n_vocab / 8192, n_rows), 256 threads.
-QI_KERNEL qi_argmax(const f32* logits, int n_vocab, u64* partial, u32* tickets, i32* ids) {
+QI_KERNEL qi_argmax(const f32* logits, int n_vocab, u64* partial, u32* tickets, Candidate* best) {
     __shared__ u64 room[warp_size];
     const f32* row = logits + i64(blockIdx.y) * n_vocab;
     const int begin = int(blockIdx.x) * argmax_cols, end = min_of(begin + argmax_cols, n_vocab);
-    u64 best = 0;
+    u64 found = 0;
     for (int i = begin + int(threadIdx.x); i < end; i += int(blockDim.x)) {
         const u64 key = rank_key(row[i], i);
-        best = key > best ? key : best;
+        found = key > found ? key : found;
     }
-    best = block_best(best, room);
+    found = block_best(found, room);
     u64* of_row = partial + i64(blockIdx.y) * gridDim.x;
-    if (threadIdx.x == 0) of_row[blockIdx.x] = best;
+    if (threadIdx.x == 0) of_row[blockIdx.x] = found;
     if (!last_block(tickets + blockIdx.y, gridDim.x)) return;
-    best = 0;
+    found = 0;
     for (int i = int(threadIdx.x); i < int(gridDim.x); i += int(blockDim.x))
-        best = of_row[i] > best ? of_row[i] : best;
-    best = block_best(best, room);
-    if (threadIdx.x == 0) ids[blockIdx.y] = id_of(best);
+        found = of_row[i] > found ? of_row[i] : found;
+    found = block_best(found, room);
+    if (threadIdx.x == 0) best[blockIdx.y] = {row[id_of(found)], id_of(found)};
 }
 
-// values[row] and ids[row], [k] each: the k largest logits in falling order, lower ids first among
-// equals. 1 <= k <= 1024, k <= n_vocab. grid n_rows, 1024 threads.
+// best[row]: the k largest logits in falling order, lower numbers first among equals.
+// 1 <= k <= 1024, k <= n_vocab. grid n_rows, 1024 threads.
 //
 // The k-th largest key is found byte by byte: keys are counted by the next byte among those that
 // share the bytes found so far. Counting is by integer atomics, so its order does not matter, and
 // neither does the order in which the chosen are collected, since they are sorted afterwards.
-QI_KERNEL qi_top_k(const f32* logits, int n_vocab, int k, f32* values, i32* ids) {
+QI_KERNEL qi_top_k(const f32* logits, int n_vocab, int k, Candidate* best) {
     __shared__ u32 counts[256];
     __shared__ u64 chosen[top_threads];
     __shared__ u64 prefix;
@@ -122,8 +127,7 @@ QI_KERNEL qi_top_k(const f32* logits, int n_vocab, int k, f32* values, i32* ids)
         }
     if (int(threadIdx.x) >= k) return;
     const int id = id_of(chosen[threadIdx.x]);
-    ids[i64(blockIdx.x) * k + threadIdx.x] = id;
-    values[i64(blockIdx.x) * k + threadIdx.x] = row[id];
+    best[i64(blockIdx.x) * k + threadIdx.x] = {row[id], id};
 }
 
 // What a log-probability is made of.

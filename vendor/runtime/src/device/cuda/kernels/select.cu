@@ -105,14 +105,14 @@ QI_KERNEL qi_compact(const u32* named, const i32* slot_of_neuron, int n_ff, i32*
     }
 }
 
-// *total grows by what all threads of the block have.
+// *total (unless it is null) grows by what all threads of the block have.
 QI_DEVICE void add_to_total(u32 mine, u32* of_warp, u64* total) {
 #pragma unroll
     for (int step = warp_size / 2; step > 0; step /= 2)
         mine += __shfl_xor_sync(QI_WARP_MASK, mine, step);
     if (lane_id() == 0) of_warp[warp_id()] = mine;
     __syncthreads();
-    if (threadIdx.x != 0) return;
+    if (threadIdx.x != 0 || !total) return;
     u64 sum = 0;
     for (int w = 0; w < int(blockDim.x) / warp_size; ++w)
         sum += of_warp[w];
@@ -120,7 +120,7 @@ QI_DEVICE void add_to_total(u32 mine, u32* of_warp, u64* total) {
 }
 
 // What the listed neurons (all n_ff without a list) did: active[j] grows by the tokens for which
-// h is not 0, total by their sum; active may be null. One block of 1024 threads.
+// h is not 0, total by their sum; each of them may be null. One block of 1024 threads.
 QI_KERNEL qi_count_active(const f32* h, i64 h_stride, int by_id, const i32* ids,
                           const i32* n_listed, int n_ff, int n_tokens, u64* active, u64* total) {
     __shared__ u32 of_warp[warp_size];
@@ -144,6 +144,28 @@ QI_KERNEL qi_count_bits(const u32* words, int n, u64* total) {
     for (int i = int(threadIdx.x); i < n; i += int(blockDim.x))
         mine += u32(__popc(words[i]));
     add_to_total(mine, of_warp, total);
+}
+
+// What predictions are worth, by gates that are known (see qi_gate_masks): totals[0] grows by the
+// neurons whose gate passes the threshold, totals[1] by those of them that the masks leave out, for
+// tokens of rule `predict`. One block of 1024 threads.
+QI_KERNEL qi_count_missed(const f32* gates, f32 threshold, const i32* slot_of_neuron,
+                          const u32* masks, const u8* rules, int n_tokens, int n_ff, u64* totals) {
+    __shared__ u32 of_warp[warp_size];
+    const int n_words = ceil_div(n_ff, 32);
+    u32 due = 0, missed = 0;
+    for (int t = 0; t < n_tokens; ++t) {
+        if (rules[t] != rule_predict) continue;
+        for (int neuron = int(threadIdx.x); neuron < n_ff; neuron += int(blockDim.x)) {
+            if (slot_of_neuron && slot_of_neuron[neuron] < 0) continue;
+            if (!(gates[i64(t) * n_ff + neuron] > threshold)) continue;
+            ++due;
+            missed += ~(masks[t * n_words + neuron / 32] >> neuron % 32) & 1u;
+        }
+    }
+    add_to_total(due, of_warp, totals);
+    __syncthreads();
+    add_to_total(missed, of_warp, totals + 1);
 }
 
 // y[t] += Σ_p partial[p][t] + bias + other[t]; bias and other may be null. grid (n_embd / 256,
