@@ -299,7 +299,9 @@ std::string describe(const Placement& placement, const Model& model,
     const KvShare& kv = placement.kv_share;
     std::string pages;
     if (kv.with_host && kv.n_pages == 0) pages = ", no keys and values";
-    if (kv.n_pages > 0) pages = format(", %lld pages of keys and values", (long long)kv.n_pages);
+    if (kv.n_pages > 0)
+        pages = format(", %lld page%s of keys and values", (long long)kv.n_pages,
+                       kv.n_pages == 1 ? "" : "s");
     return format("%lld of %zu layers' attention%s%s%s, %.0f %% of the neurons; %s of %s",
                   (long long)placement.n_layers, model.layers().size(),
                   placement.predictors && model.predictor_rank() ? ", predictors" : "",
