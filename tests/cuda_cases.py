@@ -143,10 +143,10 @@ def _shared(path: str, share: str, options: dict[str, Any] | None = None) -> Mod
     return model
 
 
-def cancelled(path: str, share: str) -> dict[str, Any]:
+def cancelled(path: str, share: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
     """Steps that another thread cancels, each later than the one before; then one that ends."""
     n_cancelled = 0
-    with _shared(path, share) as model, model.context() as context:
+    with _shared(path, share, options) as model, model.context() as context:
         expected = _logits(context, 1, TOKENS[:4])
         for delay in range(12):
             context.truncate(0)

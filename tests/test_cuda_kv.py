@@ -112,6 +112,13 @@ def test_any_call_may_fail(code: int, every: int) -> None:
     assert found["same"]
 
 
+def test_steps_may_be_cancelled() -> None:
+    found = on_gpu("cancelled", SMALL, "half", {"kv_mode": "host"}, cases="cuda_cases")
+    assert found["n_cancelled"] > 0
+    assert found["same"]
+    assert found["left"] == 0
+
+
 def test_any_call_may_fail_while_a_context_is_made() -> None:
     found = on_gpu("failures", SMALL, "half", 2, 37, {"kv_mode": "split"}, cases="cuda_cases")
     assert set(found["kinds"]) <= {"none", "OutOfMemory", "DeviceError"}
