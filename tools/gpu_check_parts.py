@@ -280,7 +280,7 @@ def compare_shares(settings: Settings, path: Path, type_name: str) -> Iterator[R
 
 def compare_kv_places(settings: Settings, path: Path) -> Iterator[Result]:
     """Keys and values on the GPU, with the host, and in both, where the boundary may move."""
-    tokens = np.resize(TOKENS, 500).tolist()
+    tokens = np.resize(TOKENS, 240 if settings.quick else 500).tolist()
     options: dict[str, Any] = {"n_ctx": 576, "sparsity": "off"}
 
     def compute(model: Model) -> tuple[npt.NDArray[np.float32], float]:
