@@ -234,13 +234,14 @@ Placement place(const Model& model, const Accelerator& accelerator, const Device
     if (plan.result.n_layers == 0) {
         DeviceNeeds first = kv.mode == KvMode::device ? alone : none;
         first.kv.n_layer = 1;
-        fail(
-            QI_MEMORY,
-            "one layer's attention, its keys and values and the working space take %s, "
-            "of the device's memory %s are left for them",
-            size_text(attention_bytes(model.layers()[0], accelerator) + accelerator.bytes_of(first))
-                .c_str(),
-            size_text(room).c_str());
+        first.n_logits = 0;
+        const size_t least =
+            attention_bytes(model.layers()[0], accelerator) + accelerator.bytes_of(first);
+        fail(QI_MEMORY,
+             "one layer's attention with its keys and values and the working space of a "
+             "context take %s of the device's memory, of which %s may be used: a larger "
+             "budget is needed, or a smaller context",
+             size_text(least + overhead).c_str(), size_text(accelerator.budget()).c_str());
     }
     DeviceNeeds of_layers = needs;
     of_layers.kv.n_layer = plan.result.n_layers;
