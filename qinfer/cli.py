@@ -87,8 +87,14 @@ _DEVICE_OPTIONS = [
                  "MODEL.generated.gpuidx, else by activation/ beside the model."),
     click.option("--reset-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
                  help="Choose by activation/ even if there is such a file."),
+    click.option("--balance-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
+                 help="Choose by activation/ so that GPU and processor need the same time."),
     click.option("--disable-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
                  help="Keep no neurons on the GPU."),
+    click.option("--neuron-cache", type=click.Choice(["static", "balance", "frequency"]),
+                 default="static", show_default=True, expose_value=False, callback=_keep_for_load,
+                 help="Neurons on the GPU stay, or change so that both sides need the same time, "
+                 "or so that those used most of late are there."),
     click.option("--kv-mode", type=click.Choice(["auto", "device", "host", "split"]),
                  default="auto", expose_value=False, callback=_keep_for_load,
                  help="Where keys and values are kept beside a GPU: on it (device), in host memory "
@@ -112,6 +118,7 @@ def _device_arguments() -> dict[str, Any]:
     splits = {
         "--gpu-index": meta["qinfer.gpu_index"],
         "--reset-gpu-index": "counts" if meta["qinfer.reset_gpu_index"] else None,
+        "--balance-gpu-index": "balance" if meta["qinfer.balance_gpu_index"] else None,
         "--disable-gpu-index": "none" if meta["qinfer.disable_gpu_index"] else None,
     }
     given = {name: value for name, value in splits.items() if value}
@@ -121,6 +128,7 @@ def _device_arguments() -> dict[str, Any]:
         "device": meta["qinfer.device"],
         "vram_budget": meta["qinfer.vram_budget"],
         "gpu_split": next(iter(given.values()), "auto"),
+        "neuron_cache": meta["qinfer.neuron_cache"],
         "kv_mode": meta["qinfer.kv_mode"],
         "kv_ratio": meta["qinfer.kv_ratio"],
         "kv_step": meta["qinfer.kv_step"],
@@ -141,6 +149,11 @@ _CONTEXT_OPTIONS = [
                  help="How keys and values are kept."),
     click.option("--hidden-act", help="Override the activation, e.g. relu."),
 ]  # fmt: skip
+_CROSS_LAYER_FROM = click.option(
+    "--cross-layer-from", metavar="LAYER", type=click.IntRange(1), expose_value=False,
+    callback=_keep_for_load,
+    help="From this layer on, predict one layer early, at some cost of accuracy; Q-Infer: 5.",
+)  # fmt: skip
 _SPARSITY_OPTIONS = [
     click.option("--sparsity", type=click.Choice(["auto", "off", "exact", "predict"]),
                  default="auto", show_default=True,
@@ -148,6 +161,7 @@ _SPARSITY_OPTIONS = [
                  "zero (exact), those that predictors name, or what is fastest here."),
     click.option("--sparse-threshold", type=float,
                  help="Leave out neurons predicted below; default: what the file says."),
+    _CROSS_LAYER_FROM,
     click.option("--prefill", type=click.Choice(["dense", "sparse"]), default="dense",
                  help="Compute all neurons of prompt tokens (default), or as of generated ones."),
 ]  # fmt: skip
@@ -222,8 +236,9 @@ def _path(name: str) -> str:
 def _load(name: str, **options: Any) -> Model:
     """The model of a MODEL."""
     path = _path(name)
+    early = click.get_current_context().meta.get("qinfer.cross_layer_from")
     with Bar("loading", in_bytes=True) as bar:
-        return Model(path, progress=bar, **_device_arguments(), **options)
+        return Model(path, progress=bar, cross_layer_from=early, **_device_arguments(), **options)
 
 
 def _text(prompt: str | None, file: TextIO | None) -> str:
@@ -453,6 +468,7 @@ def bench(
     type=float,
     help="Leave out neurons predicted below; default: what the file says.",
 )
+@_CROSS_LAYER_FROM
 @_with(_MACHINE_OPTIONS, _DEVICE_OPTIONS)
 def perplexity(
     model: str,

@@ -109,6 +109,7 @@ class Context:
         params.prompt_rule = policy.prompt_rule
         params.generated_rule = policy.generated_rule
         params.sparse_threshold = math.nan if policy.threshold is None else policy.threshold
+        params.cross_layer_from = policy.cross_layer_from or 0
         params.kv_mode = kv_place.number
         params.kv_ratio = math.nan if kv_place.ratio is None else kv_place.ratio
         params.kv_step = kv_place.step or 0.0

@@ -26,7 +26,7 @@ from ._weights import ModelInfo, Weights
 from .completion import Completion, Piece, Score
 from .context import Context, Tokens, Wanted, kv_type_number, positive
 from .errors import ArgumentError, ContextFull, FileError
-from .offload import GpuSplit, Placement, offload
+from .offload import GpuSplit, NeuronCache, Placement, offload
 from .sampling import token_array
 from .sparsity import Policy, Prefill, SparsityMode, choose
 from .stream import Stream, asynchronous
@@ -66,7 +66,14 @@ class Model:
             text such as "6GiB", or None for all that is free but a reserve.
         gpu_split: which neurons the GPU keeps where not all fit: a `.generated.gpuidx` file,
             "auto" (that file, or the folder `activation/`, beside the model), "counts" (that folder
-            alone) or "none".
+            alone), "balance" (the same, but a layer keeps only so many that GPU and processor need
+            the same time for it, by their measured speeds) or "none".
+        neuron_cache: which neurons stay there, where down is stored by neuron. "static": those of
+            the beginning; with nothing to choose them by, the ones that the first tokens with
+            predictions use most. "balance" and "frequency" exchange neurons while the model runs,
+            so that GPU and processor need the same time, or so that those used most of late are on
+            the GPU. Each neuron is computed once wherever it is; where it is changes the rounding
+            of sums, and so results in their last digits.
         n_ctx: positions per sequence; None takes what the model was trained for, or less where the
             keys and values of so many would not fit in memory. Memory is taken as they fill.
         threads: how many compute; None uses the physical cores this process may run on.
@@ -92,6 +99,9 @@ class Model:
             of PowerInfer files without usable predictors it is "exact".
         sparse_threshold: predictions below it leave a neuron out; None takes the file's.
         prefill: "dense" computes all neurons of prompt tokens, "sparse" treats them as generated.
+        cross_layer_from: layers from this one on predict from what the predictor of the layer
+            before looked at, as Q-Infer does from layer 5, so that their neurons are known one
+            layer early; it costs accuracy. None: every layer looks at its own.
 
     Raises:
         FileError: the file cannot be read.
@@ -110,6 +120,7 @@ class Model:
         device: str = "auto",
         vram_budget: float | str | None = None,
         gpu_split: GpuSplit = "auto",
+        neuron_cache: NeuronCache = "static",
         n_ctx: int | None = None,
         threads: int | None = None,
         kv_type: str = "f16",
@@ -123,11 +134,13 @@ class Model:
         sparsity: SparsityMode = "auto",
         sparse_threshold: float | None = None,
         prefill: Prefill = "dense",
+        cross_layer_from: int | None = None,
     ) -> None:
         self._arguments = {
             "device": device,
             "vram_budget": vram_budget,
             "gpu_split": gpu_split,
+            "neuron_cache": neuron_cache,
             "n_ctx": n_ctx,
             "threads": threads,
             "kv_type": kv_type,
@@ -140,6 +153,7 @@ class Model:
             "sparsity": sparsity,
             "sparse_threshold": sparse_threshold,
             "prefill": prefill,
+            "cross_layer_from": cross_layer_from,
         }
         positive("n_ctx", n_ctx)
         positive("threads", threads)
@@ -155,7 +169,7 @@ class Model:
         weights = self._weights = Weights(path, mmap=mmap, hidden_act=hidden_act, progress=progress)
         _check_heads(weights.info, kv_type)
         self.n_ctx = _n_ctx(weights.info, n_ctx, kv_type)
-        weights.offload = offload(weights, device, vram_budget, gpu_split, kv_type)
+        weights.offload = offload(weights, device, vram_budget, gpu_split, kv_type, neuron_cache)
         kv_place.check_device(weights)
         # Of the kind that calls share. No method: the pool keeps it, and must not keep the model.
         self._make_context = partial(
@@ -167,8 +181,9 @@ class Model:
             kv_place=kv_place,
         )
         self.policy = choose(
-            weights, sparsity, prefill, sparse_threshold, threads, self._make_context
-        )
+            weights, sparsity, prefill, sparse_threshold, threads, self._make_context,
+            cross_layer_from,
+        )  # fmt: skip
         self._pool = ContextPool(partial(self._make_context, self.policy))
         weights.pool = weakref.ref(self._pool)
 
@@ -467,6 +482,7 @@ class Model:
         sparsity: SparsityMode | None = None,
         sparse_threshold: float | None = None,
         prefill: Prefill | None = None,
+        cross_layer_from: int | Literal[False] | None = None,
     ) -> Context:
         """A context of one's own: tokens in, logits out. Everything else is built on it.
 
@@ -480,7 +496,8 @@ class Model:
             threads: how many compute; None takes the model's.
             kv_type: "f16" or "q8_0"; None takes the model's.
             kv_mode, kv_ratio, kv_step: as of `Model`, all three; without any the model's.
-            sparsity, sparse_threshold, prefill: as of `Model`; None takes the model's.
+            sparsity, sparse_threshold, prefill, cross_layer_from: as of `Model`; None takes the
+                model's, and `cross_layer_from=False` predicts in every layer by itself.
         """
         if positive("n_ctx", n_ctx) and n_ctx != self.n_ctx:
             _beyond_training(self.info, positive("n_ctx", n_ctx))
@@ -495,6 +512,7 @@ class Model:
             own.threshold if sparse_threshold is None else sparse_threshold,
             self._threads if threads is None else threads,
             self._make_context,
+            (own.cross_layer_from if cross_layer_from is None else cross_layer_from) or None,
         )
         return Context(
             self._weights,

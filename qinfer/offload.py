@@ -26,8 +26,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qinfer")
 
 # What tells the runtime which neurons to keep: a file, or one of these. "auto" takes the split file
-# or the activation counts that lie beside the model; "counts" the latter alone; "none" keeps none.
-GpuSplit = StrPath | Literal["auto", "counts", "none"]
+# or the activation counts that lie beside the model; "counts" the latter alone; "balance" these,
+# and of each layer only what lets both sides finish together; "none" keeps none.
+GpuSplit = StrPath | Literal["auto", "counts", "balance", "none"]
+# Which neurons stay on the GPU while a model runs.
+NeuronCache = Literal["static", "balance", "frequency"]
+_POLICIES = {
+    "static": lib.QI_CACHE_STATIC,
+    "balance": lib.QI_CACHE_BALANCE,
+    "frequency": lib.QI_CACHE_FREQUENCY,
+}
 
 _GIB = 2**30
 
@@ -43,6 +51,7 @@ class Placement:
         used_bytes: that are used now, contexts included.
         attention_bytes, predictor_bytes, head_bytes, neuron_bytes: of the weights kept.
         n_neurons: kept, in all layers together.
+        n_moved: neurons that have taken another's place since they were placed.
         is_placed: whether the first context has been made.
         n_layers: the first so many have their attention there.
         has_head: whether the head is there.
@@ -57,6 +66,7 @@ class Placement:
     head_bytes: int
     neuron_bytes: int
     n_neurons: int
+    n_moved: int
     is_placed: bool
     n_layers: int
     has_head: bool
@@ -105,8 +115,19 @@ class Offload:
         pointer = ffi.from_buffer("float[]", values)
         check(lib.qi_offload_count_neurons(self.pointer, layer, pointer, len(values), error), error)
 
+    def balance_layers(self) -> None:
+        """Of the neurons that counts choose, a layer keeps what balances the two sides' times."""
+        error = new_error()
+        check(lib.qi_offload_balance_layers(self.pointer, error), error)
+
+    def set_neuron_cache(self, neuron_cache: NeuronCache) -> None:
+        """How neurons will move; ArgumentError where down is not stored by neuron."""
+        error = new_error()
+        policy = _POLICIES[neuron_cache]
+        check(lib.qi_offload_set_neuron_cache(self.pointer, policy, error), error)
+
     def neurons(self, layer: int) -> NDArray[np.int32]:
-        """The neurons of a layer that are kept, ascending ids of shape (k,)."""
+        """The neurons of a layer that are kept now, ascending ids of shape (k,)."""
         error = new_error()
         n = ffi.new("uint64_t *")
         check(lib.qi_offload_get_neurons(self.pointer, layer, ffi.NULL, n, error), error)
@@ -169,6 +190,7 @@ def offload(
     vram_budget: float | str | None = None,
     gpu_split: GpuSplit = "auto",
     kv_type: str = "f16",
+    neuron_cache: NeuronCache = "static",
 ) -> Offload | None:
     """A model's share on the device asked for; None where it is the processor's alone.
 
@@ -176,8 +198,8 @@ def offload(
     log says why one is not.
 
     Raises:
-        ArgumentError: the device is not known, the budget is not a size, or the split is that of
-            another model.
+        ArgumentError: the device or the policy is not known, the budget is not a size, the split is
+            that of another model, or neurons cannot move in this one.
         DeviceError: the device asked for by name cannot be had.
         FileError, FormatError: the split or the counts cannot be read.
     """
@@ -185,11 +207,21 @@ def offload(
     kind, _, number = device.partition(":")
     if kind not in ("auto", "cpu", "cuda", "cann") or (number and kind != "cuda"):
         raise ArgumentError(f"device={device!r} is not 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if neuron_cache not in _POLICIES:
+        raise ArgumentError(
+            f"neuron_cache={neuron_cache!r} is not 'static', 'balance' or 'frequency'"
+        )
+    if neuron_cache != "static" and gpu_split == "none":
+        raise ArgumentError(
+            f"neuron_cache={neuron_cache!r} moves neurons, and gpu_split='none' keeps none"
+        )
     if kind == "cann":
         raise DeviceError("device='cann': this version of qinfer does not compute on Ascend NPUs")
     if kind == "cpu":
         if budget is not None:
             raise ArgumentError("vram_budget is of a GPU's memory, and device is 'cpu'")
+        if neuron_cache != "static":
+            raise ArgumentError(f"neuron_cache={neuron_cache!r} is for GPUs, and device is 'cpu'")
         return None
     if kind == "auto":
         try:
@@ -209,7 +241,12 @@ def offload(
             return None
     else:
         share = Offload(weights, device, budget)
-    _split(share, weights, gpu_split)
+    try:
+        _split(share, weights, gpu_split)
+        share.set_neuron_cache(neuron_cache)
+    except BaseException:
+        share.close()
+        raise
     return share
 
 
@@ -223,7 +260,7 @@ def _split(share: Offload, weights: Weights, gpu_split: GpuSplit) -> None:
         for layer in range(info.n_layer):
             share.choose_neurons(layer, np.empty(0, np.int32))
         return
-    if gpu_split in ("auto", "counts"):
+    if gpu_split in ("auto", "counts", "balance"):
         beside = Path(weights.path + ".generated.gpuidx")
         folder = Path(weights.path).parent / "activation"
         if gpu_split == "auto" and beside.is_file():
@@ -238,8 +275,10 @@ def _split(share: Offload, weights: Weights, gpu_split: GpuSplit) -> None:
             counted = read_activations(folder, n_layers=info.n_layer, n_ff=info.n_ff)
             for layer, counts in enumerate(counted):
                 share.count_neurons(layer, counts)
-        elif gpu_split == "counts":
-            raise ArgumentError(f"gpu_split='counts': there is no folder {folder}")
+            if gpu_split == "balance":
+                share.balance_layers()
+        elif gpu_split != "auto":
+            raise ArgumentError(f"gpu_split={gpu_split!r}: there is no folder {folder}")
         return
     index = GpuIndex.read(gpu_split)
     index.check(info.n_layer, info.n_ff, name=os.fsdecode(gpu_split))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -41,6 +42,7 @@ def perplexity(
     n_chunks: int | None = None,
     sparsity: SparsityMode | None = None,
     sparse_threshold: float | None = None,
+    cross_layer_from: int | Literal[False] | None = None,
     on_chunk: Callable[[int, float], None] | None = None,
 ) -> Perplexity:
     """Perplexity over chunks of a text.
@@ -57,6 +59,7 @@ def perplexity(
         sparsity: the mode to measure, in which every token is computed with neurons of its own;
             None takes the model's.
         sparse_threshold: of predictions; None takes the model's.
+        cross_layer_from: as of `Model.context`.
         on_chunk: called after each chunk with its number, from 1, and the perplexity so far.
 
     Raises:
@@ -74,7 +77,10 @@ def perplexity(
     first = n_ctx // 2  # the first position whose prediction counts
     scores: list[np.ndarray[tuple[int], np.dtype[np.float64]]] = []
     with model.context(
-        n_ctx=n_ctx, sparsity=sparsity, sparse_threshold=sparse_threshold
+        n_ctx=n_ctx,
+        sparsity=sparsity,
+        sparse_threshold=sparse_threshold,
+        cross_layer_from=cross_layer_from,
     ) as context:
         if model.placement is None:  # a GPU does not hold them against all gates
             context.check_predictions(_CHECK_EVERY)

@@ -43,11 +43,14 @@ class Policy:
         prefill: "dense" computes all neurons of prompt tokens; "sparse" treats them as generated
             ones.
         threshold: a neuron is left out when its prediction is below; None takes the file's.
+        cross_layer_from: layers from this one on predict from what the predictor of the layer
+            before looked at; None: none does.
     """
 
     mode: Mode = "off"
     prefill: Prefill = "dense"
     threshold: float | None = None
+    cross_layer_from: int | None = None
 
     @property
     def generated_rule(self) -> int:
@@ -137,7 +140,13 @@ class Shares:
         )
 
 
-def checked(sparsity: str, prefill: str, threshold: float | None, info: ModelInfo) -> None:
+def checked(
+    sparsity: str,
+    prefill: str,
+    threshold: float | None,
+    info: ModelInfo,
+    cross_layer_from: int | None = None,
+) -> None:
     """Raises ArgumentError for settings that are not known or that the model cannot follow."""
     if sparsity not in ("auto", *MODES):
         raise ArgumentError(f"sparsity={sparsity!r} is not 'auto', 'off', 'exact' or 'predict'")
@@ -152,6 +161,14 @@ def checked(sparsity: str, prefill: str, threshold: float | None, info: ModelInf
         )
     if sparsity == "predict" and not info.predictor_rank:
         raise ArgumentError("sparsity='predict' needs predictors, which this model does not have")
+    if cross_layer_from is None:
+        return
+    if not info.predictor_rank:
+        raise ArgumentError("cross_layer_from needs predictors, which this model does not have")
+    if not isinstance(cross_layer_from, int) or not 1 <= cross_layer_from < info.n_layer:
+        raise ArgumentError(
+            f"cross_layer_from={cross_layer_from!r} is not a layer from 1 to {info.n_layer - 1}"
+        )
 
 
 def choose(
@@ -161,6 +178,7 @@ def choose(
     threshold: float | None,
     threads: int | None,
     make_context: Callable[[Policy], Context],
+    cross_layer_from: int | None = None,
 ) -> Policy:
     """The policy of a model: as asked for, or with "auto" the fastest mode on this machine.
 
@@ -172,8 +190,9 @@ def choose(
     used.
     """
     info = weights.info
-    checked(sparsity, prefill, threshold, info)
-    policy = Policy("off" if sparsity == "auto" else sparsity, prefill, threshold)
+    checked(sparsity, prefill, threshold, info, cross_layer_from)
+    mode: Mode = "off" if sparsity == "auto" else sparsity
+    policy = Policy(mode, prefill, threshold, cross_layer_from)
     if sparsity != "auto":
         return policy
     if info.is_powerinfer and info.has_sparse_act and not info.predictor_rank:

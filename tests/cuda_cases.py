@@ -302,12 +302,43 @@ def budgets(path: str, sizes: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def early(path: str, sizes: list[str]) -> list[dict[str, Any]]:
+    """Errors of logits whose predictions are made one layer early, by what a budget keeps."""
+    rows = []
+    options: dict[str, Any] = {"n_ctx": 64, "sparsity": "predict", "cross_layer_from": 1}
+    with Model(path, device="cpu", **options) as cpu, cpu.context() as context:
+        expected = _logits(context, 7)
+    for size in sizes:
+        with Model(path, device="cuda", vram_budget=size, **options) as model:
+            with model.context(n_batch=32) as context:
+                errors = _errors(_logits(context, 7), expected)
+            assert model.placement is not None
+            rows.append({"error": float(np.median(errors)), "n_layers": model.placement.n_layers})
+    return rows
+
+
 def texts(path: str, prompt: str, n: int) -> list[str]:
     """The greedy continuation by the processor and by the GPU."""
     found = []
     for device in ("cpu", "cuda"):
         with Model(path, device=device) as model:
             found.append(model.generate(prompt, max_tokens=n, temperature=0).text)
+    return found
+
+
+def not_a_number(path: str) -> dict[str, str]:
+    """What a step says of a logit that is NaN, by device and by what its sampler looks at."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        with Model(path, device=device, n_ctx=64, sparsity="off") as model:
+            for top_k in (1, 20, 0):
+                sampler = Sampler(model.info.n_vocab, Sampling(temperature=0.5, top_k=top_k))
+                with model.context() as context:
+                    try:
+                        context.step([5], [sampler])
+                    except QInferError as error:
+                        found[f"{device} {top_k}"] = f"{type(error).__name__}: {error}"
+                    assert context.length() == 0
     return found
 
 

@@ -271,17 +271,26 @@ def test_perplexity_says_which_share_of_neurons_it_took(tmp_path: Path) -> None:
         counted = profile(model, text, n_ctx=64, n_chunks=2).active.mean()
         all_named = perplexity(model, text, n_ctx=64, sparsity="predict", sparse_threshold=-1e9)
         none_named = perplexity(model, text, n_ctx=64, sparsity="predict", sparse_threshold=1e9)
+        own, early = (
+            perplexity(model, text, n_ctx=64, sparsity="predict", cross_layer_from=layer)
+            for layer in (None, 1)
+        )
     assert off.n_scored == 2 * 31 and off.neurons is None
     assert exact == replace(off, neurons=Shares(exact.neurons.active))
     assert exact.neurons.active == pytest.approx(counted)
     assert all_named.value == exact.value
     assert all_named.neurons == Shares(exact.neurons.active, predicted=1.0, missed=0.0)
     assert none_named.neurons == Shares(active=0.0, predicted=0.0, missed=1.0)
+    # Predictors were trained on the layer's own input.
+    assert own.neurons.missed < early.neurons.missed < 1.0
+    assert own.value != early.value
 
     command = ("perplexity", "stories", "-f", tmp_path / "text.txt", "-c", "64")
     assert "Neurons" not in output_of(*command)
     line = f"Neurons: {exact.neurons.active:.1%} active"
     assert output_of(*command, "--sparsity", "exact").splitlines()[1] == line
+    early_line = output_of(*command, "--sparsity", "predict", "--cross-layer-from", "1")
+    assert f"{early.neurons.missed:.1%} of those due missed" in early_line
     *_, line, last = output_of(*command, "--sparsity", "predict").splitlines()
     found = re.fullmatch(r"Neurons: (.+)% active, (.+)% predicted, (.+)% of those due missed", line)
     active, predicted, missed = map(float, found.groups())

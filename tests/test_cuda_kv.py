@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from qinfer import ArgumentError, Model
 from qinfer.cli import cli
 from test_cuda_model import DATA, STORIES, on_gpu
 from test_sparsity import Case
-
-on_gpu = partial(on_gpu, cases="kv_cases")
 
 WIDE = {"n_embd": 128, "n_head": 4, "n_ff": 256}
 CASES: dict[str, tuple[Case, dict[str, Any], str]] = {
@@ -40,7 +37,7 @@ def test_every_place(name: str, tmp_path: Path) -> None:
     places = [{"kv_mode": "host"}, {"kv_mode": "split", "kv_ratio": 0.5}]
     if name == "llama":
         places += [{"kv_mode": "device"}, {"kv_mode": "split"}, {"kv_ratio": 0.3, "kv_step": 0.1}]
-    found = on_gpu("compare", path, places, kv_type)
+    found = on_gpu("kv_cases.compare", path, places, kv_type)
     for place, of_place in zip(places, found, strict=True):
         errors, shares = of_place["errors"], of_place["shares"]
         assert len(errors) == 26
@@ -65,7 +62,7 @@ def test_every_place(name: str, tmp_path: Path) -> None:
 
 
 def test_states_go_from_every_place_to_every_other() -> None:
-    same_as_first, errors = on_gpu("states", SMALL)
+    same_as_first, errors = on_gpu("kv_cases.states", SMALL)
     # On the device and with all copies on the device the same kernels have computed.
     assert same_as_first[0]
     assert same_as_first[2]
@@ -75,7 +72,7 @@ def test_states_go_from_every_place_to_every_other() -> None:
 
 def test_the_boundary_moves_with_the_times() -> None:
     """The stand-in's GPU is the slower side: the host is given more, a page a token at most."""
-    curve = np.array(on_gpu("adapted", SMALL, 0.1))
+    curve = np.array(on_gpu("kv_cases.adapted", SMALL, 0.1))
     assert np.all((curve >= 0.0) & (curve <= 1.0))
     assert np.all(curve.max(axis=0) > 0.55)
     steps = np.abs(np.diff(curve, axis=0))
@@ -85,7 +82,7 @@ def test_the_boundary_moves_with_the_times() -> None:
 
 def test_budgets_that_hold_a_part_of_the_keys_and_values() -> None:
     """4096 positions take 28 MB; what fits is copied, and no budget is exceeded."""
-    rows = on_gpu("kept_under", STORIES, ["4MiB", "20MiB", "60MiB"])
+    rows = on_gpu("kv_cases.kept_under", STORIES, ["4MiB", "20MiB", "60MiB"])
     for row in rows:
         assert row["used"] <= row["budget"]
         assert row["held"] <= row["budget"]
@@ -104,7 +101,7 @@ def test_budgets_that_hold_a_part_of_the_keys_and_values() -> None:
 @pytest.mark.parametrize(("code", "every"), [(2, 29), (999, 31)])
 def test_any_call_may_fail(code: int, every: int) -> None:
     """The sequence is as it was, and goes on to the same bits."""
-    found = on_gpu("failures", SMALL, code, every)
+    found = on_gpu("kv_cases.failures", SMALL, code, every)
     assert found["n_calls"] > 100
     kinds = found["kinds"]
     assert set(kinds) <= {"none", "OutOfMemory" if code == 2 else "DeviceError"}
@@ -113,14 +110,14 @@ def test_any_call_may_fail(code: int, every: int) -> None:
 
 
 def test_steps_may_be_cancelled() -> None:
-    found = on_gpu("cancelled", SMALL, "half", {"kv_mode": "host"}, cases="cuda_cases")
+    found = on_gpu("cancelled", SMALL, "half", {"kv_mode": "host"})
     assert found["n_cancelled"] > 0
     assert found["same"]
     assert found["left"] == 0
 
 
 def test_any_call_may_fail_while_a_context_is_made() -> None:
-    found = on_gpu("failures", SMALL, "half", 2, 37, {"kv_mode": "split"}, cases="cuda_cases")
+    found = on_gpu("failures", SMALL, "half", 2, 37, {"kv_mode": "split"})
     assert set(found["kinds"]) <= {"none", "OutOfMemory", "DeviceError"}
     assert found["kinds"]["OutOfMemory"] > 5
     assert found["same"]

@@ -18,14 +18,16 @@ import pytest
 
 import cuda_standin
 from cuda_cases import N_TOKENS
+from qinfer._gguf import GGUF
 from test_sparsity import CASES, QUANTISED, Case
 
 DATA = Path(__file__).parent / "data"
 STORIES = Path(__file__).parents[1] / "qinfer" / "data" / "relu-stories-15M.gguf"
 PROGRAM = """
 import importlib, json, sys
-cases, name, arguments = json.loads(sys.argv[1])
-print(json.dumps(getattr(importlib.import_module(cases), name)(*arguments)))
+name, arguments = json.loads(sys.argv[1])
+module, _, function = name.rpartition(".")
+print(json.dumps(getattr(importlib.import_module(module or "cuda_cases"), function)(*arguments)))
 """
 
 
@@ -35,9 +37,9 @@ def kernel_cache() -> str:
     return str(cuda_standin.FOLDER / "qinfer-cache")
 
 
-def on_gpu(name: str, *arguments: Any, cases: str = "cuda_cases", **settings: object) -> Any:
-    """What a function of cuda_cases answers in a process that has the stand-in for a GPU."""
-    words = json.dumps([cases, name, [str(a) if isinstance(a, Path) else a for a in arguments]])
+def on_gpu(name: str, *arguments: Any, **settings: object) -> Any:
+    """What a function of cuda_cases, or `module.function`, answers; the stand-in is the GPU."""
+    words = json.dumps([name, [str(a) if isinstance(a, Path) else a for a in arguments]])
     environment = cuda_standin.environment(**settings)
     environment["QINFER_CACHE_DIR"] = kernel_cache()
     environment["PYTHONPATH"] = os.pathsep.join([str(DATA.parent), *filter(None, sys.path)])
@@ -69,6 +71,13 @@ def test_float_weights(name: str, tmp_path: Path) -> None:
                 # A prediction at the threshold may fall on its other side.
                 assert np.max(errors) < 1e-3 or mode == "predict", (share, mode, step)
     assert found["left"] == 0
+
+
+def test_one_layer(tmp_path: Path) -> None:
+    """Rounds with the host are told apart from step to step, also where a step has only one."""
+    path = Case("llama", sizes={"n_layer": 1}).write(tmp_path)
+    found = on_gpu("compare", path, ["half"], ["off"], [1])
+    assert max(found["half"]["off"]["1"]) < 2e-5
 
 
 @pytest.mark.parametrize("name", QUANTISED)
@@ -134,6 +143,14 @@ def test_budgets() -> None:
     assert kept[-1]["has_head"]
     assert kept[-1]["n_neurons"] == 6 * 768
     assert any(0 < row["n_neurons"] < 6 * 768 for row in kept)
+
+
+def test_predictions_one_layer_early() -> None:
+    """On the GPU, and where the layer before is on another device."""
+    rows = on_gpu("early", STORIES, ["5MiB", "8MiB", "60MiB"])
+    assert 0 < rows[0]["n_layers"] < rows[-1]["n_layers"] == 6
+    for row in rows:
+        assert row["error"] < 0.06, row  # int8 codes that flip, and predictions near the threshold
 
 
 def test_lists_of_neurons_are_checked(tmp_path: Path) -> None:
@@ -206,6 +223,22 @@ def test_sampling_on_the_device() -> None:
         "most": 512 * candidate,
         **dict.fromkeys(["all", "top-p", "penalties", "bias", "mirostat"], all_logits),
     }
+
+
+def test_logits_that_are_not_numbers(tmp_path: Path) -> None:
+    """One NaN among them is an error on every way, and the tensor is named."""
+    path = Case("llama").write(tmp_path)
+    with GGUF(path) as file:
+        (head,) = (tensor for tensor in file.tensors if tensor.name == "output.weight")
+        at = head.file_offset + head.n_bytes // head.shape[0] * 77
+    with path.open("r+b") as stream:
+        stream.seek(at)
+        stream.write(np.float32(np.nan).tobytes())
+    said = on_gpu("not_a_number", path)
+    assert len(said) == 6
+    for message in said.values():
+        assert message.startswith("FormatError: ")
+        assert "output.weight" in message
 
 
 def test_contexts_beyond_the_first() -> None:

@@ -117,6 +117,27 @@ def test_predicted_neurons(name: str, tmp_path: Path) -> None:
     assert np.median(errors(found, forward(checkpoint, TOKENS, Numerics("f16")))) > 0.05
 
 
+@pytest.mark.parametrize("name", ["llama", "falcon", "falcon-one-norm", "opt-ordinary"])
+def test_predictions_one_layer_early(name: str, tmp_path: Path) -> None:
+    """From the second layer on; off, nothing changes, and what it costs is counted."""
+    path = CASES[name].write(tmp_path)
+    with Model(path, sparsity="predict", cross_layer_from=1) as model:
+        found = logits_of(model, TOKENS, 1)
+        for step in (3, 50):
+            np.testing.assert_array_equal(logits_of(model, TOKENS, step), found)
+        own = logits_of(model, TOKENS, 1, cross_layer_from=False)
+        late = logits_of(model, TOKENS, 1, cross_layer_from=model.info.n_layer - 1)
+    with Model(path, sparsity="predict") as model:
+        np.testing.assert_array_equal(logits_of(model, TOKENS, 1), own)
+    checkpoint = read_gguf(path)
+    for layer, logits in ((1, found), (model.info.n_layer - 1, late)):
+        expected = forward(
+            checkpoint, TOKENS, Numerics("f16"), threshold=0.0, cross_layer_from=layer
+        )
+        assert np.median(errors(logits, expected)) < 1e-4
+    assert np.median(errors(found, own)) > 0.01
+
+
 @pytest.mark.parametrize("name", QUANTISED)
 def test_predicted_neurons_of_quantised_weights(name: str, tmp_path: Path) -> None:
     """A prediction near the threshold may fall on its other side where an int8 code flips."""

@@ -22,7 +22,10 @@ FORBIDDEN = re.compile(
 )
 
 # The destructor of std::thread names it, for a thread that is neither joined nor detached.
-STANDARD_LIBRARY = {("thread_pool.cpp.o", "_ZSt9terminatev")}
+STANDARD_LIBRARY = {
+    ("thread_pool.cpp.o", "_ZSt9terminatev"),
+    ("neuron_mover.cpp.o", "_ZSt9terminatev"),
+}
 
 
 def nm(arguments: list[str], paths: Iterable[Path]) -> set[str]:

@@ -27,12 +27,15 @@ def forward(
     numerics: Numerics | None = None,
     *,
     threshold: float | None = None,
+    cross_layer_from: int | None = None,
 ) -> Array:
     """Logits [n_tokens, n_vocab] of a text that starts at position 0.
 
-    With a threshold, neurons whose prediction is below it are left out.
+    With a threshold, neurons whose prediction is below it are left out. Layers from
+    `cross_layer_from` on predict from what the predictor of the layer before looks at.
     """
-    return Pass(model, numerics or Numerics(), threshold).run(np.asarray(tokens))
+    one = Pass(model, numerics or Numerics(), threshold, cross_layer_from)
+    return one.run(np.asarray(tokens))
 
 
 def activation(name: str) -> Callable[[Array], Array]:
@@ -62,10 +65,16 @@ class Pass:
     """One forward pass over a whole text."""
 
     def __init__(
-        self, model: Checkpoint, numerics: Numerics, threshold: float | None = None
+        self,
+        model: Checkpoint,
+        numerics: Numerics,
+        threshold: float | None = None,
+        cross_layer_from: int | None = None,
     ) -> None:
         self.model = model
         self.threshold = threshold
+        self.cross_layer_from = cross_layer_from
+        self.looked_at: Array | None = None  # by the predictor of the layer before
         self.numerics = numerics
         self.tensors = model.tensors
         self.arch = model.architecture
@@ -156,7 +165,13 @@ class Pass:
         else:
             hidden = self.act(hidden)
         if self.threshold is not None:
-            low = np.maximum(self.linear(prefix + "fc1", residual), 0.0)
+            early = self.cross_layer_from is not None and (
+                int(prefix.split(".")[1]) >= self.cross_layer_from
+            )
+            seen = self.looked_at if early else residual
+            self.looked_at = residual
+            assert seen is not None
+            low = np.maximum(self.linear(prefix + "fc1", seen), 0.0)
             hidden = np.where(self.linear(prefix + "fc2", low) < self.threshold, 0.0, hidden)
         by_neuron = self.tensors.get(prefix + "ffn_down_t.weight")
         if by_neuron is None:

@@ -333,6 +333,7 @@ typedef struct qi_offload_info {
     uint64_t head_bytes;
     uint64_t neuron_bytes;
     uint64_t n_neurons; /* in all layers together */
+    uint64_t n_moved;   /* that have taken another's place since */
     int32_t is_placed;
     int32_t n_layers; /* the first so many have their attention there */
     int32_t has_head;
@@ -351,8 +352,20 @@ int32_t qi_offload_choose_neurons(qi_offload* offload, int32_t layer, const int3
                                   uint64_t n_neurons, qi_error* error);
 int32_t qi_offload_count_neurons(qi_offload* offload, int32_t layer, const float* counts,
                                  uint64_t n_ff, qi_error* error);
+/* Before the first context, after counts were given: a layer keeps only so many neurons that both
+ * sides need the same time for it, by their measured speeds. */
+int32_t qi_offload_balance_layers(qi_offload* offload, qi_error* error);
+/* Which neurons are kept there while the model runs. Where they move, results depend, in their
+ * rounding, on where neurons are. */
+#define QI_CACHE_STATIC                                                         \
+    0 /* those of the beginning; without lists and counts, those that the first \
+         tokens show to be active most often */
+#define QI_CACHE_BALANCE 1   /* such that both sides need the same time */
+#define QI_CACHE_FREQUENCY 2 /* those active most often, of late above all */
+/* Before the first context. */
+int32_t qi_offload_set_neuron_cache(qi_offload* offload, int32_t policy, qi_error* error);
 int32_t qi_offload_get_info(const qi_offload* offload, qi_offload_info* out);
-/* The neurons of a layer that are kept there: their number, and with out not NULL their ids. */
+/* The neurons of a layer that are kept there now: their number, and with out not NULL their ids. */
 int32_t qi_offload_get_neurons(const qi_offload* offload, int32_t layer, int32_t* out,
                                uint64_t* n_neurons, qi_error* error);
 
@@ -418,7 +431,10 @@ typedef struct qi_context_params {
     int32_t generated_rule; /* and of those with it */
     float sparse_threshold; /* a neuron is left out when its prediction is below; NaN: the file's */
     qi_offload* offload;    /* of the same model; NULL: the processor alone */
-    int32_t kv_mode;        /* QI_KV_*; without an offload QI_KV_AUTO */
+    /* Layers from this one on predict from what the predictor of the layer before looked at; 0: no
+     * layer does. */
+    int32_t cross_layer_from;
+    int32_t kv_mode; /* QI_KV_*; without an offload QI_KV_AUTO */
     /* Of split keys and values: which share of the positions the processor attends to at first, 0
      * to 1, NaN: what does not fit on the device; and by which share the boundary of a layer moves
      * after a token, towards where both take as long, 0: not. With QI_KV_AUTO either means split.

@@ -50,7 +50,8 @@ int32_t qi_context_create(qi_model* model, const qi_context_params* params, qi_c
                  params->kv_type);
         options.kv_type = Type(params->kv_type);
         options.policy = {rule(params->prompt_rule, "prompt_rule"),
-                          rule(params->generated_rule, "generated_rule"), params->sparse_threshold};
+                          rule(params->generated_rule, "generated_rule"), params->sparse_threshold,
+                          params->cross_layer_from};
         if (params->kv_mode < QI_KV_AUTO || params->kv_mode > QI_KV_SPLIT)
             fail(QI_ARGUMENT, "kv_mode is %d, expected %d to %d", params->kv_mode, QI_KV_AUTO,
                  QI_KV_SPLIT);

@@ -43,6 +43,30 @@ int32_t qi_offload_count_neurons(qi_offload* offload, int32_t layer, const float
     });
 }
 
+int32_t qi_offload_balance_layers(qi_offload* offload, qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(offload, "offload");
+        offload->offload->balance_layers();
+    });
+}
+
+int32_t qi_offload_set_neuron_cache(qi_offload* offload, int32_t policy, qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(offload, "offload");
+        switch (policy) {
+            case QI_CACHE_STATIC:
+                return offload->offload->set_neuron_cache(NeuronCache::fixed);
+            case QI_CACHE_BALANCE:
+                return offload->offload->set_neuron_cache(NeuronCache::balance);
+            case QI_CACHE_FREQUENCY:
+                return offload->offload->set_neuron_cache(NeuronCache::frequency);
+            default:
+                fail(QI_ARGUMENT, "policy is %d, expected %d to %d", policy, QI_CACHE_STATIC,
+                     QI_CACHE_FREQUENCY);
+        }
+    });
+}
+
 int32_t qi_offload_get_info(const qi_offload* offload, qi_offload_info* out) {
     if (!offload || !out) return QI_ARGUMENT;
     return guard(nullptr, [&] {
@@ -52,6 +76,7 @@ int32_t qi_offload_get_info(const qi_offload* offload, qi_offload_info* out) {
         copy_text(out->placement, report.text);
         out->budget_bytes = report.budget;
         out->used_bytes = report.used;
+        out->n_moved = report.n_moved;
         out->is_placed = report.placement.has_value();
         if (!report.placement) return;
         const Placement& placement = *report.placement;
@@ -71,13 +96,7 @@ int32_t qi_offload_get_neurons(const qi_offload* offload, int32_t layer, int32_t
     return guard(error, [&] {
         require_pointer(offload, "offload");
         require_pointer(n_neurons, "n_neurons");
-        const Offload::Report report = offload->offload->report();
-        const auto n_layer = int32_t(offload->offload->model()->layers().size());
-        if (layer < 0 || layer >= n_layer)
-            fail(QI_ARGUMENT, "layer %d does not exist: the model has 0 to %d", layer, n_layer - 1);
-        *n_neurons = 0;
-        if (!report.placement || size_t(layer) >= report.placement->resident.size()) return;
-        const auto neurons = report.placement->resident[size_t(layer)].neurons();
+        const std::vector<int32_t> neurons = offload->offload->neurons(layer);
         *n_neurons = neurons.size();
         if (out) std::copy(neurons.begin(), neurons.end(), out);
     });

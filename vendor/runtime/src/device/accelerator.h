@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "device/device.h"
+#include "sparse/neuron_cache.h"
 #include "sparse/shard.h"
 
 namespace qi {
@@ -30,6 +31,13 @@ struct DeviceNeeds {
     int64_t n_head = 0;  // of queries
     int64_t n_embd = 0, n_ff = 0;
     int64_t predictor_rank = 0;  // 0: no predictors
+};
+
+// How neurons move between an accelerator and the host.
+struct Moving {
+    NeuronCache cache = NeuronCache::fixed;
+    Speeds speeds;
+    size_t room_bytes = 0;  // of what was reserved: where they arrive
 };
 
 class Accelerator {
@@ -57,6 +65,17 @@ class Accelerator {
     virtual void keep(const Norm& norm) = 0;
     // `resident` here, `rest` with the host: together all neurons.
     virtual void keep(const FeedForward& ffn, NeuronShard resident, NeuronShard rest) = 0;
+
+    // Room for so many neurons on their way, see Moving.
+    virtual size_t bytes_to_move(const FeedForward& ffn, size_t n_neurons) const = 0;
+    // How fast both sides compute neurons of a network, measured.
+    virtual Speeds measure_speeds(const FeedForward& ffn, Device& host) = 0;
+    // From now on neurons move, as contexts show which are active; once all are kept. Results then
+    // depend, in their rounding, on where neurons are.
+    virtual void move_neurons(const Moving& moving) = 0;
+    virtual uint64_t n_moved() const = 0;
+    // Those of a network that are here now, ascending.
+    virtual std::vector<int32_t> neurons(const FeedForward& ffn) const = 0;
 
     // Gives up all copies and their memory; no device made here may be alive.
     virtual void drop() = 0;

@@ -60,6 +60,14 @@ ContextOptions completed(const Model& model, ContextOptions options) {
             fail(QI_ARGUMENT, "sparsity \"predict\" needs predictors, which %s does not have",
                  model.file().path().c_str());
     }
+    const int64_t cross = options.policy.cross_layer_from;
+    if (cross != 0 && model.predictor_rank() == 0)
+        fail(QI_ARGUMENT, "cross_layer_from needs predictors, which %s does not have",
+             model.file().path().c_str());
+    if (cross < 0 || cross >= std::max(hp.n_layer, int64_t(1)))
+        fail(QI_ARGUMENT,
+             "cross_layer_from is %lld, expected a layer from 1 to %lld, or 0 for none",
+             (long long)cross, (long long)hp.n_layer - 1);
     if (std::isnan(options.policy.threshold)) options.policy.threshold = hp.sparse_threshold;
     return options;
 }
@@ -78,7 +86,7 @@ Context::Context(std::shared_ptr<const Model> model, const ContextOptions& optio
       offload_(std::move(offload)),
       host_(make_cpu_device(options_.n_threads)),
       stages_(make_stages()),
-      forward_(*model_, stages_),
+      forward_(*model_, stages_, options_.policy.cross_layer_from),
       kv_(stages_, kv_layout(*model_, options_.kv_type), options_.n_seq, options_.n_ctx),
       logits_(last_device()) {
     host_->set_cancel(&cancel_);
@@ -107,7 +115,7 @@ std::vector<Stage> Context::make_stages() {
     needs.n_seq = options_.n_seq;
     needs.n_pages = KvCache::n_pages(options_.n_seq, options_.n_ctx);
     needs.kv = kv_layout(*model_, options_.kv_type);
-    needs.arrays = ForwardPass::array_sizes(hp, batch_max());
+    needs.arrays = ForwardPass::array_sizes(hp, batch_max(), options_.policy.cross_layer_from);
     needs.n_logits = logits_rows();
     needs.n_vocab = hp.n_vocab;
     needs.n_head = hp.n_head;

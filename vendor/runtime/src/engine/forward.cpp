@@ -13,24 +13,32 @@ constexpr uint64_t head_key = uint64_t(1) << 63;
 
 }  // namespace
 
-ForwardPass::ForwardPass(const Model& model, std::span<const Stage> stages)
-    : model_(model), hp_(model.hyper_params()) {
+ForwardPass::ForwardPass(const Model& model, std::span<const Stage> stages,
+                         int64_t cross_layer_from)
+    : model_(model), hp_(model.hyper_params()), cross_layer_from_(cross_layer_from) {
     for (const Stage& stage : stages)
         parts_.emplace_back(stage);
 }
 
-std::vector<size_t> ForwardPass::array_sizes(const HyperParams& hp, int64_t n) {
+// Predictors look at what attention leaves, which lasts until the layer's end, or with a parallel
+// residual at what the layer is given.
+size_t ForwardPass::n_predictor_inputs(const HyperParams& hp, int64_t cross_layer_from) {
+    return cross_layer_from > 0 ? 2 : hp.arch->parallel_residual ? 1 : 0;
+}
+
+std::vector<size_t> ForwardPass::array_sizes(const HyperParams& hp, int64_t n,
+                                             int64_t cross_layer_from) {
     const int64_t q_width = hp.n_head * hp.head_dim, kv_width = hp.n_head_kv * hp.head_dim;
     return {size_t(n * hp.n_embd), size_t(n * hp.n_embd), size_t(n * (q_width + 2 * kv_width)),
             size_t(n * std::max(q_width, hp.n_embd)),
-            hp.arch->parallel_residual ? size_t(n * hp.n_embd) : 0};
+            size_t(n * hp.n_embd) * n_predictor_inputs(hp, cross_layer_from)};
 }
 
 void ForwardPass::reserve(int64_t n) {
-    const std::vector<size_t> sizes = array_sizes(hp_, n);
+    const std::vector<size_t> sizes = array_sizes(hp_, n, cross_layer_from_);
     for (Part& part : parts_) {
         DeviceArray* const arrays[] = {&part.residual, &part.normed, &part.qkv, &part.attended,
-                                       &part.input};
+                                       &part.inputs};
         for (size_t i = 0; i < sizes.size(); ++i)
             arrays[i]->reserve(sizes[i]);
     }
@@ -42,7 +50,7 @@ size_t ForwardPass::scratch_bytes() const {
     for (const Part& part : parts_)
         bytes += part.residual.capacity_bytes() + part.normed.capacity_bytes() +
                  part.qkv.capacity_bytes() + part.attended.capacity_bytes() +
-                 part.input.capacity_bytes();
+                 part.inputs.capacity_bytes();
     return bytes;
 }
 
@@ -64,9 +72,7 @@ void ForwardPass::run(const Batch& batch, FfnMonitor& monitor, std::atomic<int64
         if (!before)
             embed(part, batch, x);
         else
-            device.write(
-                before->stage.device->host_view(before->residual.data(), n_values, crossing_),
-                n_values, x);
+            cross(*before, part, n);
         // Counting asks for other steps than computing alone.
         const uint64_t key = uint64_t(monitor.check) | uint64_t(!monitor.activations.empty()) << 1;
         device.repeat(key, [&] {
@@ -78,6 +84,25 @@ void ForwardPass::run(const Batch& batch, FfnMonitor& monitor, std::atomic<int64
         layers_done->store(part.stage.end_layer, std::memory_order_relaxed);
         before = &part;
     }
+}
+
+// What the layers of the next stage go on from.
+void ForwardPass::cross(Part& from, Part& to, int64_t n) {
+    const auto n_values = size_t(n * hp_.n_embd);
+    const auto bring = [&](const float* x, float* there) {
+        to.stage.device->write(from.stage.device->host_view(x, n_values, crossing_), n_values,
+                               there);
+    };
+    bring(from.residual.data(), to.residual.data());
+    const int64_t next = to.stage.first_layer;
+    if (predicts_from_before(next))
+        bring(predictor_input(from, next - 1, n), predictor_input(to, next - 1, n));
+}
+
+float* ForwardPass::predictor_input(Part& part, int64_t index, int64_t n) {
+    const auto n_values = size_t(n * hp_.n_embd);
+    float* inputs = part.inputs.reserve(n_values * n_predictor_inputs(hp_, cross_layer_from_));
+    return inputs + (cross_layer_from_ > 0 ? size_t(index % 2) * n_values : 0);
 }
 
 void ForwardPass::embed(Part& part, const Batch& batch, float* x) {
@@ -99,16 +124,21 @@ void ForwardPass::run_layer(Part& part, int64_t index, int64_t n, FfnMonitor& mo
     const auto n_values = size_t(n * hp_.n_embd);
     float* normed = part.normed.reserve(n_values);
     device.norm(layer.attn_norm, x, n, normed);
-    // Predictors look at what attention leaves, or with a parallel residual at what it is given.
+    // The layer's sum will overwrite what predictors look at, attention's already with a parallel
+    // residual.
+    const bool asked_later = index + 1 < hp_.n_layer && predicts_from_before(index + 1);
+    const auto keep_predictor_input = [&] {
+        float* kept = predictor_input(part, index, n);
+        device.copy(x, n_values, kept);
+        return kept;
+    };
     const float* predicted_from = x;
-    if (hp_.arch->parallel_residual && layer.ffn.predictor) {
-        float* input = part.input.reserve(n_values);
-        device.copy(x, n_values, input);
-        predicted_from = input;
-    }
+    if (hp_.arch->parallel_residual && (layer.ffn.predictor || asked_later))
+        predicted_from = keep_predictor_input();
     if (!hp_.arch->parallel_residual) {
         attention(part, index, n, normed, x);
         device.norm(layer.ffn_norm, x, n, normed);
+        if (asked_later) keep_predictor_input();
     } else if (!layer.attn_norm_2) {
         attention(part, index, n, normed, x);
     } else {
@@ -119,6 +149,7 @@ void ForwardPass::run_layer(Part& part, int64_t index, int64_t n, FfnMonitor& mo
         device.norm(*layer.attn_norm_2, x, n, attn_input);
         attention(part, index, n, attn_input, x);
     }
+    if (predicts_from_before(index)) predicted_from = predictor_input(part, index - 1, n);
     uint64_t* activations =
         monitor.activations.empty() ? nullptr : monitor.activations.data() + index * hp_.n_ff;
     device.feed_forward(layer.ffn,

@@ -31,10 +31,12 @@ struct FfnMonitor {
 
 class ForwardPass {
   public:
-    ForwardPass(const Model& model, std::span<const Stage> stages);
+    // cross_layer_from: see NeuronPolicy.
+    ForwardPass(const Model& model, std::span<const Stage> stages, int64_t cross_layer_from);
 
     // The working space that runs of n tokens take on each device, in floats.
-    static std::vector<size_t> array_sizes(const HyperParams& hp, int64_t n);
+    static std::vector<size_t> array_sizes(const HyperParams& hp, int64_t n,
+                                           int64_t cross_layer_from);
     // Takes it at once, for devices that must not run out of memory later.
     void reserve(int64_t n);
 
@@ -58,7 +60,9 @@ class ForwardPass {
         DeviceArray normed;    // [n][n_embd]
         DeviceArray qkv;       // [n][(n_head + 2 n_head_kv) · head_dim], or q, k and v one by one
         DeviceArray attended;  // [n][n_head · head_dim]
-        DeviceArray input;     // [n][n_embd] a layer's input, for predictors that look at it
+        // [n][n_embd] or [2][n][n_embd]: what a layer's predictor looks at, where it does not last;
+        // with two, layers take turns.
+        DeviceArray inputs;
 
         explicit Part(const Stage& given)
             : stage(given),
@@ -66,15 +70,24 @@ class ForwardPass {
               normed(*given.device),
               qkv(*given.device),
               attended(*given.device),
-              input(*given.device) {}
+              inputs(*given.device) {}
     };
 
+    bool predicts_from_before(int64_t layer) const {
+        return cross_layer_from_ > 0 && layer >= cross_layer_from_;
+    }
+    static size_t n_predictor_inputs(const HyperParams& hp, int64_t cross_layer_from);
+    // Where what the predictor of a layer looks at is kept.
+    float* predictor_input(Part& part, int64_t index, int64_t n);
+
+    void cross(Part& from, Part& to, int64_t n);
     void embed(Part& part, const Batch& batch, float* x);
     void run_layer(Part& part, int64_t index, int64_t n, FfnMonitor& monitor, float* x);
     void attention(Part& part, int64_t index, int64_t n, const float* x, float* y);
 
     const Model& model_;
     const HyperParams& hp_;
+    int64_t cross_layer_from_;
     std::deque<Part> parts_;
     AlignedBuffer<float> cos_sin_;    // [n][n_rot/2][2]
     AlignedBuffer<int32_t> shifted_;  // [n] rows of the position table

@@ -12,11 +12,14 @@ namespace qi {
 Offload::Offload(std::shared_ptr<const Model> model, std::unique_ptr<Accelerator> accelerator)
     : model_(std::move(model)), accelerator_(std::move(accelerator)) {}
 
-void Offload::check_open(int64_t layer) const {
+void Offload::check_layer(int64_t layer) const {
     const auto n_layer = int64_t(model_->layers().size());
     if (layer < 0 || layer >= n_layer)
         fail(QI_ARGUMENT, "layer %lld does not exist: the model has 0 to %lld", (long long)layer,
              (long long)n_layer - 1);
+}
+
+void Offload::check_open() const {
     if (placement_)
         fail(QI_ARGUMENT,
              "the neurons on the device were chosen when the model's first context was made");
@@ -24,7 +27,8 @@ void Offload::check_open(int64_t layer) const {
 
 void Offload::choose_neurons(int64_t layer, std::vector<int32_t> neurons) {
     const std::lock_guard lock(mutex_);
-    check_open(layer);
+    check_layer(layer);
+    check_open();
     const int64_t n_ff = model_->hyper_params().n_ff;
     const bool ascending = std::is_sorted(neurons.begin(), neurons.end(), std::less_equal<>());
     if (!ascending || (!neurons.empty() && (neurons.front() < 0 || neurons.back() >= n_ff)))
@@ -46,7 +50,8 @@ void Offload::choose_neurons(int64_t layer, std::vector<int32_t> neurons) {
 
 void Offload::count_neurons(int64_t layer, std::vector<float> counts) {
     const std::lock_guard lock(mutex_);
-    check_open(layer);
+    check_layer(layer);
+    check_open();
     const int64_t n_ff = model_->hyper_params().n_ff;
     if (int64_t(counts.size()) != n_ff)
         fail(QI_ARGUMENT, "layer %lld: %zu counts were given, the model has %lld neurons",
@@ -57,6 +62,43 @@ void Offload::count_neurons(int64_t layer, std::vector<float> counts) {
                  double(counts[j]));
     split_.counts.resize(model_->layers().size(), std::vector<float>(size_t(n_ff), 0.0f));
     split_.counts[size_t(layer)] = std::move(counts);
+}
+
+void Offload::balance_layers() {
+    const std::lock_guard lock(mutex_);
+    check_open();
+    if (split_.counts.empty())
+        fail(QI_ARGUMENT, "layers are balanced by how often neurons are active: counts are needed");
+    is_balanced_ = true;
+}
+
+void Offload::set_neuron_cache(NeuronCache cache) {
+    const std::lock_guard lock(mutex_);
+    check_open();
+    for (const Layer& layer : model_->layers())
+        if (cache != NeuronCache::fixed && !layer.ffn.down_by_neuron)
+            fail(QI_ARGUMENT,
+                 "neurons can move only where down is stored by neuron; "
+                 "qinfer.tools.neuron_major writes such a file");
+    split_.cache = cache;
+}
+
+NeuronCache Offload::cache() const {
+    if (split_.cache != NeuronCache::fixed) return split_.cache;
+    // With nothing else to go by, the first tokens that leave neurons out decide.
+    const bool can_be_counted =
+        (is_sparse(model_->hyper_params().act) || model_->predictor_rank() > 0) &&
+        std::all_of(model_->layers().begin(), model_->layers().end(),
+                    [](const Layer& layer) { return layer.ffn.down_by_neuron; });
+    const bool is_chosen = !split_.neurons.empty() || !split_.counts.empty();
+    return can_be_counted && !is_chosen ? NeuronCache::counted : NeuronCache::fixed;
+}
+
+void Offload::measure_speeds(Device& host) {
+    if (speeds_) return;
+    speeds_ = accelerator_->measure_speeds(model_->layers()[0].ffn, host);
+    log(LogLevel::info, format("neurons per second: %.3g on %s, %.3g on the processor",
+                               speeds_->device, accelerator_->name().c_str(), speeds_->host));
 }
 
 namespace {
@@ -77,13 +119,27 @@ std::vector<Type> weight_types(const Model& model) {
 }  // namespace
 
 // Where nobody computes: what is kept by now makes room.
-void Offload::place_anew(const DeviceNeeds& needs, const KvWish& kv) {
+void Offload::place_anew(const DeviceNeeds& needs, const KvWish& kv, Device& host) {
     accelerator_->prepare(weight_types(*model_), needs.kv.type);
+    SplitChoice split = split_;
+    split.cache = cache();
+    if (split.cache == NeuronCache::balance || is_balanced_) measure_speeds(host);
+    if (is_balanced_) split.speed_ratio = speeds_->device / speeds_->host;
     // With all that is known to fit: what is kept is only given up for something.
-    Placement placement = place(*model_, *accelerator_, needs, kv, split_);
+    Placement placement = place(*model_, *accelerator_, needs, kv, split);
     accelerator_->drop();
     placement_.reset();
     keep(*model_, placement, *accelerator_);
+    const bool is_whole = std::all_of(placement.rest.begin(), placement.rest.end(),
+                                      [](const auto& rest) { return rest.neurons().empty(); });
+    if (split_.cache != NeuronCache::fixed && placement.moving_bytes == 0 && !is_whole)
+        log(LogLevel::warning,
+            format("neurons do not move: of %s the budget leaves no room to keep some and to "
+                   "bring others",
+                   size_text(accelerator_->budget()).c_str()));
+    if (placement.moving_bytes > 0)
+        accelerator_->move_neurons(
+            {split.cache, speeds_.value_or(Speeds{}), placement.moving_bytes});
     placement_ = std::move(placement);
 }
 
@@ -97,7 +153,7 @@ Offload::Part Offload::make_part(const DeviceNeeds& needs, const KvWish& kv, Dev
         return part;
     };
     bool is_new = !placement_;
-    if (is_new) place_anew(needs, kv);
+    if (is_new) place_anew(needs, kv, host);
     DeviceNeeds part = of_part();
     if (!is_new) {
         const size_t left = accelerator_->budget() - accelerator_->used();
@@ -114,7 +170,7 @@ Offload::Part Offload::make_part(const DeviceNeeds& needs, const KvWish& kv, Dev
         const bool may_gain =
             kv.by_default() && part.kv_share.with_host && !placement_->kv_share.with_host;
         if (wanted > left || (alone && may_gain)) {
-            place_anew(needs, kv);
+            place_anew(needs, kv, host);
             part = of_part();
             is_new = true;
         }
@@ -128,8 +184,19 @@ Offload::Part Offload::make_part(const DeviceNeeds& needs, const KvWish& kv, Dev
 
 Offload::Report Offload::report() const {
     const std::lock_guard lock(mutex_);
-    return {accelerator_->name(), accelerator_->budget(), accelerator_->used(), placement_,
-            placement_ ? describe(*placement_, *model_, *accelerator_) : std::string()};
+    return {accelerator_->name(),
+            accelerator_->budget(),
+            accelerator_->used(),
+            placement_,
+            placement_ ? describe(*placement_, *model_, *accelerator_) : std::string(),
+            accelerator_->n_moved()};
+}
+
+std::vector<int32_t> Offload::neurons(int64_t layer) const {
+    const std::lock_guard lock(mutex_);
+    check_layer(layer);
+    if (!placement_ || layer >= placement_->n_layers) return {};
+    return accelerator_->neurons(model_->layers()[size_t(layer)].ffn);
 }
 
 }  // namespace qi

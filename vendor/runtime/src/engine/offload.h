@@ -27,6 +27,11 @@ class Offload {
     // do not fit the model.
     void choose_neurons(int64_t layer, std::vector<int32_t> neurons);
     void count_neurons(int64_t layer, std::vector<float> counts);
+    // Of neurons that counts choose, each layer keeps only so many that both sides need the same
+    // time for it; QI_ARGUMENT without counts.
+    void balance_layers();
+    // How they will move; QI_ARGUMENT where they cannot.
+    void set_neuron_cache(NeuronCache cache);
 
     // The accelerator's device for a context and the layers it computes. `host` computes the rest.
     struct Part {
@@ -44,16 +49,24 @@ class Offload {
         size_t budget, used;
         std::optional<Placement> placement;  // none before the first context
         std::string text;                    // of the placement, one line
+        uint64_t n_moved;                    // neurons that took another's place since
     };
     Report report() const;
+    // Those of a layer that are on the accelerator now; none before the first context.
+    std::vector<int32_t> neurons(int64_t layer) const;
 
   private:
-    void check_open(int64_t layer) const;
-    void place_anew(const DeviceNeeds& needs, const KvWish& kv);
+    void check_layer(int64_t layer) const;
+    void check_open() const;
+    NeuronCache cache() const;          // how neurons will move
+    void measure_speeds(Device& host);  // once
+    void place_anew(const DeviceNeeds& needs, const KvWish& kv, Device& host);
 
     std::shared_ptr<const Model> model_;
     std::unique_ptr<Accelerator> accelerator_;
     SplitChoice split_;
+    bool is_balanced_ = false;
+    std::optional<Speeds> speeds_;
     std::optional<Placement> placement_;
     std::shared_ptr<const void> alive_ = std::make_shared<char>();  // held by each context, too
     mutable std::mutex mutex_;

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "base/error.h"
+#include "sparse/balanced_split.h"
 
 namespace qi {
 
@@ -61,12 +62,40 @@ std::vector<int32_t> complement(const std::vector<int32_t>& neurons, int64_t n_f
     return rest;
 }
 
+// Where neurons arrive: a part of what they may take, small enough to be brought in the course of a
+// few tokens. One network's records are about as large as another's.
+size_t room_to_move(const Model& model, const Accelerator& accelerator, size_t room) {
+    constexpr size_t most_bytes = size_t(32) << 20, least_records = 64;
+    size_t largest = 0;
+    const FeedForward* widest = nullptr;
+    for (const Layer& layer : model.layers()) {
+        const size_t bytes = accelerator.bytes_to_move(layer.ffn, 1024);
+        if (bytes <= largest) continue;
+        largest = bytes;
+        widest = &layer.ffn;
+    }
+    const size_t wanted = std::min(most_bytes, room / 64);
+    size_t n = std::max(least_records, 1024 * wanted / largest);
+    while (n > 1 && accelerator.bytes_to_move(*widest, n) > room)
+        n /= 2;
+    return accelerator.bytes_to_move(*widest, n);
+}
+
 // The best units that fit. Values and costs add up, so that taking them by worth is the optimum but
 // for the last unit.
 std::vector<std::vector<int32_t>> choose(const Model& model, const Accelerator& accelerator,
-                                         const std::vector<std::vector<float>>& counts,
-                                         size_t room) {
+                                         const SplitChoice& split, size_t room) {
+    const std::vector<std::vector<float>>& counts = split.counts;
     const int64_t n_layer = int64_t(model.layers().size()), n_ff = model.hyper_params().n_ff;
+    if (split.speed_ratio > 0) {
+        int64_t block = 1;
+        for (const Layer& layer : model.layers())
+            block = std::max(block, unit_of(layer.ffn));
+        const auto cost = [&](size_t layer, int64_t n) {
+            return accelerator.bytes_of(model.layers()[layer].ffn, n);
+        };
+        return balanced_split(counts, room, cost, split.speed_ratio, block);
+    }
     std::vector<Unit> units;
     for (int64_t l = 0; l < n_layer; ++l) {
         const FeedForward& ffn = model.layers()[size_t(l)].ffn;
@@ -75,7 +104,7 @@ std::vector<std::vector<int32_t>> choose(const Model& model, const Accelerator& 
         const double neuron_bytes = double(accelerator.bytes_of(ffn, n_ff)) / double(n_ff);
         for (int64_t first = 0; first < n_ff; first += size) {
             const int64_t end = std::min(n_ff, first + size);
-            double worth = 0;
+            double worth = split.cache == NeuronCache::fixed ? 0.0 : -double(first);
             if (!counts.empty())
                 worth = std::accumulate(counts[size_t(l)].begin() + first,
                                         counts[size_t(l)].begin() + end, 0.0) /
@@ -198,8 +227,23 @@ void Plan::leave_neurons() {
 
 void Plan::add_neurons(const SplitChoice& split) {
     const int64_t n_ff = model.hyper_params().n_ff;
-    auto chosen = split.neurons.empty() ? choose(model, accelerator, split.counts, room - used)
-                                        : split.neurons;
+    const size_t for_neurons = room - used;
+    size_t all = 0;
+    for (const Layer& layer : model.layers())
+        all += accelerator.bytes_of(layer.ffn, n_ff);
+    // Where all are kept, none has to move.
+    const bool is_partial =
+        split.neurons.empty()
+            ? all > for_neurons
+            : std::any_of(split.neurons.begin(), split.neurons.end(),
+                          [&](const auto& ids) { return int64_t(ids.size()) < n_ff; });
+    if (split.cache != NeuronCache::fixed && is_partial) {
+        const size_t moving = room_to_move(model, accelerator, for_neurons);
+        if (moving <= for_neurons) result.moving_bytes = moving;
+    }
+    used += result.moving_bytes;
+    auto chosen =
+        split.neurons.empty() ? choose(model, accelerator, split, room - used) : split.neurons;
     for (int64_t l = 0; l < result.n_layers; ++l) {
         auto& neurons = chosen[size_t(l)];
         if (!can_be_split(model.layers()[size_t(l)].ffn) && int64_t(neurons.size()) < n_ff)
@@ -210,6 +254,7 @@ void Plan::add_neurons(const SplitChoice& split) {
         result.resident.emplace_back(neurons, n_ff);
         result.rest.emplace_back(complement(neurons, n_ff), n_ff);
     }
+    if (result.neuron_bytes == 0) result.moving_bytes = 0;
     if (!fits(result.neuron_bytes))
         fail(QI_MEMORY, "the given split puts %s of neurons on the device, %s are left for them",
              size_text(result.neuron_bytes).c_str(), size_text(room - used).c_str());
@@ -266,7 +311,7 @@ Placement place(const Model& model, const Accelerator& accelerator, const Device
 
 void keep(const Model& model, const Placement& placement, Accelerator& accelerator) {
     accelerator.reserve(placement.attention_bytes + placement.predictor_bytes +
-                        placement.head_bytes + placement.neuron_bytes);
+                        placement.head_bytes + placement.neuron_bytes + placement.moving_bytes);
     for (int64_t l = 0; l < placement.n_layers; ++l) {
         const Layer& layer = model.layers()[size_t(l)];
         accelerator.keep(layer.attn_norm);

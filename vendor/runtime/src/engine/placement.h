@@ -27,6 +27,11 @@ namespace qi {
 struct SplitChoice {
     std::vector<std::vector<int32_t>> neurons;  // [n_layer], ascending
     std::vector<std::vector<float>> counts;     // [n_layer][n_ff]
+    // By counts, but of a layer only so many that both sides need the same time for it, at this
+    // ratio of the accelerator's speed to the host's; 0: as many as fit.
+    double speed_ratio = 0;
+    // How they will move. With neither lists nor counts all layers then get equally many.
+    NeuronCache cache = NeuronCache::fixed;
 };
 
 struct Placement {
@@ -39,6 +44,7 @@ struct Placement {
     size_t attention_bytes = 0, predictor_bytes = 0, head_bytes = 0, neuron_bytes = 0;
     size_t device_bytes = 0;  // keys, values and working space of the first context
     KvShare kv_share;         // of the first context
+    size_t moving_bytes = 0;  // where neurons arrive that move; 0: none does
 };
 
 // For an accelerator that holds nothing yet, or gives up what it holds. QI_MEMORY when not even the

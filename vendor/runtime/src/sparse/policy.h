@@ -17,6 +17,9 @@ struct NeuronPolicy {
     NeuronRule prompt = NeuronRule::all;
     NeuronRule generated = NeuronRule::all;
     float threshold = 0.0f;  // a neuron is left out when its prediction is below
+    // Layers from this one on predict from what the predictor of the layer before looked at, so
+    // that their neurons are known one layer early; 0: none does.
+    int64_t cross_layer_from = 0;
 
     NeuronRule rule(bool is_generated) const { return is_generated ? generated : prompt; }
 };

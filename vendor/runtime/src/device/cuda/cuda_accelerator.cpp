@@ -2,6 +2,8 @@
 
 #include "base/error.h"
 #include "device/cuda/cuda_device.h"
+#include "device/cuda/neuron_mover.h"
+#include "device/cuda/speeds.h"
 
 namespace qi::cuda {
 
@@ -54,7 +56,28 @@ class CudaAccelerator final : public Accelerator {
         share_.weights->keep(ffn, std::move(resident), std::move(rest));
     }
 
-    void drop() override { share_.weights = std::make_shared<Weights>(share_.gpu, share_.budget); }
+    size_t bytes_to_move(const FeedForward& ffn, size_t n_neurons) const override {
+        return NeuronMover::room_bytes(ffn, n_neurons);
+    }
+    Speeds measure_speeds(const FeedForward& ffn, Device& host) override {
+        return cuda::measure_speeds(share_, ffn, host);
+    }
+    void move_neurons(const Moving& moving) override {
+        share_.mover =
+            std::make_shared<NeuronMover>(share_.gpu, share_.kernels, share_.weights, moving);
+    }
+    uint64_t n_moved() const override { return share_.mover ? share_.mover->n_moved() : 0; }
+    std::vector<int32_t> neurons(const FeedForward& ffn) const override {
+        const DeviceFfn& kept = share_.weights->find(ffn);
+        if (share_.mover) return share_.mover->neurons(kept);
+        const auto ids = kept.resident.neurons();
+        return {ids.begin(), ids.end()};
+    }
+
+    void drop() override {
+        share_.mover = nullptr;
+        share_.weights = std::make_shared<Weights>(share_.gpu, share_.budget);
+    }
 
     std::unique_ptr<Device> make_device(const DeviceNeeds& needs, Device& host) override {
         return std::make_unique<CudaDevice>(share_, needs, host);

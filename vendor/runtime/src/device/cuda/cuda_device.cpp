@@ -80,6 +80,7 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     }
     shared_.resize(size_t(n_ffns));
     if (share_.weights->all_resident()) return;
+    if (share_.mover) member_ = std::make_unique<NeuronMover::Member>(share_.mover);
     const size_t rows = size_t(needs.n_batch * needs.n_embd) * sizeof(float);
     const char* const what = "what the processor computes";
     host_x_ = PinnedMemory(share_.gpu, rows, what);
@@ -221,7 +222,7 @@ void CudaDevice::begin(const BatchInputs& inputs) {
 
 // A pass of few tokens is hundreds of launches of microseconds each: recorded, they are one. The
 // first run loads the kernels, the second is recorded.
-void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
+void CudaDevice::replay_or_run(uint64_t key, const std::function<void()>& steps) {
     if (batch_.n_tokens > few_tokens || (exchange_ && !exchange_->can_be_recorded()))
         return steps();
     if (shared_kv_) key = key << 2 | uint64_t(shared_kv_->form());

@@ -17,6 +17,7 @@
 #include "device/cuda/exchange.h"
 #include "device/cuda/gpu.h"
 #include "device/cuda/launch.h"
+#include "device/cuda/neuron_mover.h"
 #include "device/cuda/shared_kv.h"
 #include "device/cuda/weights.h"
 #include "device/cuda/working_space.h"
@@ -70,6 +71,7 @@ class CudaDevice final : public Device {
     void finish() override;
 
   private:
+    void replay_or_run(uint64_t key, const std::function<void()>& steps);
     CUdeviceptr take(size_t n_bytes, const char* what);
     // The calling thread's way into the GPU for one step; throws QI_CANCELLED after a cancel.
     Current enter() const;
@@ -96,8 +98,8 @@ class CudaDevice final : public Device {
                      bool predicting, float* y);
     void compute_many(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
                       float* y);
-    void add_down(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h, int64_t h_stride,
-                  int64_t n, CUdeviceptr y);
+    void add_down(const DeviceFfn& kept, const NeuronList* list, bool by_id, CUdeviceptr h,
+                  int64_t h_stride, int64_t n, CUdeviceptr y);
     void count_active(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
                       int64_t h_stride, int64_t first, int64_t n);
     CUdeviceptr total(const DeviceFfn& kept, size_t which) const {
@@ -109,6 +111,7 @@ class CudaDevice final : public Device {
     void check_predictions(const FeedForward& ffn, const DeviceFfn& kept, CUdeviceptr x,
                            int64_t first, int64_t n);
     void collect_activations();
+    uint64_t* counts_of_mover(const DeviceFfn& kept) const;
     // A network's neurons that the host keeps: what it needs of a batch, what it does, and what
     // that adds to y.
     Exchange::Round send_to_host(const FeedForward& ffn, const DeviceFfn& kept,
@@ -147,6 +150,8 @@ class CudaDevice final : public Device {
     PinnedMemory host_names_;                // [n_batch][n_words]
     std::vector<FfnCounters*> shared_;       // by DeviceFfn::index, of networks computed so
 
+    std::unique_ptr<NeuronMover::Member> member_;  // where neurons move
+    int64_t n_uncollected_ = 0;  // tokens whose active neurons the GPU has counted for it
     std::optional<SharedKv> shared_kv_;
     Exchange::Round kv_round_{};  // of the layer now computed
     bool replayed_ = false;       // the last pass was

@@ -44,7 +44,7 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
     // Biases stand by neuron, not by slot.
     const bool by_slot = kept.whole() || (!kept.weights.gate_bias && !kept.weights.up_bias);
     const bool many = batch_.n_tokens > few_tokens && !predicting && by_slot;
-    counting_ = batch.activations != nullptr;
+    counting_ = batch.activations || counts_of_mover(kept);
     Tally tally{&ffn, &kept, batch.counters, batch.activations};
     tally.n_steps += predicting;
     const int64_t together = many ? batch_.n_tokens : few_tokens;
@@ -150,7 +150,7 @@ void CudaDevice::compute_few(const FeedForward& ffn, const DeviceFfn& kept, cons
         count_active(kept, args.list, hidden_, args.h_stride, first, some);
         const CUdeviceptr out = address(y + first * n_embd);
         if (ffn.down_by_neuron) {
-            add_down(kept, args.list, hidden_, args.h_stride, some, out);
+            add_down(kept, args.list, false, hidden_, args.h_stride, some, out);
             continue;
         }
         prepared_from_ = 0;
@@ -183,25 +183,30 @@ void CudaDevice::compute_many(const FeedForward& ffn, const DeviceFfn& kept, con
     act.n = n_slots;
     if (!by_neuron && wants_q8(kept.down.type)) act.q8 = Q8::at(q8_, n, n_slots);
     kernels.act_mul(stream_, act);
-    count_active(kept, kept.whole() ? nullptr : &kept.list, hidden_, n_slots, 0, n);
+    const NeuronList by_slot = kept.list_by_slot();
+    count_active(kept, kept.whole() ? nullptr : &by_slot, hidden_, n_slots, 0, n);
     prepared_from_ = 0;
     if (!by_neuron) {
         const cuda::Product down{kept.down, kept.down_bias, address(y), n_embd};
         kernels.multiply(stream_, {hidden_, act.q8, n}, {&down, 1}, true);
         return;
     }
+    // A list by slots: values stand there.
+    NeuronList list = kept.list;
+    list.ids = list.slots;
     for (int64_t first = 0; first < n; first += few_tokens)
-        add_down(kept, kept.whole() ? nullptr : &kept.list,
+        add_down(kept, kept.whole() ? nullptr : &list, !kept.whole(),
                  hidden_ + size_t(first * n_slots) * sizeof(float), n_slots,
                  std::min(few_tokens, n - first), address(y + first * n_embd));
 }
 
-// y += down of h, which stands by place in the list.
-void CudaDevice::add_down(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
+// y += down of h, which stands by place in the list, or by the list's ids.
+void CudaDevice::add_down(const DeviceFfn& kept, const NeuronList* list, bool by_id, CUdeviceptr h,
                           int64_t h_stride, int64_t n, CUdeviceptr y) {
     DownArgs args;
     args.w = kept.weights;
     args.list = list;
+    args.by_neuron = by_id;
     args.h = h;
     args.h_stride = h_stride;
     args.n_tokens = n;
@@ -293,20 +298,27 @@ void CudaDevice::collect_counters() {
     std::fill(tallies_.begin(), tallies_.end(), Tally{});
 }
 
-// Adds what was counted neuron by neuron to the engine's counts, and begins again from 0.
+// Adds what was counted neuron by neuron to the engine's counts and to those for moving neurons,
+// and begins again from 0.
 void CudaDevice::collect_activations() {
     const auto n_ff = size_t(needs_.n_ff);
     std::vector<uint64_t> counts;
     for (size_t i = 0; i < tallies_.size(); ++i) {
+        if (!tallies_[i].ffn) continue;
         uint64_t* const activations = tallies_[i].activations;
-        if (!activations) continue;
+        uint64_t* const of_mover =
+            n_uncollected_ > 0 ? member_->counts_of(*tallies_[i].kept) : nullptr;
+        if (!activations && !of_mover) continue;
         counts.resize(n_ff);
         stream_.copy_to_host(counts.data(), counts_of(i), n_ff * sizeof(uint64_t));
         stream_.fill(counts_of(i), 0, n_ff * sizeof(uint64_t));
         stream_.synchronize();
-        for (size_t j = 0; j < n_ff; ++j)
+        for (size_t j = 0; j < n_ff && activations; ++j)
             activations[j] += counts[j];
+        for (size_t j = 0; j < n_ff && of_mover; ++j)
+            of_mover[j] += counts[j];
     }
+    if (n_uncollected_ > 0) member_->counted(std::exchange(n_uncollected_, 0));
 }
 
 Exchange::Round CudaDevice::send_to_host(const FeedForward& ffn, const DeviceFfn& kept,
@@ -337,8 +349,19 @@ void CudaDevice::compute_of_host(const FeedForward& ffn, const DeviceFfn& kept, 
     }
     auto* const out = reinterpret_cast<float*>(host_y_.data());
     std::fill_n(out, batch_.n_tokens * needs_.n_embd, 0.0f);
+    uint64_t* const of_mover = counts_of_mover(kept);
+    uint64_t* const of_engine = batch.activations;
+    std::vector<uint64_t> of_both(of_mover && of_engine ? size_t(needs_.n_ff) : 0);
+    if (of_mover) batch.activations = of_engine ? of_both.data() : of_mover;
     host_.begin(batch_);
     host_.feed_forward(ffn, batch, out);
+    for (size_t j = 0; j < of_both.size(); ++j) {
+        of_engine[j] += of_both[j];
+        of_mover[j] += of_both[j];
+    }
+    if (member_ && batch.names) member_->count(kept, batch.names, batch_.rules);
+    if (of_mover && member_->is_first(kept))
+        n_uncollected_ += std::ranges::count(batch_.rules, NeuronRule::exact);
     own.seconds = 0;  // of the network is what the GPU takes from sending to receiving
     if (kept.n_slots() > 0) {
         // Tokens and predictions are counted with the GPU's.

@@ -206,6 +206,7 @@ constexpr const char* gate_masks = "qi_gate_masks";
 constexpr const char* compact = "qi_compact";
 constexpr const char* count_active = "qi_count_active";
 constexpr const char* count_bits = "qi_count_bits";
+constexpr const char* place_records = "qi_place_records";
 constexpr const char* count_missed = "qi_count_missed";
 constexpr const char* add_partials = "qi_add_partials";
 constexpr const char* argmax = "qi_argmax";
@@ -247,7 +248,7 @@ void Kernels::load_common_kernels() {
         {names::norm, names::quantise, names::act_mul, names::add, names::add_bias, names::narrow});
     load(Source::select, Type::f32,
          {names::predicted_masks, names::gate_masks, names::compact, names::count_active,
-          names::count_bits, names::count_missed, names::add_partials});
+          names::count_bits, names::count_missed, names::add_partials, names::place_records});
     load(Source::logits, Type::f32, {names::argmax, names::top_k, names::log_terms});
 }
 
@@ -617,6 +618,19 @@ void Kernels::count_missed(const Stream& stream, CUdeviceptr gates, float thresh
     function(Source::select, Type::f32, names::count_missed)
         .launch(stream, {1}, {1024}, 0, gates, threshold, slot_of_neuron, masks, rules,
                 int(n_tokens), int(n_ff), totals);
+}
+
+void Kernels::place_records(const Stream& stream, CUdeviceptr from, CUdeviceptr slots, int64_t n,
+                            const NeuronWeights& w) {
+    constexpr int64_t most = 65535;  // of a grid's second dimension
+    const size_t stride = w.layout.stride;
+    for (int64_t first = 0; first < n; first += most) {
+        const Size3 grid = {blocks(int64_t(stride / 16), row_threads),
+                            unsigned(std::min(most, n - first))};
+        function(Source::select, Type::f32, names::place_records)
+            .launch(stream, grid, {row_threads}, 0, from + size_t(first) * stride,
+                    slots + size_t(first) * sizeof(int32_t), (long long)(stride / 16), w.records);
+    }
 }
 
 void Kernels::add_partials(const Stream& stream, CUdeviceptr partial, CUdeviceptr bias,

@@ -284,6 +284,10 @@ class Kernels {
                       CUdeviceptr slot_of_neuron, CUdeviceptr masks, CUdeviceptr rules,
                       int64_t n_tokens, int64_t n_ff, CUdeviceptr totals);
 
+    // The records at `from`, one after the other, to the slots listed, int32 [n].
+    void place_records(const Stream& stream, CUdeviceptr from, CUdeviceptr slots, int64_t n,
+                       const NeuronWeights& w);
+
     // ---- rows of a weight as numbers ----
     // Float rows of activations can be gathered too, where n_cols is a multiple of 4. out[i] = row
     // rows[i] (or += it); rows int32 [n], below 0 leaves out[i] alone.

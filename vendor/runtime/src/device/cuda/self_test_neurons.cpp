@@ -126,6 +126,33 @@ void test_lists(Bench& bench, int64_t n_ff, int64_t n_tokens, int percent) {
     check(passes);
 }
 
+// ---- moving records ----
+
+// Records that take the places of others; those beside them stay as they are.
+void test_places(Bench& bench, int64_t n_slots, int64_t n_moved, size_t stride) {
+    std::vector<int32_t> slots(static_cast<size_t>(n_slots));
+    std::iota(slots.begin(), slots.end(), 0);
+    std::shuffle(slots.begin(), slots.end(), bench.random);
+    slots.resize(size_t(n_moved));
+    const auto random_words = [&](int64_t n_records) {
+        std::vector<uint32_t> words(size_t(n_records) * stride / 4);
+        for (uint32_t& word : words)
+            word = bench.random();
+        return words;
+    };
+    std::vector<uint32_t> expected = random_words(n_slots);
+    const std::vector<uint32_t> arrived = random_words(n_moved);
+    NeuronWeights w;
+    w.layout.stride = stride;
+    w.records = bench.upload(expected);
+    bench.kernels.place_records(bench.stream, bench.upload(arrived), bench.upload(slots), n_moved,
+                                w);
+    for (size_t i = 0; i < slots.size(); ++i)
+        std::copy_n(arrived.begin() + int64_t(i * stride / 4), stride / 4,
+                    expected.begin() + int64_t(size_t(slots[i]) * stride / 4));
+    bench.expect(bench.download<uint32_t>(w.records, expected.size()) == expected);
+}
+
 // ---- chosen rows ----
 
 struct FfnCase {
@@ -379,6 +406,14 @@ void add_neuron_tests(std::vector<SelfTest>& tests) {
             tests.push_back({format("lists of %lld neurons, %d%%", (long long)n_ff, percent),
                              [=](Bench& bench) { test_lists(bench, n_ff, n_tokens, percent); }});
     }
+    const auto add_places = [&](int n_slots, int n_moved, int stride) {
+        tests.push_back(
+            {format("%d of %d records placed, %d bytes", n_moved, n_slots, stride),
+             [=](Bench& bench) { test_places(bench, n_slots, n_moved, size_t(stride)); }});
+    };
+    add_places(1, 1, 16);
+    add_places(300, 40, 848);
+    add_places(70, 70, 24576);
     using Way = FfnCase::Way;
     const auto add = [&](const FfnCase& c) {
         constexpr const char* ways[] = {"all", "predicted", "exact"};

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <numeric>
 
 #include "base/cpu.h"
 #include "base/thread_pool.h"
@@ -35,7 +34,46 @@ void repack_row(const Weight& w, int64_t row, std::byte* out) {
     repack_rows(w.type, w.n_cols, w.data + size_t(row) * w.row_bytes, 1, out, 0);
 }
 
+size_t tables_bytes(int64_t n_ff, int64_t n_slots) {
+    return aligned(size_t(n_ff) * sizeof(int32_t)) + aligned(NeuronList::n_bytes(n_slots)) +
+           aligned(size_t(n_slots) * sizeof(int32_t));
+}
+
 }  // namespace
+
+void write_record(const FeedForward& ffn, const NeuronLayout& layout, int32_t neuron,
+                  std::byte* out) {
+    if (ffn.gated) repack_row(ffn.gate.weight, neuron, out + layout.gate_offset);
+    repack_row(ffn.up.weight, neuron, out + layout.up_offset);
+    if (ffn.down_by_neuron) repack_row(ffn.down.weight, neuron, out + layout.down_offset);
+}
+
+size_t DeviceFfn::table_bytes() const {
+    return tables_bytes(weights.n_ff, n_kept);
+}
+
+void DeviceFfn::write_tables(std::span<const int32_t> of_slot, std::byte* out) const {
+    const auto table = [&](CUdeviceptr at) {
+        return reinterpret_cast<int32_t*>(out + (at - slot_of_neuron));
+    };
+    int32_t *slots_by_neuron = table(slot_of_neuron), *ids = table(list.ids);
+    int32_t *slots = table(list.slots), *bounds = table(list.bounds);
+    const int64_t n_ff = weights.n_ff;
+    std::fill_n(slots_by_neuron, n_ff, -1);
+    for (size_t s = 0; s < of_slot.size(); ++s)
+        slots_by_neuron[of_slot[s]] = int32_t(s);
+    int64_t n = 0;
+    for (int64_t j = 0; j < n_ff; ++j) {
+        if (slots_by_neuron[j] < 0) continue;
+        ids[n] = int32_t(j);
+        slots[n++] = slots_by_neuron[j];
+    }
+    *table(list.n) = int32_t(n);
+    constexpr int64_t n_runs = n_list_bounds - 1;
+    for (int64_t run = 0; run <= n_runs; ++run)
+        bounds[run] = int32_t(std::lower_bound(ids, ids + n, n_ff * run / n_runs) - ids);
+    std::copy(of_slot.begin(), of_slot.end(), table(neuron_of_slot));
+}
 
 Weights::Weights(std::shared_ptr<Gpu> gpu, std::shared_ptr<Budget> budget)
     : gpu_(std::move(gpu)),
@@ -96,19 +134,6 @@ CUdeviceptr Weights::upload_floats(const std::vector<float>& values) {
     return at;
 }
 
-CUdeviceptr Weights::upload_ints(const std::vector<int32_t>& values) {
-    if (values.empty()) return 0;
-    const CUdeviceptr at = allocate(values.size() * sizeof(int32_t));
-    upload_ints_to(at, values);
-    return at;
-}
-
-void Weights::upload_ints_to(CUdeviceptr at, const std::vector<int32_t>& values) {
-    upload(at, int64_t(values.size()), sizeof(int32_t), [&](int64_t i, std::byte* out) {
-        std::memcpy(out, &values[size_t(i)], sizeof(int32_t));
-    });
-}
-
 size_t Weights::bytes_of(const Linear& linear) {
     const Weight& w = linear.weight;
     return aligned(size_t(w.n_rows) * device_row_bytes(w.type, w.n_cols)) +
@@ -122,8 +147,8 @@ size_t Weights::bytes_of(const Norm& norm) {
 size_t Weights::bytes_of(const FeedForward& ffn, int64_t n_neurons) {
     if (n_neurons == 0) return 0;
     const auto n = size_t(n_neurons);
-    size_t bytes = aligned(n * layout_of(ffn).stride) + aligned(NeuronList::n_bytes(n_neurons)) +
-                   aligned(size_t(ffn.up.weight.n_rows) * sizeof(int32_t)) +
+    size_t bytes = aligned(n * layout_of(ffn).stride) +
+                   tables_bytes(ffn.up.weight.n_rows, n_neurons) +
                    floats_bytes(ffn.gate.bias.size()) + floats_bytes(ffn.up.bias.size()) +
                    floats_bytes(ffn.down.bias.size());
     if (!ffn.down_by_neuron)
@@ -150,6 +175,8 @@ void Weights::keep(const FeedForward& ffn, NeuronShard resident, NeuronShard res
     const Weight &gate = ffn.gate.weight, &up = ffn.up.weight, &down = ffn.down.weight;
     DeviceFfn kept;
     kept.index = ffns_.size();
+    kept.n_kept = int64_t(resident.neurons().size());
+    kept.n_rest = int64_t(rest.neurons().size());
     const std::span<const int32_t> neurons = resident.neurons();
     if (!neurons.empty()) {
         kept.down_bias = upload_floats(ffn.down.bias);
@@ -164,14 +191,11 @@ void Weights::keep(const FeedForward& ffn, NeuronShard resident, NeuronShard res
         w.n_ff = up.n_rows;
         w.records = allocate(neurons.size() * w.layout.stride);
         upload(w.records, n_slots, w.layout.stride, [&](int64_t slot, std::byte* out) {
-            const int32_t j = neurons[size_t(slot)];
-            if (ffn.gated) repack_row(gate, j, out + w.layout.gate_offset);
-            repack_row(up, j, out + w.layout.up_offset);
-            if (ffn.down_by_neuron) repack_row(down, j, out + w.layout.down_offset);
+            write_record(ffn, w.layout, neurons[size_t(slot)], out);
         });
         w.gate_bias = upload_floats(ffn.gate.bias);
         w.up_bias = upload_floats(ffn.up.bias);
-        keep_list(neurons, up.n_rows, kept);
+        keep_tables(neurons, kept);
         if (!ffn.down_by_neuron) keep_down(down, neurons, kept);
     }
     all_resident_ = all_resident_ && rest.neurons().empty();
@@ -180,26 +204,18 @@ void Weights::keep(const FeedForward& ffn, NeuronShard resident, NeuronShard res
     ffns_[&ffn] = std::move(kept);
 }
 
-void Weights::keep_list(std::span<const int32_t> neurons, int64_t n_ff, DeviceFfn& kept) {
+void Weights::keep_tables(std::span<const int32_t> neurons, DeviceFfn& kept) {
     const auto n_slots = int64_t(neurons.size());
-    std::vector<int32_t> slots(size_t(n_ff), -1);
-    for (size_t s = 0; s < neurons.size(); ++s)
-        slots[size_t(neurons[s])] = int32_t(s);
-    kept.slot_of_neuron = upload_ints(slots);
-
-    constexpr int64_t n_runs = n_list_bounds - 1;
-    std::vector<int32_t> bounds;
-    for (int64_t run = 0; run <= n_runs; ++run)
-        bounds.push_back(
-            int32_t(std::lower_bound(neurons.begin(), neurons.end(), n_ff * run / n_runs) -
-                    neurons.begin()));
-    std::iota(slots.begin(), slots.begin() + n_slots, 0);
-    slots.resize(size_t(n_slots));
-    kept.list = NeuronList::at(allocate(NeuronList::n_bytes(n_slots)), n_slots);
-    upload_ints_to(kept.list.ids, {neurons.begin(), neurons.end()});
-    upload_ints_to(kept.list.slots, slots);
-    upload_ints_to(kept.list.n, {int32_t(n_slots)});
-    upload_ints_to(kept.list.bounds, bounds);
+    const size_t n_bytes = kept.table_bytes();
+    kept.slot_of_neuron = allocate(n_bytes);
+    kept.list = NeuronList::at(
+        kept.slot_of_neuron + aligned(size_t(kept.weights.n_ff) * sizeof(int32_t)), n_slots);
+    kept.neuron_of_slot =
+        kept.slot_of_neuron + n_bytes - aligned(size_t(n_slots) * sizeof(int32_t));
+    upload(kept.slot_of_neuron, 1, n_bytes, [&](int64_t, std::byte* out) {
+        std::memset(out, 0, n_bytes);
+        kept.write_tables(neurons, out);
+    });
 }
 
 // Of each row the blocks of the kept neurons, side by side.
@@ -218,6 +234,18 @@ void Weights::keep_down(const Weight& down, std::span<const int32_t> neurons, De
                         block_bytes);
         repack_rows(down.type, n_slots, blocks.data(), 1, out, 0);
     });
+}
+
+std::vector<std::pair<const FeedForward*, DeviceFfn*>> Weights::movable() {
+    std::vector<std::pair<const FeedForward*, DeviceFfn*>> networks;
+    for (auto& [key, kept] : ffns_) {
+        const auto* ffn = static_cast<const FeedForward*>(key);
+        if (ffn->down_by_neuron && kept.n_slots() > 0 && !kept.whole())
+            networks.emplace_back(ffn, &kept);
+    }
+    std::sort(networks.begin(), networks.end(),
+              [](const auto& a, const auto& b) { return a.second->index < b.second->index; });
+    return networks;
 }
 
 namespace {

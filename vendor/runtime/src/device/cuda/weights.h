@@ -23,19 +23,27 @@ struct DeviceNorm {
     CUdeviceptr weight = 0, bias = 0;  // [n_embd] floats; bias 0: none
 };
 
-// The neurons of one feed-forward network that are kept, in slots in ascending order of their
-// numbers.
+// The neurons of one feed-forward network that are kept, one in each slot: at first in ascending
+// order of their numbers, later in any where a NeuronMover exchanges them with the host's. Which
+// ones they are may change between steps, but not where the tables are, nor how many.
 struct DeviceFfn {
     size_t index = 0;  // among all that are kept
     NeuronShard resident, rest;
     NeuronWeights weights;
     NeuronList list;                 // of all that are kept
     CUdeviceptr slot_of_neuron = 0;  // [n_ff] int32, -1 where a neuron is not kept
+    CUdeviceptr neuron_of_slot = 0;  // [n_slots] int32
     DeviceWeight down;               // [n_embd][n_slots] where down is not stored by neuron
     CUdeviceptr down_bias = 0;       // [n_embd] floats; 0: none
+    int64_t n_kept = 0, n_rest = 0;
 
-    int64_t n_slots() const { return int64_t(resident.neurons().size()); }
-    bool whole() const { return rest.neurons().empty(); }
+    int64_t n_slots() const { return n_kept; }
+    bool whole() const { return n_rest == 0; }
+    // All that are kept, one in each place that is its slot: not ascending, and without bounds.
+    NeuronList list_by_slot() const { return {neuron_of_slot, 0, list.n, 0, list.capacity}; }
+    // What writes the three tables: they lie one after the other, from slot_of_neuron on.
+    size_t table_bytes() const;
+    void write_tables(std::span<const int32_t> neuron_of_slot, std::byte* out) const;
     // Rows of the records as matrices.
     DeviceWeight gate() const {
         return {weights.gate_type, weights.records + weights.layout.gate_offset, n_slots(),
@@ -46,6 +54,10 @@ struct DeviceFfn {
                 weights.n_embd, weights.layout.stride};
     }
 };
+
+// The record of one neuron, as the device has it.
+void write_record(const FeedForward& ffn, const NeuronLayout& layout, int32_t neuron,
+                  std::byte* out);
 
 class Weights {
   public:
@@ -61,6 +73,11 @@ class Weights {
     static size_t bytes_of(const Norm& norm);
     static size_t bytes_of(const FeedForward& ffn, int64_t n_neurons);
 
+    // Of what was reserved, for uses of the caller's own.
+    CUdeviceptr allocate(size_t n_bytes);
+    // The networks of which the host keeps some neurons and the device others, which can change.
+    std::vector<std::pair<const FeedForward*, DeviceFfn*>> movable();
+
     // Whether nothing of the networks kept is left to the host.
     bool all_resident() const { return all_resident_; }
     size_t n_ffns() const { return ffns_.size(); }
@@ -74,14 +91,11 @@ class Weights {
     // Writes item `i` of an array into pinned memory at `out`.
     using WriteItem = std::function<void(int64_t i, std::byte* out)>;
 
-    CUdeviceptr allocate(size_t n_bytes);
     // Brings n items of `stride` bytes to the GPU, a few MiB at a time: threads write one part
     // while another is on its way.
     void upload(CUdeviceptr to, int64_t n, size_t stride, const WriteItem& write);
     CUdeviceptr upload_floats(const std::vector<float>& values);
-    CUdeviceptr upload_ints(const std::vector<int32_t>& values);
-    void upload_ints_to(CUdeviceptr at, const std::vector<int32_t>& values);
-    void keep_list(std::span<const int32_t> neurons, int64_t n_ff, DeviceFfn& kept);
+    void keep_tables(std::span<const int32_t> neurons, DeviceFfn& kept);
     void keep_down(const Weight& down, std::span<const int32_t> neurons, DeviceFfn& kept);
 
     std::shared_ptr<Gpu> gpu_;

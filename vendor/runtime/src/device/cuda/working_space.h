@@ -13,12 +13,15 @@
 
 namespace qi::cuda {
 
+class NeuronMover;
+
 // What a GPU brings to all contexts of a model.
 struct GpuShare {
     std::shared_ptr<Gpu> gpu;
     std::shared_ptr<Budget> budget;
     std::shared_ptr<Kernels> kernels;
     std::shared_ptr<Weights> weights;
+    std::shared_ptr<NeuronMover> mover;  // or null: neurons stay where they are
 };
 
 // Tokens that one launch of the matrix kernels takes.

@@ -168,6 +168,13 @@ QI_KERNEL qi_count_missed(const f32* gates, f32 threshold, const i32* slot_of_ne
     add_to_total(missed, of_warp, totals + 1);
 }
 
+// Record i of `from` goes to slot slots[i] of the records; of n_quads · 16 bytes each. grid
+// (n_quads / 256, records).
+QI_KERNEL qi_place_records(const Quad* from, const i32* slots, i64 n_quads, Quad* records) {
+    const i64 quad = i64(blockIdx.x) * blockDim.x + threadIdx.x, record = blockIdx.y;
+    if (quad < n_quads) records[slots[record] * n_quads + quad] = from[record * n_quads + quad];
+}
+
 // y[t] += Σ_p partial[p][t] + bias + other[t]; bias and other may be null. grid (n_embd / 256,
 // n_tokens).
 QI_KERNEL qi_add_partials(const f32* partial, int n_partitions, const f32* bias, const f32* other,

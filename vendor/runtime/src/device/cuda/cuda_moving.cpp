@@ -1,0 +1,33 @@
+// What a context does for neurons that move: steps in which they stay where they are, and counts of
+// those that are active.
+#include <algorithm>
+
+#include "device/cuda/cuda_device.h"
+
+namespace qi::cuda {
+
+namespace {
+
+// Long prompts use nearly all neurons, and their time is better spent on computing.
+constexpr int64_t most_tokens_to_move_for = 512;
+// Counts of activity are fetched once for so many tokens: megabytes, for which a stream has to come
+// to rest.
+constexpr int64_t tokens_to_collect = 16;
+
+}  // namespace
+
+void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
+    if (!member_) return replay_or_run(key, steps);
+    const Current current = enter();
+    const NeuronMover::Step step(*member_, stream_, batch_.n_tokens <= most_tokens_to_move_for);
+    replay_or_run(key, steps);
+    if (n_uncollected_ >= tokens_to_collect) collect_activations();
+}
+
+// Where those who move neurons count which are active, unless predictors name them; or null.
+uint64_t* CudaDevice::counts_of_mover(const DeviceFfn& kept) const {
+    const bool counts = member_ && std::ranges::count(batch_.rules, NeuronRule::exact) > 0;
+    return counts ? member_->counts_of(kept) : nullptr;
+}
+
+}  // namespace qi::cuda

@@ -1,0 +1,166 @@
+#include "device/cuda/speeds.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <random>
+
+#include "base/error.h"
+#include "device/cuda/weights.h"
+
+namespace qi::cuda {
+
+namespace {
+
+// A token names about so much of a sparse network.
+constexpr int64_t one_in = 10;
+constexpr int n_rounds = 9;
+
+double median(std::vector<double> values) {
+    std::nth_element(values.begin(), values.begin() + int64_t(values.size() / 2), values.end());
+    return values[values.size() / 2];
+}
+
+// Every tenth of the first n neurons, from `first` on.
+std::vector<int32_t> some_neurons(int64_t n, int64_t first) {
+    std::vector<int32_t> neurons;
+    for (int64_t j = first; j < n; j += one_in)
+        neurons.push_back(int32_t(j));
+    return neurons;
+}
+
+std::vector<float> random_input(int64_t n) {
+    std::mt19937 rng(1);
+    std::normal_distribution<float> normal;
+    std::vector<float> x(static_cast<size_t>(n));
+    for (float& value : x)
+        value = normal(rng);
+    return x;
+}
+
+// Other neurons in each round, which are in no cache.
+double host_seconds(const FeedForward& ffn, Device& host, int64_t n, const std::vector<float>& x) {
+    const std::vector<NeuronRule> rules{NeuronRule::predict};
+    std::vector<float> y(x.size());
+    std::vector<double> seconds;
+    for (int round = 0; round < n_rounds; ++round) {
+        const NeuronShard shard(some_neurons(n, round % one_in), ffn.up.weight.n_rows);
+        const std::vector<uint32_t> names(size_t(name_words(ffn.up.weight.n_rows)), ~0u);
+        FfnCounters counters;
+        FfnBatch batch{x.data(), nullptr, 0, false, &counters, nullptr, &shard, names.data()};
+        host.begin({1, {}, rules, nullptr, 0});
+        const auto start = std::chrono::steady_clock::now();
+        host.feed_forward(ffn, batch, y.data());
+        seconds.push_back(
+            std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+    return median(seconds);
+}
+
+// What a GPU keeps for the measurement, and the launches of one step.
+class Probe {
+  public:
+    Probe(const GpuShare& share, const FeedForward& ffn, int64_t n, const std::vector<float>& x)
+        : kernels_(*share.kernels), ffn_(ffn), weights_(share.gpu, share.budget) {
+        const int64_t n_ff = ffn.up.weight.n_rows, n_embd = ffn.up.weight.n_cols;
+        std::vector<int32_t> kept, rest;
+        for (int32_t j = 0; j < n_ff; ++j)
+            (j < n ? kept : rest).push_back(j);
+        weights_.reserve(bytes(ffn, n));
+        weights_.keep(ffn, {std::move(kept), n_ff}, {std::move(rest), n_ff});
+        list_ = NeuronList::at(weights_.allocate(NeuronList::n_bytes(n_ff)), n_ff);
+        x_ = weights_.allocate(size_t(n_embd) * sizeof(float));
+        q8_ = Q8::at(weights_.allocate(Q8::n_bytes(1, n_embd)), 1, n_embd);
+        h_ = weights_.allocate(size_t(n_ff) * sizeof(float));
+        y_ = weights_.allocate(size_t(n_embd) * sizeof(float));
+        partial_ = weights_.allocate(size_t(n_partitions * n_embd) * sizeof(float));
+        named_ = weights_.allocate(size_t(name_words(n_ff)) * sizeof(uint32_t));
+        stream_.emplace(share.gpu);
+        stream_->copy_to_device(x_, x.data(), x.size() * sizeof(float));
+        if (wants_q8(ffn.up.weight.type)) kernels_.quantise(*stream_, x_, 1, n_embd, q8_);
+        stream_->fill(y_, 0, size_t(n_embd) * sizeof(float));
+        stream_->synchronize();
+    }
+
+    // Beyond alignment, of which weights_.allocate() takes up to 256 bytes an array.
+    static size_t bytes(const FeedForward& ffn, int64_t n) {
+        const auto n_ff = size_t(ffn.up.weight.n_rows), n_embd = size_t(ffn.up.weight.n_cols);
+        return Weights::bytes_of(ffn, n) + NeuronList::n_bytes(int64_t(n_ff)) +
+               Q8::n_bytes(1, int64_t(n_embd)) +
+               ((2 + n_partitions) * n_embd + 2 * n_ff) * sizeof(float) + 8 * 256;
+    }
+
+    double seconds() {
+        const DeviceFfn& kept = weights_.find(ffn_);
+        const Event begin(stream_->gpu(), true), end(stream_->gpu(), true);
+        std::vector<double> seconds;
+        for (int round = 0; round < n_rounds; ++round) {
+            const auto n_ff = ffn_.up.weight.n_rows;
+            std::vector<uint32_t> named(size_t(name_words(n_ff)), 0);
+            for (const int32_t j : some_neurons(kept.n_slots(), round % one_in))
+                named[size_t(j / 32)] |= 1u << j % 32;
+            stream_->copy_to_device(named_, named.data(), named.size() * sizeof(uint32_t));
+            begin.record(*stream_);
+            launch(kept);
+            end.record(*stream_);
+            stream_->synchronize();
+            seconds.push_back(Event::seconds_between(begin, end));
+        }
+        return median(seconds);
+    }
+
+  private:
+    void launch(const DeviceFfn& kept) {
+        const int64_t n_embd = ffn_.up.weight.n_cols;
+        kernels_.compact(*stream_, named_, kept.slot_of_neuron, ffn_.up.weight.n_rows, list_);
+        FfnArgs rows;
+        rows.w = kept.weights;
+        // Gates of another type cost about what these do.
+        rows.w.gate_type = rows.w.up_type;
+        rows.in = {x_, q8_, 1};
+        rows.list = &list_;
+        rows.act = DeviceAct::relu;
+        rows.h = h_;
+        rows.h_stride = list_.capacity;
+        kernels_.ffn_rows(*stream_, rows);
+        DownArgs down;
+        down.w = kept.weights;
+        down.list = &list_;
+        down.h = h_;
+        down.h_stride = list_.capacity;
+        down.n_tokens = 1;
+        down.partial = partial_;
+        kernels_.down_rows(*stream_, down);
+        kernels_.add_partials(*stream_, partial_, 0, 0, 1, n_embd, y_);
+    }
+
+    Kernels& kernels_;
+    const FeedForward& ffn_;
+    Weights weights_;
+    CUdeviceptr x_ = 0, h_ = 0, y_ = 0, partial_ = 0, named_ = 0;
+    Q8 q8_;
+    NeuronList list_;
+    std::optional<Stream> stream_;
+};
+
+}  // namespace
+
+Speeds measure_speeds(const GpuShare& share, const FeedForward& ffn, Device& host) {
+    const int64_t n_ff = ffn.up.weight.n_rows;
+    // Memory is handed out in pages.
+    constexpr size_t page = size_t(1) << 21;
+    const size_t left = share.budget->left_bytes();
+    int64_t n = n_ff;
+    while (n >= one_in && DeviceMemory::counted_bytes(Probe::bytes(ffn, n)) + page > left)
+        n /= 2;
+    if (n < one_in)
+        fail(QI_MEMORY, "the budget of the GPU's memory leaves no room to measure its speed");
+    const Current current(*share.gpu);
+    const std::vector<float> x = random_input(ffn.up.weight.n_cols);
+    Probe probe(share, ffn, n, x);
+    const double n_active = double(some_neurons(n, 0).size());
+    return {n_active / std::max(probe.seconds(), 1e-9),
+            n_active / std::max(host_seconds(ffn, host, n, x), 1e-9)};
+}
+
+}  // namespace qi::cuda
