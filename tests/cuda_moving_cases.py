@@ -138,6 +138,45 @@ def moving_failures(path: str, code: int, every: int) -> dict[str, Any]:
     return found
 
 
+def lost(path: str) -> dict[str, Any]:
+    """The device is lost while neurons move."""
+    options: dict[str, Any] = {"device": "cuda", "vram_budget": "8MiB", "n_ctx": 64}
+    with Model(path, sparsity="predict", neuron_cache="frequency", **options) as model:
+        _keep_some(model, 0.4)
+        context = model.context(n_batch=32)
+        for token in TOKENS[:8]:
+            context.feed([token], generated=True)
+        _cuda().standin_kill()
+        found = []
+        for token in TOKENS[:3]:
+            try:
+                context.feed([token], generated=True)
+                found.append("none")
+            except QInferError as error:
+                found.append(type(error).__name__)
+        context.close()
+    return {"errors": found}
+
+
+def no_room(path: str, budget: str) -> list[str]:
+    """What is said where a budget leaves no room for neurons that are to move."""
+    lines = _log()
+    with Model(path, device="cuda", vram_budget=budget, neuron_cache="balance", n_ctx=64) as model:
+        model.context(n_batch=32).close()
+    return lines
+
+
+def refused(path: str) -> list[str]:
+    """What is said of moving and of balancing neurons whose down is not stored by neuron."""
+    answers = []
+    for options in ({"neuron_cache": "frequency"}, {"gpu_split": "balance"}):
+        try:
+            Model(path, device="cuda", vram_budget="8MiB", **options)  # type: ignore[arg-type]
+        except QInferError as error:
+            answers.append(f"{type(error).__name__}: {error}")
+    return answers
+
+
 def counted(path: str, budget: str, mode: str) -> dict[str, Any]:
     """What is kept before and after the first tokens have been counted, and how often it is used.
 

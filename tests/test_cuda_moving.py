@@ -76,6 +76,15 @@ def test_any_call_may_fail(tiny: Path) -> None:
     assert found["leaks"] == 0
 
 
+def test_a_lost_device_is_an_error(tiny: Path) -> None:
+    assert moving("lost", tiny)["errors"] == ["DeviceError"] * 3
+
+
+def test_a_budget_without_room_is_said() -> None:
+    lines = moving("no_room", STORIES, "5MiB")
+    assert sum(line.startswith("neurons do not move: of 5.0 MiB") for line in lines) == 1
+
+
 @pytest.mark.parametrize("mode", ["predict", "exact"])
 def test_first_tokens_decide_where_nothing_else_does(mode: str) -> None:
     """Of each layer the neurons that they use most are kept from then on."""
@@ -113,7 +122,13 @@ def test_layers_are_balanced(tiny: Path) -> None:
     assert found["left"] == 0
 
 
-def test_what_cannot_move_is_refused(tiny: Path) -> None:
+def test_what_cannot_move_is_refused(tiny: Path, tmp_path: Path) -> None:
+    path = CASES["llama-ordinary"].write(tmp_path)
+    n_ff = Model(path).info.n_ff
+    write_activations(tmp_path / "activation", [np.ones(n_ff)] * 3)
+    moved, balanced = moving("refused", path)
+    assert moved.startswith("ArgumentError: neurons can move only where down is stored by neuron")
+    assert balanced.startswith("ArgumentError: layers can be balanced only where down is stored")
     with pytest.raises(ArgumentError, match="neuron_cache='lru' is not 'static', 'balance' or"):
         Model(tiny, neuron_cache="lru")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="is for GPUs, and device is 'cpu'"):

@@ -75,6 +75,8 @@ class NeuronMover {
         Step& operator=(const Step&) = delete;
 
       private:
+        bool at_rest() const;
+
         Member& member_;
         const Stream& stream_;
         std::shared_lock<std::shared_mutex> lock_;
