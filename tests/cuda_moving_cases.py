@@ -47,9 +47,11 @@ def moving(path: str, policy: str, steps: list[int], mode: str = "predict") -> d
         _keep_some(gpu, 0.4)
         placement = gpu.placement
         with cpu.context(prefill="sparse") as a, gpu.context(n_batch=32, prefill="sparse") as b:
-            for step in steps:
+            for index, step in enumerate(steps):
                 for c in (a, b):
                     c.truncate(0)
+                    if index == 2:
+                        c.count_activations()
                     c.reset_stats()
                 expected, logits = [], []
                 for begin in range(0, N_TOKENS, step):
@@ -66,6 +68,8 @@ def moving(path: str, policy: str, steps: list[int], mode: str = "predict") -> d
                 assert placement is not None
                 found["moved"].append(placement.n_moved)
                 assert int(_cuda().standin_allocated()) <= placement.budget_bytes
+            counts = [[c.activation_counts(i) for i in range(gpu.info.n_layer)] for c in (a, b)]
+        found["same_counts"] = bool(np.array_equal(*counts)) and int(np.sum(counts[0])) > 0
         found |= {"used": placement.used_bytes, "budget": placement.budget_bytes}
     found["left"] = int(_cuda().standin_allocated())
     found["log"] = lines

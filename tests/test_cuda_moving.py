@@ -42,6 +42,7 @@ def test_texts_are_the_processors(policy: str, name: str, mode: str, tmp_path: P
         assert np.median(errors) < 2e-5
         assert np.max(errors) < 1e-3
     assert all(cpu == gpu for cpu, gpu in found["active"])
+    assert found["same_counts"]
     assert found["n_kept"] == [[128, 128, 128]] * 4
     assert found["moved"] == sorted(found["moved"])
     assert found["moved"][-1] > 100
@@ -53,7 +54,7 @@ def test_texts_are_the_processors(policy: str, name: str, mode: str, tmp_path: P
 
 def test_quantised_neurons_move(tmp_path: Path) -> None:
     path = QUANTISED["bamboo-q4_0"].write(tmp_path)
-    found = moving("moving", path, "frequency", [1, 24])
+    found = moving("moving", path, "frequency", [1, 24, 1])
     assert found["moved"][-1] > 50
     for errors in found["errors"]:
         assert np.median(errors) < 2e-2  # int8 codes that flip; see test_cuda_model
