@@ -325,6 +325,22 @@ def texts(path: str, prompt: str, n: int) -> list[str]:
     return found
 
 
+def not_a_number(path: str) -> dict[str, str]:
+    """What a step says of a logit that is NaN, by device and by what its sampler looks at."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        with Model(path, device=device, n_ctx=64, sparsity="off") as model:
+            for top_k in (1, 20, 0):
+                sampler = Sampler(model.info.n_vocab, Sampling(temperature=0.5, top_k=top_k))
+                with model.context() as context:
+                    try:
+                        context.step([5], [sampler])
+                    except QInferError as error:
+                        found[f"{device} {top_k}"] = f"{type(error).__name__}: {error}"
+                    assert context.length() == 0
+    return found
+
+
 # Settings whose draws need the best logit, the best few, all of them, or all in the end.
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},

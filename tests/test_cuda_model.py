@@ -18,6 +18,7 @@ import pytest
 
 import cuda_standin
 from cuda_cases import N_TOKENS
+from qinfer._gguf import GGUF
 from test_sparsity import CASES, QUANTISED, Case
 
 DATA = Path(__file__).parent / "data"
@@ -70,6 +71,13 @@ def test_float_weights(name: str, tmp_path: Path) -> None:
                 # A prediction at the threshold may fall on its other side.
                 assert np.max(errors) < 1e-3 or mode == "predict", (share, mode, step)
     assert found["left"] == 0
+
+
+def test_one_layer(tmp_path: Path) -> None:
+    """Rounds with the host are told apart from step to step, also where a step has only one."""
+    path = Case("llama", sizes={"n_layer": 1}).write(tmp_path)
+    found = on_gpu("compare", path, ["half"], ["off"], [1])
+    assert max(found["half"]["off"]["1"]) < 2e-5
 
 
 @pytest.mark.parametrize("name", QUANTISED)
@@ -215,6 +223,22 @@ def test_sampling_on_the_device() -> None:
         "most": 512 * candidate,
         **dict.fromkeys(["all", "top-p", "penalties", "bias", "mirostat"], all_logits),
     }
+
+
+def test_logits_that_are_not_numbers(tmp_path: Path) -> None:
+    """One NaN among them is an error on every way, and the tensor is named."""
+    path = Case("llama").write(tmp_path)
+    with GGUF(path) as file:
+        (head,) = (tensor for tensor in file.tensors if tensor.name == "output.weight")
+        at = head.file_offset + head.n_bytes // head.shape[0] * 77
+    with path.open("r+b") as stream:
+        stream.seek(at)
+        stream.write(np.float32(np.nan).tobytes())
+    said = on_gpu("not_a_number", path)
+    assert len(said) == 6
+    for message in said.values():
+        assert message.startswith("FormatError: ")
+        assert "output.weight" in message
 
 
 def test_contexts_beyond_the_first() -> None:
