@@ -20,8 +20,7 @@ void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
     if (!member_) return replay_or_run(key, steps);
     const Current current = enter();
     {
-        const NeuronMover::Step step(*member_, stream_,
-                                     batch_.n_tokens <= most_tokens_to_move_for);
+        const NeuronMover::Step step(*member_, stream_, batch_.n_tokens <= most_tokens_to_move_for);
         replay_or_run(key, steps);
         if (n_uncollected_ >= tokens_to_collect) collect_activations();
     }
