@@ -64,22 +64,31 @@ void Offload::count_neurons(int64_t layer, std::vector<float> counts) {
     split_.counts[size_t(layer)] = std::move(counts);
 }
 
+bool Offload::is_by_neuron() const {
+    return std::all_of(model_->layers().begin(), model_->layers().end(),
+                       [](const Layer& layer) { return layer.ffn.down_by_neuron; });
+}
+
+void Offload::check_by_neuron(const char* what) const {
+    if (!is_by_neuron())
+        fail(QI_ARGUMENT,
+             "%s only where down is stored by neuron; qinfer.tools.neuron_major writes such a file",
+             what);
+}
+
 void Offload::balance_layers() {
     const std::lock_guard lock(mutex_);
     check_open();
     if (split_.counts.empty())
         fail(QI_ARGUMENT, "layers are balanced by how often neurons are active: counts are needed");
+    check_by_neuron("layers can be balanced");
     is_balanced_ = true;
 }
 
 void Offload::set_neuron_cache(NeuronCache cache) {
     const std::lock_guard lock(mutex_);
     check_open();
-    for (const Layer& layer : model_->layers())
-        if (cache != NeuronCache::fixed && !layer.ffn.down_by_neuron)
-            fail(QI_ARGUMENT,
-                 "neurons can move only where down is stored by neuron; "
-                 "qinfer.tools.neuron_major writes such a file");
+    if (cache != NeuronCache::fixed) check_by_neuron("neurons can move");
     split_.cache = cache;
 }
 
@@ -87,9 +96,7 @@ NeuronCache Offload::cache() const {
     if (split_.cache != NeuronCache::fixed) return split_.cache;
     // With nothing else to go by, the first tokens that leave neurons out decide.
     const bool can_be_counted =
-        (is_sparse(model_->hyper_params().act) || model_->predictor_rank() > 0) &&
-        std::all_of(model_->layers().begin(), model_->layers().end(),
-                    [](const Layer& layer) { return layer.ffn.down_by_neuron; });
+        (is_sparse(model_->hyper_params().act) || model_->predictor_rank() > 0) && is_by_neuron();
     const bool is_chosen = !split_.neurons.empty() || !split_.counts.empty();
     return can_be_counted && !is_chosen ? NeuronCache::counted : NeuronCache::fixed;
 }

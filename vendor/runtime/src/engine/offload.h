@@ -28,7 +28,7 @@ class Offload {
     void choose_neurons(int64_t layer, std::vector<int32_t> neurons);
     void count_neurons(int64_t layer, std::vector<float> counts);
     // Of neurons that counts choose, each layer keeps only so many that both sides need the same
-    // time for it; QI_ARGUMENT without counts.
+    // time for it; QI_ARGUMENT without counts, or where down is not stored by neuron.
     void balance_layers();
     // How they will move; QI_ARGUMENT where they cannot.
     void set_neuron_cache(NeuronCache cache);
@@ -58,6 +58,8 @@ class Offload {
   private:
     void check_layer(int64_t layer) const;
     void check_open() const;
+    bool is_by_neuron() const;
+    void check_by_neuron(const char* what) const;
     NeuronCache cache() const;          // how neurons will move
     void measure_speeds(Device& host);  // once
     void place_anew(const DeviceNeeds& needs, const KvWish& kv, Device& host);

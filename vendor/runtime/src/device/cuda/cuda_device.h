@@ -111,6 +111,7 @@ class CudaDevice final : public Device {
     void check_predictions(const FeedForward& ffn, const DeviceFfn& kept, CUdeviceptr x,
                            int64_t first, int64_t n);
     void collect_activations();
+    void stop_counting();
     uint64_t* counts_of_mover(const DeviceFfn& kept) const;
     // A network's neurons that the host keeps: what it needs of a batch, what it does, and what
     // that adds to y.

@@ -19,9 +19,20 @@ constexpr int64_t tokens_to_collect = 16;
 void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
     if (!member_) return replay_or_run(key, steps);
     const Current current = enter();
-    const NeuronMover::Step step(*member_, stream_, batch_.n_tokens <= most_tokens_to_move_for);
-    replay_or_run(key, steps);
-    if (n_uncollected_ >= tokens_to_collect) collect_activations();
+    {
+        const NeuronMover::Step step(*member_, stream_, batch_.n_tokens <= most_tokens_to_move_for);
+        replay_or_run(key, steps);
+        if (n_uncollected_ >= tokens_to_collect) collect_activations();
+    }
+    if (member_->is_over()) stop_counting();
+}
+
+// Once no neuron will move any more. Recorded steps count, too.
+void CudaDevice::stop_counting() {
+    collect_activations();
+    stream_.synchronize();
+    recordings_.clear();
+    member_.reset();
 }
 
 // Where those who move neurons count which are active, unless predictors name them; or null.
