@@ -95,6 +95,18 @@ _DEVICE_OPTIONS = [
                  default="static", show_default=True, expose_value=False, callback=_keep_for_load,
                  help="Neurons on the GPU stay, or change so that both sides need the same time, "
                  "or so that those used most of late are there."),
+    click.option("--kv-mode", type=click.Choice(["auto", "device", "host", "split"]),
+                 default="auto", expose_value=False, callback=_keep_for_load,
+                 help="Where keys and values are kept beside a GPU: on it (device), in host memory "
+                 "(host), in both (split), or split if they do not fit (auto, the default)."),
+    click.option("--kv-ratio", type=click.FloatRange(0, 1), metavar="SHARE", expose_value=False,
+                 callback=_keep_for_load,
+                 help="With split, the processor's share of the positions at first; default: what "
+                 "does not fit on the GPU."),
+    click.option("--kv-step", type=click.FloatRange(0, 1), metavar="SHARE", expose_value=False,
+                 callback=_keep_for_load,
+                 help="With split, by how much a layer's share adapts after a token, e.g. 0.025; "
+                 "default: not at all."),
     click.option("--deterministic", is_flag=True, expose_value=False, callback=_keep_for_load,
                  help="Same logits however a prompt is cut into batches, on a GPU, too; slower "
                  "prompts there."),
@@ -120,6 +132,9 @@ def _device_arguments() -> dict[str, Any]:
         "vram_budget": meta["qinfer.vram_budget"],
         "gpu_split": next(iter(given.values()), "auto"),
         "neuron_cache": meta["qinfer.neuron_cache"],
+        "kv_mode": meta["qinfer.kv_mode"],
+        "kv_ratio": meta["qinfer.kv_ratio"],
+        "kv_step": meta["qinfer.kv_step"],
         "deterministic": meta["qinfer.deterministic"],
     }
 

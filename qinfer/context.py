@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from ._files import StrPath
 from ._interrupt import run_interruptibly
+from ._kv_place import KvPlace, mode_name
 from ._native import Handle, check, ffi, lib, new_error
 from ._types import tensor_type, type_name
 from ._weights import Weights
@@ -32,13 +34,16 @@ SHORT_FEED = 16
 
 _INT32_MAX = 2**31 - 1
 _ALL_NEURONS = Policy()
+_KV_PLACE = KvPlace()
 
 
 @dataclass(frozen=True, slots=True)
 class ContextInfo:
     """Limits of a context, and its memory in bytes; `kv_bytes_reserved` is address space.
 
-    `on_gpu` is false where no GPU is used, or the model's has no room for this context.
+    `on_gpu` is false where no GPU is used, or the model's has no room for this context. `kv_mode`
+    is "device", "host" or "split", and `n_device_pages` how many pages of keys and values a GPU has
+    room for.
     """
 
     n_ctx: int
@@ -51,6 +56,8 @@ class ContextInfo:
     kv_bytes_reserved: int
     scratch_bytes: int
     on_gpu: bool
+    kv_mode: str
+    n_device_pages: int
 
 
 def positive(name: str, value: int | None) -> int:
@@ -86,9 +93,16 @@ class Context:
         n_batch: int | None = None,
         threads: int | None = None,
         kv_type: str = "f16",
+        kv_place: KvPlace = _KV_PLACE,
         policy: Policy = _ALL_NEURONS,
         deterministic: bool = False,
     ) -> None:
+        kv_place.check_device(weights)
+        if deterministic and kv_place.step:
+            raise ArgumentError(
+                f"kv_step={kv_place.step:g} follows the times that steps take, which shows in the "
+                "last bits of what is computed: not with deterministic=True"
+            )
         self._weights = weights
         self.policy = policy
         self.model_info = weights.info
@@ -102,9 +116,13 @@ class Context:
         params.generated_rule = policy.generated_rule
         params.sparse_threshold = math.nan if policy.threshold is None else policy.threshold
         params.cross_layer_from = policy.cross_layer_from or 0
+        params.kv_mode = kv_place.number
+        params.kv_ratio = math.nan if kv_place.ratio is None else kv_place.ratio
+        params.kv_step = kv_place.step or 0.0
         params.deterministic = deterministic
         self.on_gpu = weights.offload is not None
-        pointer = self._create(params) if weights.offload is None else self._create_on_gpu(params)
+        on_gpu = partial(self._create_on_gpu, may_do_without=kv_place.is_default)
+        pointer = self._create(params) if weights.offload is None else on_gpu(params)
         self._handle = Handle(pointer, lib.qi_context_close, "this context")
         self._lock = threading.Lock()
         self.n_seq = n_seq
@@ -122,11 +140,11 @@ class Context:
         check(lib.qi_context_create(self._weights.pointer, params, out, error), error)
         return out[0]
 
-    def _create_on_gpu(self, params: Any) -> Any:
+    def _create_on_gpu(self, params: Any, *, may_do_without: bool) -> Any:
         """The C context, computed by the GPU if its memory can hold it beside those that are there.
 
-        What keeps it from that is an error only where the GPU was asked for by name and holds
-        nothing of the model yet.
+        What keeps it from that is an error where the GPU was asked for by name and holds nothing of
+        the model yet, and where it was said what it is to keep of keys and values.
         """
         share = self._weights.offload
         assert share is not None
@@ -137,7 +155,7 @@ class Context:
             except OutOfMemory as error:
                 if may_free and self._weights.free_idle():
                     continue
-                if not share.optional and not share.placement.is_placed:
+                if not may_do_without or not (share.optional or share.placement.is_placed):
                     raise
                 share.warn_of_context(error)
                 break
@@ -565,6 +583,8 @@ class Context:
             kv_bytes_reserved=out.kv_bytes_reserved,
             scratch_bytes=out.scratch_bytes,
             on_gpu=self.on_gpu,
+            kv_mode=mode_name(out.kv_mode),
+            n_device_pages=out.n_device_pages,
         )
 
     def set_threads(self, threads: int) -> None:
@@ -597,6 +617,22 @@ class Context:
             weight_bytes_read=out.weight_bytes_read,
             layers=tuple(layers),
         )
+
+    def kv_host_shares(self) -> NDArray[np.float64]:
+        """Which share of the positions the processor attended to last, by layer: shape (n_layer,).
+
+        1 where it keeps all keys and values, 0 where a GPU does; with `kv_mode="split"` and a
+        `kv_step`, read after each token, it is the curve of how the layers adapt.
+        """
+        shares = np.empty(self.model_info.n_layer)
+        error = new_error()
+        with self._exclusive():
+            pointer = ffi.from_buffer("double[]", shares, require_writable=True)
+            status = lib.qi_context_kv_host_shares(
+                self._handle.pointer, pointer, len(shares), error
+            )
+            check(status, error)
+        return shares
 
     def reset_stats(self) -> None:
         """Sets the counters to zero."""

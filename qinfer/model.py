@@ -20,6 +20,7 @@ from ._files import StrPath
 from ._generate import Answer, GenerateOptions, Settings, run
 from ._gguf import Progress
 from ._keywords import check_keywords, hinting
+from ._kv_place import KvMode, KvPlace
 from ._pool import ContextPool
 from ._weights import ModelInfo, Weights
 from .completion import Completion, Piece, Score
@@ -77,6 +78,15 @@ class Model:
             keys and values of so many would not fit in memory. Memory is taken as they fill.
         threads: how many compute; None uses the physical cores this process may run on.
         kv_type: how keys and values are kept, "f16" or "q8_0".
+        kv_mode: where those of layers that a GPU computes are kept: on the "device"; in "host"
+            memory, where the processor attends to them; "split", in host memory with copies of as
+            many as fit on the GPU, each of the two attending to its part; "auto" is "device" where
+            they fit beside the attention, else "split".
+        kv_ratio: with "split", the processor's share of the positions at first; None: what does
+            not fit on the GPU.
+        kv_step: with "split", by how much of the positions the boundary of a layer moves after
+            each token, towards where both take as long; 0.025 is the most that makes sense, None
+            leaves it where it is.
         mmap: False reads the file into memory, for files that others may truncate meanwhile.
         progress: called while a file is so read, as `progress(done, total)`, in bytes.
         hidden_act: overrides the activation: "silu", "relu", "gelu", "gelu_tanh", "relu_relu" or
@@ -118,6 +128,9 @@ class Model:
         n_ctx: int | None = None,
         threads: int | None = None,
         kv_type: str = "f16",
+        kv_mode: KvMode = "auto",
+        kv_ratio: float | None = None,
+        kv_step: float | None = None,
         mmap: bool = True,
         progress: Progress | None = None,
         hidden_act: str | None = None,
@@ -136,6 +149,9 @@ class Model:
             "n_ctx": n_ctx,
             "threads": threads,
             "kv_type": kv_type,
+            "kv_mode": kv_mode,
+            "kv_ratio": kv_ratio,
+            "kv_step": kv_step,
             "mmap": mmap,
             "hidden_act": hidden_act,
             "chat_template": chat_template,
@@ -148,6 +164,7 @@ class Model:
         positive("n_ctx", n_ctx)
         positive("threads", threads)
         kv_type_number(kv_type)
+        kv_place = self._kv_place = KvPlace(kv_mode, kv_ratio, kv_step)
         if deterministic and neuron_cache != "static":
             raise ArgumentError(
                 f"neuron_cache={neuron_cache!r} moves neurons, which shows in the last bits of "
@@ -165,6 +182,7 @@ class Model:
         _check_heads(weights.info, kv_type)
         self.n_ctx = _n_ctx(weights.info, n_ctx, kv_type)
         weights.offload = offload(weights, device, vram_budget, gpu_split, kv_type, neuron_cache)
+        kv_place.check_device(weights)
         # Of the kind that calls share. No method: the pool keeps it, and must not keep the model.
         self._make_context = partial(
             _shared_context,
@@ -172,6 +190,7 @@ class Model:
             n_ctx=self.n_ctx,
             threads=threads,
             kv_type=kv_type,
+            kv_place=kv_place,
             deterministic=deterministic,
         )
         self.policy = choose(
@@ -470,6 +489,9 @@ class Model:
         n_batch: int | None = None,
         threads: int | None = None,
         kv_type: str | None = None,
+        kv_mode: KvMode | None = None,
+        kv_ratio: float | None = None,
+        kv_step: float | None = None,
         sparsity: SparsityMode | None = None,
         sparse_threshold: float | None = None,
         prefill: Prefill | None = None,
@@ -487,12 +509,16 @@ class Model:
             n_batch: tokens computed together at most; None means 512.
             threads: how many compute; None takes the model's.
             kv_type: "f16" or "q8_0"; None takes the model's.
+            kv_mode, kv_ratio, kv_step: as of `Model`, all three; without any the model's.
             sparsity, sparse_threshold, prefill, cross_layer_from, deterministic: as of `Model`;
                 None takes the model's, and `cross_layer_from=False` predicts in every layer by
                 itself.
         """
         if positive("n_ctx", n_ctx) and n_ctx != self.n_ctx:
             _beyond_training(self.info, positive("n_ctx", n_ctx))
+        kv_place = self._kv_place
+        if (kv_mode, kv_ratio, kv_step) != (None, None, None):
+            kv_place = KvPlace(kv_mode or "auto", kv_ratio, kv_step)
         own = self.policy
         policy = choose(
             self._weights,
@@ -510,6 +536,7 @@ class Model:
             n_batch=n_batch,
             threads=self._threads if threads is None else threads,
             kv_type=self._kv_type if kv_type is None else kv_type,
+            kv_place=kv_place,
             policy=policy,
             deterministic=self._deterministic if deterministic is None else deterministic,
         )
@@ -602,6 +629,7 @@ def _shared_context(
     n_ctx: int,
     threads: int | None,
     kv_type: str,
+    kv_place: KvPlace,
     deterministic: bool,
 ) -> Context:
     return Context(
@@ -611,6 +639,7 @@ def _shared_context(
         n_seq=_KEPT_SEQUENCES if weights.offload is None else 1,
         threads=threads,
         kv_type=kv_type,
+        kv_place=kv_place,
         policy=policy,
         deterministic=deterministic,
     )

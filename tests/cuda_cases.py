@@ -133,19 +133,20 @@ def replayed(path: str, share: str) -> dict[str, Any]:
     return {"rows": rows, "n_graphs": int(counts[4]), "layers": layers}
 
 
-def _shared(path: str, share: str) -> Model:
+def _shared(path: str, share: str, options: dict[str, Any] | None = None) -> Model:
     """A model with all ("whole"), half or none of its neurons on the GPU."""
     split = "none" if share == "none" else "auto"
-    model = Model(path, device="cuda", gpu_split=split, n_ctx=64, sparsity="off")
+    given: dict[str, Any] = {"n_ctx": 64, "sparsity": "off"} | (options or {})
+    model = Model(path, device="cuda", gpu_split=split, **given)
     if share == "half":
         _keep_half(model)
     return model
 
 
-def cancelled(path: str, share: str) -> dict[str, Any]:
+def cancelled(path: str, share: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
     """Steps that another thread cancels, each later than the one before; then one that ends."""
     n_cancelled = 0
-    with _shared(path, share) as model, model.context() as context:
+    with _shared(path, share, options) as model, model.context() as context:
         expected = _logits(context, 1, TOKENS[:4])
         for delay in range(12):
             context.truncate(0)
@@ -504,7 +505,9 @@ def _through_file(a: Any, b: Any) -> None:
         b.load_state(path)
 
 
-def failures(path: str, share: str, code: int, every: int) -> dict[str, Any]:
+def failures(
+    path: str, share: str, code: int, every: int, options: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """A failure injected into one driver call after the other, from opening a model to a step.
 
     Afterwards the same process opens the model and computes. `every` passes over calls, for time.
@@ -512,7 +515,7 @@ def failures(path: str, share: str, code: int, every: int) -> dict[str, Any]:
     cuda = _cuda()
 
     def run() -> list[float]:
-        with _shared(path, share) as model, model.context() as c:
+        with _shared(path, share, options) as model, model.context() as c:
             for token in TOKENS[:3]:
                 c.feed([token], generated=True)
             return [float(x) for x in c.logits[:8]]

@@ -47,9 +47,11 @@ def moving(path: str, policy: str, steps: list[int], mode: str = "predict") -> d
         _keep_some(gpu, 0.4)
         placement = gpu.placement
         with cpu.context(prefill="sparse") as a, gpu.context(n_batch=32, prefill="sparse") as b:
-            for step in steps:
+            for index, step in enumerate(steps):
                 for c in (a, b):
                     c.truncate(0)
+                    if index == 2:
+                        c.count_activations()
                     c.reset_stats()
                 expected, logits = [], []
                 for begin in range(0, N_TOKENS, step):
@@ -66,6 +68,8 @@ def moving(path: str, policy: str, steps: list[int], mode: str = "predict") -> d
                 assert placement is not None
                 found["moved"].append(placement.n_moved)
                 assert int(_cuda().standin_allocated()) <= placement.budget_bytes
+            counts = [[c.activation_counts(i) for i in range(gpu.info.n_layer)] for c in (a, b)]
+        found["same_counts"] = bool(np.array_equal(*counts)) and int(np.sum(counts[0])) > 0
         found |= {"used": placement.used_bytes, "budget": placement.budget_bytes}
     found["left"] = int(_cuda().standin_allocated())
     found["log"] = lines
@@ -136,6 +140,45 @@ def moving_failures(path: str, code: int, every: int) -> dict[str, Any]:
     found["errors"].append(run(-1)[0])
     found["stayed"] = sum("neurons stay where they are" in line for line in lines)
     return found
+
+
+def lost(path: str) -> dict[str, Any]:
+    """The device is lost while neurons move."""
+    options: dict[str, Any] = {"device": "cuda", "vram_budget": "8MiB", "n_ctx": 64}
+    with Model(path, sparsity="predict", neuron_cache="frequency", **options) as model:
+        _keep_some(model, 0.4)
+        context = model.context(n_batch=32)
+        for token in TOKENS[:8]:
+            context.feed([token], generated=True)
+        _cuda().standin_kill()
+        found = []
+        for token in TOKENS[:3]:
+            try:
+                context.feed([token], generated=True)
+                found.append("none")
+            except QInferError as error:
+                found.append(type(error).__name__)
+        context.close()
+    return {"errors": found}
+
+
+def no_room(path: str, budget: str) -> list[str]:
+    """What is said where a budget leaves no room for neurons that are to move."""
+    lines = _log()
+    with Model(path, device="cuda", vram_budget=budget, neuron_cache="balance", n_ctx=64) as model:
+        model.context(n_batch=32).close()
+    return lines
+
+
+def refused(path: str) -> list[str]:
+    """What is said of moving and of balancing neurons whose down is not stored by neuron."""
+    answers = []
+    for options in ({"neuron_cache": "frequency"}, {"gpu_split": "balance"}):
+        try:
+            Model(path, device="cuda", vram_budget="8MiB", **options)  # type: ignore[arg-type]
+        except QInferError as error:
+            answers.append(f"{type(error).__name__}: {error}")
+    return answers
 
 
 def counted(path: str, budget: str, mode: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cuda_cases import TOKENS, _cuda, _errors, _keep_half, _log
-from qinfer import Model
+from qinfer import ArgumentError, Model
 
 
 def prompts(path: str, devices: list[str]) -> list[dict[str, Any]]:
@@ -67,6 +67,10 @@ def chunked(path: str) -> dict[str, Any]:
                 context.feed(tokens)
                 rows.append(context.logits.copy())
         found["distance"] = _errors(rows[0][None], rows[1][None])[0]
+        try:
+            gpu.context(kv_mode="split", kv_step=0.1)
+        except ArgumentError as error:
+            found["refused"] = str(error)
     return found
 
 

@@ -42,6 +42,7 @@ def test_texts_are_the_processors(policy: str, name: str, mode: str, tmp_path: P
         assert np.median(errors) < 2e-5
         assert np.max(errors) < 1e-3
     assert all(cpu == gpu for cpu, gpu in found["active"])
+    assert found["same_counts"]
     assert found["n_kept"] == [[128, 128, 128]] * 4
     assert found["moved"] == sorted(found["moved"])
     assert found["moved"][-1] > 100
@@ -53,7 +54,7 @@ def test_texts_are_the_processors(policy: str, name: str, mode: str, tmp_path: P
 
 def test_quantised_neurons_move(tmp_path: Path) -> None:
     path = QUANTISED["bamboo-q4_0"].write(tmp_path)
-    found = moving("moving", path, "frequency", [1, 24])
+    found = moving("moving", path, "frequency", [1, 24, 1])
     assert found["moved"][-1] > 50
     for errors in found["errors"]:
         assert np.median(errors) < 2e-2  # int8 codes that flip; see test_cuda_model
@@ -74,6 +75,15 @@ def test_any_call_may_fail(tiny: Path) -> None:
     assert max(found["errors"]) < 1e-4
     assert found["raised"] > 2
     assert found["leaks"] == 0
+
+
+def test_a_lost_device_is_an_error(tiny: Path) -> None:
+    assert moving("lost", tiny)["errors"] == ["DeviceError"] * 3
+
+
+def test_a_budget_without_room_is_said() -> None:
+    lines = moving("no_room", STORIES, "5MiB")
+    assert sum(line.startswith("neurons do not move: of 5.0 MiB") for line in lines) == 1
 
 
 @pytest.mark.parametrize("mode", ["predict", "exact"])
@@ -113,7 +123,13 @@ def test_layers_are_balanced(tiny: Path) -> None:
     assert found["left"] == 0
 
 
-def test_what_cannot_move_is_refused(tiny: Path) -> None:
+def test_what_cannot_move_is_refused(tiny: Path, tmp_path: Path) -> None:
+    path = CASES["llama-ordinary"].write(tmp_path)
+    n_ff = Model(path).info.n_ff
+    write_activations(tmp_path / "activation", [np.ones(n_ff)] * 3)
+    moved, balanced = moving("refused", path)
+    assert moved.startswith("ArgumentError: neurons can move only where down is stored by neuron")
+    assert balanced.startswith("ArgumentError: layers can be balanced only where down is stored")
     with pytest.raises(ArgumentError, match="neuron_cache='lru' is not 'static', 'balance' or"):
         Model(tiny, neuron_cache="lru")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="is for GPUs, and device is 'cpu'"):

@@ -100,3 +100,4 @@ def test_deterministic(name: str, tmp_path: Path) -> None:
     assert found["dense"] == found["sparse"] == 1
     # Tiles add in another order, and a sum may then fall on the other side of an int8 code.
     assert 0 < found["distance"] < (1e-3 if name in CASES else 0.2)
+    assert found["refused"].startswith("kv_step=0.1 follows the times that steps take")

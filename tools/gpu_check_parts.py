@@ -237,6 +237,8 @@ def properties(settings: Settings) -> Iterator[Result]:
         for type_name in ("f32",) if quick else ("f32", "f16", "q8_0", "q4_0", "q4_k", "q6_k"):
             path = write_model(Path(folder, type_name), type_name, shape, n_pred=width)
             yield from compare_shares(settings, path, type_name)
+            if type_name == "f32":
+                yield from compare_kv_places(settings, path)
     from qinfer._alias import embedded
 
     stories = embedded("stories")
@@ -274,6 +276,38 @@ def compare_shares(settings: Settings, path: Path, type_name: str) -> Iterator[R
         ]
         words.append(f"{placement.n_neurons} of {n_all} neurons there")
         yield judged("properties", f"{type_name}, {share}", passed, "; ".join(words), errors=errors)
+
+
+def compare_kv_places(settings: Settings, path: Path) -> Iterator[Result]:
+    """Keys and values on the GPU, with the host, and in both, where the boundary may move."""
+    tokens = np.resize(TOKENS, 240 if settings.quick else 500).tolist()
+    options: dict[str, Any] = {"n_ctx": 576, "sparsity": "off"}
+
+    def compute(model: Model) -> tuple[npt.NDArray[np.float32], float]:
+        with model.context(n_batch=128) as context:
+            context.feed(tokens, logits="last")
+            rows = [context.all_logits.copy()]
+            for token in TOKENS[: 4 if settings.quick else 24]:
+                context.feed([token], generated=True)
+                rows.append(context.all_logits.copy())
+            return np.concatenate(rows), float(context.kv_host_shares().mean())
+
+    with Model(path, device="cpu", **options) as cpu:
+        expected, _ = compute(cpu)
+    # How to ask, and what the host's share can be then.
+    places: dict[str, tuple[dict[str, Any], float, float]] = {
+        "device": ({"kv_mode": "device"}, 0.0, 0.0),
+        "host": ({"kv_mode": "host"}, 1.0, 1.0),
+        "half": ({"kv_ratio": 0.5}, 0.4, 0.6),
+        "adapting": ({"kv_ratio": 0.5, "kv_step": 0.025}, 0.0, 1.0),
+    }
+    for name, (place, least, most) in places.items():
+        with Model(path, device=settings.device, **options, **place) as gpu:
+            found, share = compute(gpu)
+        error = error_of(found, expected)
+        detail = f"error {error:.1e} of {PROMPT_TOLERANCE:g}, the host's share is {share:.2f}"
+        passed = error <= PROMPT_TOLERANCE and least <= share <= most
+        yield judged("properties", f"keys and values, {name}", passed, detail, share=share)
 
 
 def logits_in(model: Model, mode: Any, step: int) -> npt.NDArray[np.float32]:

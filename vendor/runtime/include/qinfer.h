@@ -415,6 +415,12 @@ typedef struct qi_context qi_context;
 #define QI_RULE_EXACT 1   /* those whose gate is not zero */
 #define QI_RULE_PREDICT 2 /* of those a predictor names, the ones whose gate is not zero */
 
+/* Where the keys and values of an accelerator's layers live. */
+#define QI_KV_AUTO 0   /* on the device if they fit there beside the attention, else split */
+#define QI_KV_DEVICE 1 /* on the device */
+#define QI_KV_HOST 2   /* in host memory: attention is the processor's */
+#define QI_KV_SPLIT 3  /* in host memory, and on the device copies of as many pages as fit */
+
 typedef struct qi_context_params {
     int32_t n_ctx;          /* positions per sequence; 0: what the model was trained for */
     int32_t n_seq;          /* sequences this context can hold */
@@ -428,6 +434,13 @@ typedef struct qi_context_params {
     /* Layers from this one on predict from what the predictor of the layer before looked at; 0: no
      * layer does. */
     int32_t cross_layer_from;
+    int32_t kv_mode; /* QI_KV_*; without an offload QI_KV_AUTO */
+    /* Of split keys and values: which share of the positions the processor attends to at first, 0
+     * to 1, NaN: what does not fit on the device; and by which share the boundary of a layer moves
+     * after a token, towards where both take as long, 0: not. With QI_KV_AUTO either means split.
+     */
+    float kv_ratio;
+    float kv_step;
     /* Anything but 0: an accelerator, too, computes each token the same whatever else is in its
      * batch, as the processor always does; slower prompts. */
     int32_t deterministic;
@@ -443,6 +456,8 @@ typedef struct qi_context_info {
     uint64_t kv_bytes_used;
     uint64_t kv_bytes_reserved; /* address space; memory is taken as pages fill */
     uint64_t scratch_bytes;
+    int32_t kv_mode;        /* QI_KV_DEVICE, HOST or SPLIT */
+    int32_t n_device_pages; /* of keys and values that an accelerator has room for */
 } qi_context_info;
 
 typedef struct qi_stats {
@@ -531,6 +546,9 @@ int32_t qi_context_get_stats(const qi_context* context, qi_stats* out);
 /* From any thread, once no other computes in the context. Also of the layers, and of the
  * activations counted. */
 void qi_context_reset_stats(qi_context* context);
+/* Which share of the positions the processor attended to in the last batch, by layer. */
+int32_t qi_context_kv_host_shares(const qi_context* context, double* out, uint64_t n_layer,
+                                  qi_error* error);
 /* From any thread, as qi_context_get_stats. */
 int32_t qi_context_get_layer_stats(const qi_context* context, int32_t layer, qi_layer_stats* out,
                                    qi_error* error);

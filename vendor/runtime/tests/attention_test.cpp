@@ -88,14 +88,21 @@ struct Queries {
 
     // Attends with queries [begin, end) in one call; scratch is exactly as large as asked for,
     // between canaries.
-    void attend(const Level& level, const Cache& cache, int64_t window, int64_t begin,
-                int64_t end) {
+    // With `terms`, [n][2], what is left is a part: of positions from `first` on.
+    void attend(const Level& level, const Cache& cache, int64_t window, int64_t begin, int64_t end,
+                int64_t first = 0, float* terms = nullptr) {
         std::vector<AttentionQuery> list;
         for (int64_t i = begin; i < end; ++i)
-            list.push_back({q.data() + i * head_dim, out.data() + i * head_dim, positions[i]});
-        const AttentionArgs args{cache.type, head_dim,           1.0f / std::sqrt(float(head_dim)),
-                                 window,     cache.pages.data(), list.data(),
-                                 end - begin};
+            list.push_back({q.data() + i * head_dim, out.data() + i * head_dim, positions[i],
+                            terms ? terms + 2 * i : nullptr});
+        const AttentionArgs args{cache.type,
+                                 head_dim,
+                                 1.0f / std::sqrt(float(head_dim)),
+                                 window,
+                                 cache.pages.data(),
+                                 list.data(),
+                                 end - begin,
+                                 first};
         const size_t bytes = attention_scratch_bytes(head_dim, end - begin);
         constexpr size_t guard = 64;
         std::vector<std::byte> scratch(bytes + 2 * guard, std::byte{0x5a});
@@ -241,6 +248,88 @@ void test_unseen(const Level& level, Type type) {
                   type_name(type));
 }
 
+// A part is the positions from its first on, whatever lies in pages before; normalised, one of all
+// positions is the whole, bit by bit; of none, it is zeros.
+void test_parts(const Level& level, Type type) {
+    std::mt19937 random(11);
+    const int64_t dim = 96, n = 300;
+    Cache cache(type, dim, n);
+    cache.fill(level, random);
+    const std::vector<int64_t> positions = {0, 5, 63, 64, 127, 130, 191, 192, 200, 299};
+    const auto n_queries = int64_t(positions.size());
+    for (const int64_t window : windows) {
+        Queries whole(random, dim, positions);
+        whole.attend(level, cache, window, 0, n_queries);
+        for (const int64_t first : {0, 64, 128, 192, 256}) {
+            Queries part = whole;
+            std::vector<float> terms(size_t(2 * n_queries), std::nanf(""));
+            Cache later = cache;
+            std::fill_n(later.pages.begin(), first / page_size, nullptr);
+            part.attend(level, later, window, 0, n_queries, first, terms.data());
+            for (int64_t i = 0; i < n_queries; ++i) {
+                const float maximum = terms[size_t(2 * i)], sum = terms[size_t(2 * i + 1)];
+                float* out = &part.out[size_t(i * dim)];
+                const int64_t position = positions[size_t(i)];
+                if (position < first) {
+                    const bool nothing =
+                        std::all_of(out, out + dim, [](float x) { return x == 0; });
+                    checks.expect(nothing && sum == 0 && maximum == -__FLT_MAX__,
+                                  "%s %s: a part that sees nothing is something", level.name(),
+                                  type_name(type));
+                    continue;
+                }
+                const float inverse = 1.0f / sum;
+                for (int64_t d = 0; d < dim; ++d)
+                    out[d] *= inverse;
+                // What a window of no other position than the part's would give.
+                const int64_t visible = position - first + 1;
+                const int64_t seen = window > 0 ? std::min(window, visible) : visible;
+                const std::vector<double> exact =
+                    exact_output(cache, part.q.data() + i * dim, position, seen);
+                double worst = 0.0;
+                for (int64_t d = 0; d < dim; ++d) {
+                    const double error = std::fabs(double(out[d]) - exact[size_t(d)]);
+                    worst = error <= worst ? worst : error;
+                }
+                checks.expect(worst <= 2e-6, "%s %s: a part from %lld, window %lld: off by %g",
+                              level.name(), type_name(type), (long long)first, (long long)window,
+                              worst);
+                checks.expect(first > 0 || same_bits(out, whole.out.data() + i * dim, dim),
+                              "%s %s: a part of all positions is not the whole", level.name(),
+                              type_name(type));
+            }
+        }
+    }
+}
+
+// Two parts merged are the whole but for rounding: each term is rounded once more in the merge, as
+// it is between pages.
+void test_merge(const Level& level, Type type) {
+    std::mt19937 random(12);
+    const int64_t dim = 64, n = 400;
+    Cache cache(type, dim, n);
+    cache.fill(level, random);
+    for (const int64_t boundary : {64, 192, 384}) {
+        Queries whole(random, dim, {n - 1}), last = whole;
+        Queries first(random, dim, {boundary - 1});
+        first.q = whole.q;
+        float terms[2][2];
+        whole.attend(level, cache, 0, 0, 1);
+        first.attend(level, cache, 0, 0, 1, 0, terms[0]);
+        last.attend(level, cache, 0, 0, 1, boundary, terms[1]);
+        const float top = std::max(terms[0][0], terms[1][0]);
+        const float a = std::exp(terms[0][0] - top), b = std::exp(terms[1][0] - top);
+        const float total = a * terms[0][1] + b * terms[1][1];
+        double worst = 0.0;
+        for (size_t d = 0; d < size_t(dim); ++d) {
+            const float merged = (a * first.out[d] + b * last.out[d]) / total;
+            worst = std::max(worst, double(std::fabs(merged - whole.out[d])));
+        }
+        checks.expect(worst <= 1e-6, "%s %s: parts merged at %lld are off by %g", level.name(),
+                      type_name(type), (long long)boundary, worst);
+    }
+}
+
 // One score far above the others, or all far below zero (first positions see one key each).
 void test_extreme_scores(const Level& level, Type type) {
     std::mt19937 random(5);
@@ -354,6 +443,8 @@ int main() {
             test_borders(level, type);
             test_groupings(level, type);
             test_unseen(level, type);
+            test_parts(level, type);
+            test_merge(level, type);
             test_extreme_scores(level, type);
         }
         test_store_f16(level);

@@ -52,6 +52,10 @@ int32_t qi_context_create(qi_model* model, const qi_context_params* params, qi_c
         options.policy = {rule(params->prompt_rule, "prompt_rule"),
                           rule(params->generated_rule, "generated_rule"), params->sparse_threshold,
                           params->cross_layer_from};
+        if (params->kv_mode < QI_KV_AUTO || params->kv_mode > QI_KV_SPLIT)
+            fail(QI_ARGUMENT, "kv_mode is %d, expected %d to %d", params->kv_mode, QI_KV_AUTO,
+                 QI_KV_SPLIT);
+        options.kv = {KvMode(params->kv_mode), params->kv_ratio, params->kv_step};
         options.deterministic = params->deterministic != 0;
         std::shared_ptr<Offload> offload;
         if (params->offload) {
@@ -79,6 +83,8 @@ int32_t qi_context_get_info(const qi_context* context, qi_context_info* out) {
     out->kv_bytes_used = c.kv_bytes_used();
     out->kv_bytes_reserved = c.kv_bytes_reserved();
     out->scratch_bytes = c.scratch_bytes();
+    out->kv_mode = int32_t(c.kv_mode());
+    out->n_device_pages = int32_t(c.kv_device_pages());
     return QI_OK;
 }
 
@@ -223,6 +229,20 @@ int32_t qi_context_get_layer_stats(const qi_context* context, int32_t layer, qi_
         *out = {c.n_tokens, c.n_active,       c.n_predicted,  c.n_checked,
                 c.n_due,    c.n_missed,       c.n_bytes,      c.predict_seconds,
                 c.seconds,  c.device_seconds, c.host_seconds, c.wait_seconds};
+    });
+}
+
+int32_t qi_context_kv_host_shares(const qi_context* context, double* out, uint64_t n_layer,
+                                  qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(context, "context");
+        require_pointer(out, "out");
+        const int64_t n = context->context.model().hyper_params().n_layer;
+        if (n_layer != uint64_t(n))
+            fail(QI_ARGUMENT, "the model has %lld layers, room was given for %llu", (long long)n,
+                 (unsigned long long)n_layer);
+        for (int64_t layer = 0; layer < n; ++layer)
+            out[layer] = context->context.kv_host_share(layer);
     });
 }
 

@@ -22,8 +22,9 @@ namespace qi {
 struct DeviceNeeds {
     int64_t n_batch = 0;  // tokens computed together at most
     int64_t n_seq = 0;
-    int64_t n_pages = 0;         // of keys and values, of all sequences together
-    KvLayout kv;                 // of the layers on this device
+    int64_t n_pages = 0;  // of keys and values, of all sequences together
+    KvLayout kv;          // of the layers on this device
+    KvShare kv_share;
     std::vector<size_t> arrays;  // that allocate() will be asked for, in floats
     int64_t n_logits = 0;        // rows of logits, beside those, where the head is; else 0
     int64_t n_vocab = 0;

@@ -128,13 +128,30 @@ struct BatchInputs {
     int64_t n_rot;
 };
 
-// Queries, keys and values of all tokens, which are `stride` floats apart.
+// Queries, keys and values of all tokens, which are `stride` floats apart; in one array, in this
+// order.
 struct Heads {
     float *q, *k, *v;  // [n_tokens][n_head or n_head_kv][head_dim]
     int64_t q_stride, kv_stride;
     int64_t n_head;
     int64_t n_rot;  // dimensions of a head that are rotated; 0: none
     bool neox;      // pairs are (i, i + n_rot/2), else (2i, 2i + 1)
+};
+
+// Where the keys and values of an accelerator's layers live, and who attends to them.
+enum class KvMode {
+    automatic,  // with the device if they fit there, else both
+    device,     // all with the device
+    host,       // all with the host
+    split,      // all with the host, and copies with the device of as many pages as fit
+};
+
+// What is left of that choice when it is made.
+struct KvShare {
+    bool with_host = false;  // the host holds every page, the device copies of some; else it all
+    int64_t n_pages = 0;     // that the device has room for, if so
+    double host_share = 0;   // of the positions, that the host attends to at first
+    double step = 0;         // of them, that one adaptation moves; 0: none does
 };
 
 struct AttentionShape {
@@ -191,6 +208,11 @@ class Device {
     // q [n_tokens][stride] → out [n_tokens][n_head · head_dim]
     virtual void attend(int64_t layer, const AttentionShape& shape, const float* q, int64_t stride,
                         float* out) = 0;
+    // The host's share of the positions attended to in one layer by the last batch.
+    virtual double kv_host_share(int64_t layer) const {
+        (void)layer;
+        return 0;
+    }
     // Brings what feed_forward() has counted up to date; devices may count by themselves meanwhile.
     virtual void collect_counters() {}
     // y += FFN(x), each token by the neurons its rule chooses. Its result depends on nothing else

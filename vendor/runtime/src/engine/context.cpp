@@ -48,6 +48,7 @@ ContextOptions completed(const Model& model, ContextOptions options) {
         fail(QI_ARGUMENT,
              "kv_type Q8_0 needs heads of a multiple of 32 dimensions; this model's have %lld",
              (long long)hp.head_dim);
+    check(options.kv);
     for (NeuronRule rule : {options.policy.prompt, options.policy.generated}) {
         if (rule == NeuronRule::exact && !is_sparse(hp.act))
             fail(QI_ARGUMENT,
@@ -102,7 +103,13 @@ Context::Context(std::shared_ptr<const Model> model, const ContextOptions& optio
 
 std::vector<Stage> Context::make_stages() {
     const HyperParams& hp = model_->hyper_params();
-    if (!offload_) return {{host_.get(), 0, hp.n_layer}};
+    if (!offload_) {
+        if (!options_.kv.by_default())
+            fail(QI_ARGUMENT,
+                 "kv_mode, kv_ratio and kv_step say what of the keys and values an accelerator "
+                 "keeps; without one the host keeps them all");
+        return {{host_.get(), 0, hp.n_layer}};
+    }
     DeviceNeeds needs;
     needs.n_batch = batch_max();
     needs.n_seq = options_.n_seq;
@@ -116,9 +123,11 @@ std::vector<Stage> Context::make_stages() {
     needs.n_ff = hp.n_ff;
     needs.predictor_rank = model_->predictor_rank();
     needs.deterministic = options_.deterministic;
-    Offload::Part part = offload_->make_part(needs, *host_);
+    Offload::Part part = offload_->make_part(needs, options_.kv, *host_);
     part_alive_ = std::move(part.alive);
     accelerator_ = std::move(part.device);
+    accelerator_->set_threads(options_.n_threads);
+    kv_share_ = part.kv_share;
     std::vector<Stage> stages{{accelerator_.get(), 0, part.n_layers}};
     if (part.n_layers < hp.n_layer || !part.head)
         stages.push_back({host_.get(), part.n_layers, hp.n_layer});
@@ -433,6 +442,7 @@ void Context::set_threads(int n_threads) {
     changed.n_threads = n_threads;
     options_ = completed(*model_, changed);
     host_->set_threads(options_.n_threads);
+    if (accelerator_) accelerator_->set_threads(options_.n_threads);
 }
 
 void Context::collect_counters() const {
@@ -514,6 +524,25 @@ void Context::check_layer(int64_t layer) const {
     if (layer < 0 || layer >= model_->hyper_params().n_layer)
         fail(QI_ARGUMENT, "layer %lld does not exist: the model has 0 to %lld", (long long)layer,
              (long long)model_->hyper_params().n_layer - 1);
+}
+
+KvMode Context::kv_mode() const {
+    if (!accelerator_) return KvMode::host;
+    if (!kv_share_.with_host) return KvMode::device;
+    return kv_share_.n_pages > 0 ? KvMode::split : KvMode::host;
+}
+
+int64_t Context::kv_device_pages() const {
+    if (!accelerator_) return 0;
+    return kv_share_.with_host ? kv_share_.n_pages
+                               : KvCache::n_pages(options_.n_seq, options_.n_ctx);
+}
+
+double Context::kv_host_share(int64_t layer) const {
+    check_layer(layer);
+    const Stage& stage = layer < stages_[0].end_layer ? stages_[0] : stages_.back();
+    if (stage.device == host_.get()) return 1.0;
+    return stage.device->kv_host_share(layer - stage.first_layer);
 }
 
 int Context::page_size() const {

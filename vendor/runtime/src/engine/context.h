@@ -25,6 +25,7 @@ struct ContextOptions {
     int64_t n_batch = 0;  // tokens computed together at most; 0: 512
     int n_threads = 0;    // 0: usable physical cores
     Type kv_type = Type::f16;
+    KvWish kv;
     NeuronPolicy policy;
     bool deterministic = false;  // on an accelerator, too
 };
@@ -85,6 +86,12 @@ class Context {
     void count_activations(bool on);
     std::span<const uint64_t> activations(int64_t layer) const;  // [n_ff]
     int page_size() const;
+    // Where keys and values of the accelerator's layers live, `host` without one; and pages copied
+    // there.
+    KvMode kv_mode() const;
+    int64_t kv_device_pages() const;
+    // The host's share of the positions that a layer's attention looked at in the last batch.
+    double kv_host_share(int64_t layer) const;
     uint64_t kv_bytes_used() const { return kv_.bytes_used(); }
     uint64_t kv_bytes_reserved() const { return kv_.bytes_reserved(); }
     uint64_t scratch_bytes() const;
@@ -118,6 +125,7 @@ class Context {
     std::shared_ptr<const void> part_alive_;  // of the offload, for as long as the accelerator is
     std::unique_ptr<Device> host_;
     std::unique_ptr<Device> accelerator_;  // or null
+    KvShare kv_share_;
     std::vector<Stage> stages_;
     ForwardPass forward_;
     KvCache kv_;

@@ -97,8 +97,13 @@ void KvCache::extend(int64_t seq, int64_t n) {
     const bool writes_into_last = n > 0 && s.length % kernels::page_size != 0;
     if (writes_into_last && owners_[size_t(s.pages.back())] > 1) {
         const int32_t own = take_page();
-        for (const Part& part : parts_)
-            part.device->copy_kv_page(s.pages.back(), own);
+        try {
+            for (const Part& part : parts_)
+                part.device->copy_kv_page(s.pages.back(), own);
+        } catch (...) {
+            drop_page(own);
+            throw;
+        }
         drop_page(s.pages.back());
         s.pages.back() = own;
     }

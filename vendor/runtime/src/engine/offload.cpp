@@ -64,22 +64,31 @@ void Offload::count_neurons(int64_t layer, std::vector<float> counts) {
     split_.counts[size_t(layer)] = std::move(counts);
 }
 
+bool Offload::is_by_neuron() const {
+    return std::all_of(model_->layers().begin(), model_->layers().end(),
+                       [](const Layer& layer) { return layer.ffn.down_by_neuron; });
+}
+
+void Offload::check_by_neuron(const char* what) const {
+    if (!is_by_neuron())
+        fail(QI_ARGUMENT,
+             "%s only where down is stored by neuron; qinfer.tools.neuron_major writes such a file",
+             what);
+}
+
 void Offload::balance_layers() {
     const std::lock_guard lock(mutex_);
     check_open();
     if (split_.counts.empty())
         fail(QI_ARGUMENT, "layers are balanced by how often neurons are active: counts are needed");
+    check_by_neuron("layers can be balanced");
     is_balanced_ = true;
 }
 
 void Offload::set_neuron_cache(NeuronCache cache) {
     const std::lock_guard lock(mutex_);
     check_open();
-    for (const Layer& layer : model_->layers())
-        if (cache != NeuronCache::fixed && !layer.ffn.down_by_neuron)
-            fail(QI_ARGUMENT,
-                 "neurons can move only where down is stored by neuron; "
-                 "qinfer.tools.neuron_major writes such a file");
+    if (cache != NeuronCache::fixed) check_by_neuron("neurons can move");
     split_.cache = cache;
 }
 
@@ -87,9 +96,7 @@ NeuronCache Offload::cache() const {
     if (split_.cache != NeuronCache::fixed) return split_.cache;
     // With nothing else to go by, the first tokens that leave neurons out decide.
     const bool can_be_counted =
-        (is_sparse(model_->hyper_params().act) || model_->predictor_rank() > 0) &&
-        std::all_of(model_->layers().begin(), model_->layers().end(),
-                    [](const Layer& layer) { return layer.ffn.down_by_neuron; });
+        (is_sparse(model_->hyper_params().act) || model_->predictor_rank() > 0) && is_by_neuron();
     const bool is_chosen = !split_.neurons.empty() || !split_.counts.empty();
     return can_be_counted && !is_chosen ? NeuronCache::counted : NeuronCache::fixed;
 }
@@ -119,14 +126,14 @@ std::vector<Type> weight_types(const Model& model) {
 }  // namespace
 
 // Where nobody computes: what is kept by now makes room.
-void Offload::place_anew(const DeviceNeeds& needs, Device& host) {
+void Offload::place_anew(const DeviceNeeds& needs, const KvWish& kv, Device& host) {
     accelerator_->prepare(weight_types(*model_), needs.kv.type);
     SplitChoice split = split_;
     split.cache = cache();
     if (split.cache == NeuronCache::balance || is_balanced_) measure_speeds(host);
     if (is_balanced_) split.speed_ratio = speeds_->device / speeds_->host;
     // With all that is known to fit: what is kept is only given up for something.
-    Placement placement = place(*model_, *accelerator_, needs, split);
+    Placement placement = place(*model_, *accelerator_, needs, kv, split);
     accelerator_->drop();
     placement_.reset();
     keep(*model_, placement, *accelerator_);
@@ -143,33 +150,43 @@ void Offload::place_anew(const DeviceNeeds& needs, Device& host) {
     placement_ = std::move(placement);
 }
 
-Offload::Part Offload::make_part(const DeviceNeeds& needs, Device& host) {
+Offload::Part Offload::make_part(const DeviceNeeds& needs, const KvWish& kv, Device& host) {
     const std::lock_guard lock(mutex_);
     const auto of_part = [&] {
         DeviceNeeds part = needs;
         part.kv.n_layer = placement_->n_layers;
         if (!placement_->head) part.n_logits = 0;
+        part.kv_share = placement_->kv_share;
         return part;
     };
     bool is_new = !placement_;
-    if (is_new) place_anew(needs, host);
-    const size_t wanted = accelerator_->bytes_of(of_part());
-    const size_t left = accelerator_->budget() - accelerator_->used();
-    if (wanted > left) {
-        if (alive_.use_count() > 1)
+    if (is_new) place_anew(needs, kv, host);
+    DeviceNeeds part = of_part();
+    if (!is_new) {
+        const size_t left = accelerator_->budget() - accelerator_->used();
+        part = share_kv(*accelerator_, part, kv, left);
+        const size_t wanted = accelerator_->bytes_of(part);
+        const bool alone = alive_.use_count() == 1;
+        if (wanted > left && !alone)
             fail(QI_MEMORY,
                  "a context of these sizes takes %s of the device's memory, %s of %s are left "
                  "beside the model and its other contexts",
                  size_text(wanted).c_str(), size_text(left).c_str(),
                  size_text(accelerator_->budget()).c_str());
-        place_anew(needs, host);
-        is_new = true;
+        // Keys and values come before neurons; where they were shared before, they will be again.
+        const bool may_gain =
+            kv.by_default() && part.kv_share.with_host && !placement_->kv_share.with_host;
+        if (wanted > left || (alone && may_gain)) {
+            place_anew(needs, kv, host);
+            part = of_part();
+            is_new = true;
+        }
     }
-    auto device = accelerator_->make_device(of_part(), host);
+    auto device = accelerator_->make_device(part, host);
     if (is_new)
         log(LogLevel::info, format("%s keeps %s", accelerator_->name().c_str(),
                                    describe(*placement_, *model_, *accelerator_).c_str()));
-    return {alive_, std::move(device), placement_->n_layers, placement_->head};
+    return {alive_, std::move(device), placement_->n_layers, placement_->head, part.kv_share};
 }
 
 Offload::Report Offload::report() const {

@@ -28,7 +28,7 @@ class Offload {
     void choose_neurons(int64_t layer, std::vector<int32_t> neurons);
     void count_neurons(int64_t layer, std::vector<float> counts);
     // Of neurons that counts choose, each layer keeps only so many that both sides need the same
-    // time for it; QI_ARGUMENT without counts.
+    // time for it; QI_ARGUMENT without counts, or where down is not stored by neuron.
     void balance_layers();
     // How they will move; QI_ARGUMENT where they cannot.
     void set_neuron_cache(NeuronCache cache);
@@ -39,9 +39,10 @@ class Offload {
         std::unique_ptr<Device> device;
         int64_t n_layers;
         bool head;
+        KvShare kv_share;
     };
     // QI_MEMORY when the device cannot hold another context of these needs.
-    Part make_part(const DeviceNeeds& needs, Device& host);
+    Part make_part(const DeviceNeeds& needs, const KvWish& kv, Device& host);
 
     struct Report {
         std::string device;
@@ -57,9 +58,11 @@ class Offload {
   private:
     void check_layer(int64_t layer) const;
     void check_open() const;
+    bool is_by_neuron() const;
+    void check_by_neuron(const char* what) const;
     NeuronCache cache() const;          // how neurons will move
     void measure_speeds(Device& host);  // once
-    void place_anew(const DeviceNeeds& needs, Device& host);
+    void place_anew(const DeviceNeeds& needs, const KvWish& kv, Device& host);
 
     std::shared_ptr<const Model> model_;
     std::unique_ptr<Accelerator> accelerator_;

@@ -140,78 +140,103 @@ std::string size_text(size_t n_bytes) {
                                  : format("%.2f GiB", double(n_bytes) / gib);
 }
 
-Placement place(const Model& model, const Accelerator& accelerator, const DeviceNeeds& needs,
-                const SplitChoice& split) {
-    const HyperParams& hp = model.hyper_params();
-    const size_t overhead = accelerator.reserve_overhead();
-    const size_t room = accelerator.budget() - std::min(accelerator.budget(), overhead);
+namespace {
+
+// A placement under way.
+struct Plan {
+    const Model& model;
+    const Accelerator& accelerator;
+    size_t room;  // for everything
     Placement result;
     size_t used = 0;
-    const auto fits = [&](size_t bytes) { return bytes <= room - used; };
 
-    // Keys, values and working space come with the layers they belong to, logits with the head.
-    DeviceNeeds with = needs;
-    with.n_logits = 0;
+    bool fits(size_t bytes) const { return bytes <= room - used; }
+    // Whether more of the model goes there than in another plan.
+    bool keeps_more_than(const Plan& other) const {
+        const auto kept = [](const Placement& p) {
+            return std::tuple(p.n_layers, p.predictors, p.head);
+        };
+        return kept(result) > kept(other.result);
+    }
+    bool all_layers() const { return result.n_layers == int64_t(model.layers().size()); }
+
+    // Attention, predictors and head, as far as they go, with the working space of a context.
+    void add_weights(const DeviceNeeds& needs);
+    void add_attention(DeviceNeeds needs);
+    // Exchanges the first context for one of other needs.
+    void change_context(DeviceNeeds needs);
+    // Nothing of the feed-forward networks.
+    void leave_neurons();
+    void add_neurons(const SplitChoice& split);
+};
+
+void Plan::add_attention(DeviceNeeds needs) {
+    result.kv_share = needs.kv_share;
+    needs.n_logits = 0;  // they come with the head
     for (const Layer& layer : model.layers()) {
         const size_t attention = result.attention_bytes + attention_bytes(layer, accelerator);
-        with.kv.n_layer = result.n_layers + 1;
-        const size_t device = accelerator.bytes_of(with);
-        if (attention + device > room) {
-            if (result.n_layers == 0)
-                fail(QI_MEMORY,
-                     "one layer's attention with its keys and values and the working space of a "
-                     "context take %s of the device's memory, of which %s may be used: a larger "
-                     "budget is needed, or a smaller context",
-                     size_text(attention + device + overhead).c_str(),
-                     size_text(accelerator.budget()).c_str());
-            break;
-        }
+        needs.kv.n_layer = result.n_layers + 1;
+        const size_t device = accelerator.bytes_of(needs);
+        if (attention + device > room) break;
         result.attention_bytes = attention;
         result.device_bytes = device;
         used = attention + device;
         ++result.n_layers;
     }
-    const auto n_layer = int64_t(model.layers().size());
-    const auto host_keeps_all = [&] {
-        for (int64_t l = 0; l < result.n_layers; ++l) {
-            result.resident.emplace_back();
-            result.rest.emplace_back(all_neurons(hp.n_ff), hp.n_ff);
-        }
-        return result;
-    };
-    if (result.n_layers < n_layer) return host_keeps_all();
+}
 
+void Plan::add_weights(const DeviceNeeds& needs) {
+    add_attention(needs);
+    if (!all_layers()) return;
     size_t predictors = 0;
     for (const Layer& layer : model.layers())
         if (layer.ffn.predictor)
             predictors += accelerator.bytes_of(layer.ffn.predictor->fc1) +
                           accelerator.bytes_of(layer.ffn.predictor->fc2);
-    if (!fits(predictors)) return host_keeps_all();
+    if (!fits(predictors)) return;
     result.predictors = true;
     result.predictor_bytes = predictors;
     used += predictors;
 
     const size_t head =
         accelerator.bytes_of(model.output_norm()) + accelerator.bytes_of(model.head());
-    with.n_logits = needs.n_logits;
-    const size_t device = accelerator.bytes_of(with);
-    if (fits(head + device - result.device_bytes)) {
-        result.head = true;
-        result.head_bytes = head;
-        used += head + device - result.device_bytes;
-        result.device_bytes = device;
-    }
+    const size_t logits = accelerator.bytes_of(needs) - result.device_bytes;
+    if (!fits(head + logits)) return;
+    result.head = true;
+    result.head_bytes = head;
+    used += head;
+    change_context(needs);
+}
 
+void Plan::change_context(DeviceNeeds needs) {
+    needs.kv.n_layer = result.n_layers;
+    if (!result.head) needs.n_logits = 0;
+    used -= result.device_bytes;
+    result.device_bytes = accelerator.bytes_of(needs);
+    used += result.device_bytes;
+    result.kv_share = needs.kv_share;
+}
+
+void Plan::leave_neurons() {
+    const int64_t n_ff = model.hyper_params().n_ff;
+    for (int64_t l = 0; l < result.n_layers; ++l) {
+        result.resident.emplace_back();
+        result.rest.emplace_back(all_neurons(n_ff), n_ff);
+    }
+}
+
+void Plan::add_neurons(const SplitChoice& split) {
+    const int64_t n_ff = model.hyper_params().n_ff;
     const size_t for_neurons = room - used;
     size_t all = 0;
     for (const Layer& layer : model.layers())
-        all += accelerator.bytes_of(layer.ffn, hp.n_ff);
+        all += accelerator.bytes_of(layer.ffn, n_ff);
     // Where all are kept, none has to move.
     const bool is_partial =
         split.neurons.empty()
             ? all > for_neurons
             : std::any_of(split.neurons.begin(), split.neurons.end(),
-                          [&](const auto& ids) { return int64_t(ids.size()) < hp.n_ff; });
+                          [&](const auto& ids) { return int64_t(ids.size()) < n_ff; });
     if (split.cache != NeuronCache::fixed && is_partial) {
         const size_t moving = room_to_move(model, accelerator, for_neurons);
         if (moving <= for_neurons) result.moving_bytes = moving;
@@ -219,21 +244,69 @@ Placement place(const Model& model, const Accelerator& accelerator, const Device
     used += result.moving_bytes;
     auto chosen =
         split.neurons.empty() ? choose(model, accelerator, split, room - used) : split.neurons;
-    for (int64_t l = 0; l < n_layer; ++l) {
+    for (int64_t l = 0; l < result.n_layers; ++l) {
         auto& neurons = chosen[size_t(l)];
-        if (!can_be_split(model.layers()[size_t(l)].ffn) && int64_t(neurons.size()) < hp.n_ff)
+        if (!can_be_split(model.layers()[size_t(l)].ffn) && int64_t(neurons.size()) < n_ff)
             neurons.clear();
         if (!neurons.empty())
             result.neuron_bytes +=
                 accelerator.bytes_of(model.layers()[size_t(l)].ffn, int64_t(neurons.size()));
-        result.resident.emplace_back(neurons, hp.n_ff);
-        result.rest.emplace_back(complement(neurons, hp.n_ff), hp.n_ff);
+        result.resident.emplace_back(neurons, n_ff);
+        result.rest.emplace_back(complement(neurons, n_ff), n_ff);
     }
     if (result.neuron_bytes == 0) result.moving_bytes = 0;
     if (!fits(result.neuron_bytes))
         fail(QI_MEMORY, "the given split puts %s of neurons on the device, %s are left for them",
              size_text(result.neuron_bytes).c_str(), size_text(room - used).c_str());
-    return result;
+    used += result.neuron_bytes;
+}
+
+}  // namespace
+
+Placement place(const Model& model, const Accelerator& accelerator, const DeviceNeeds& needs,
+                const KvWish& kv, const SplitChoice& split) {
+    const size_t overhead = accelerator.reserve_overhead();
+    const size_t room = accelerator.budget() - std::min(accelerator.budget(), overhead);
+    const DeviceNeeds alone = with_device_alone(needs), none = with_host(needs, kv, 0);
+    Plan whole{model, accelerator, room, {}}, parted{model, accelerator, room, {}};
+    if (kv.mode == KvMode::device || kv.by_default()) whole.add_weights(alone);
+    bool shared = false;
+    if (kv.mode != KvMode::device && !whole.result.head) {
+        parted.add_weights(none);
+        shared = !kv.by_default() || parted.keeps_more_than(whole);
+    }
+    Plan& plan = shared ? parted : whole;
+    if (plan.result.n_layers == 0) {
+        DeviceNeeds first = kv.mode == KvMode::device ? alone : none;
+        first.kv.n_layer = 1;
+        first.n_logits = 0;
+        const size_t least =
+            attention_bytes(model.layers()[0], accelerator) + accelerator.bytes_of(first);
+        fail(QI_MEMORY,
+             "one layer's attention with its keys and values and the working space of a "
+             "context take %s of the device's memory, of which %s may be used: a larger "
+             "budget is needed, or a smaller context",
+             size_text(least + overhead).c_str(), size_text(accelerator.budget()).c_str());
+    }
+    DeviceNeeds of_layers = needs;
+    of_layers.kv.n_layer = plan.result.n_layers;
+    if (!plan.result.head) of_layers.n_logits = 0;
+    const auto copy_pages = [&](size_t more) {
+        const int64_t n =
+            fitting_pages(accelerator, of_layers, kv, plan.result.device_bytes + more);
+        plan.change_context(with_host(needs, kv, n));
+    };
+    const size_t left = room - plan.used;
+    const bool neurons = plan.all_layers() && plan.result.predictors;
+    // Neurons that were asked for by name come first.
+    if (shared && split.neurons.empty())
+        copy_pages(neurons && std::isnan(kv.ratio) ? left / 2 : left);
+    if (neurons)
+        plan.add_neurons(split);
+    else
+        plan.leave_neurons();
+    if (shared) copy_pages(room - plan.used);
+    return plan.result;
 }
 
 void keep(const Model& model, const Placement& placement, Accelerator& accelerator) {
@@ -269,10 +342,16 @@ std::string describe(const Placement& placement, const Model& model,
     for (const NeuronShard& shard : placement.resident)
         n_resident += shard.neurons().size();
     const auto n_layer = double(model.layers().size());
-    return format("%lld of %zu layers' attention%s%s, %.0f %% of the neurons; %s of %s",
+    const KvShare& kv = placement.kv_share;
+    std::string pages;
+    if (kv.with_host && kv.n_pages == 0) pages = ", no keys and values";
+    if (kv.n_pages > 0)
+        pages = format(", %lld page%s of keys and values", (long long)kv.n_pages,
+                       kv.n_pages == 1 ? "" : "s");
+    return format("%lld of %zu layers' attention%s%s%s, %.0f %% of the neurons; %s of %s",
                   (long long)placement.n_layers, model.layers().size(),
                   placement.predictors && model.predictor_rank() ? ", predictors" : "",
-                  placement.head ? ", head" : "",
+                  placement.head ? ", head" : "", pages.c_str(),
                   100.0 * double(n_resident) / (n_layer * double(model.hyper_params().n_ff)),
                   size_text(accelerator.used()).c_str(), size_text(accelerator.budget()).c_str());
 }

@@ -4,6 +4,10 @@
 // the head; then neurons, those first that are active most often for their bytes. Unlike there, a
 // head that does not fit leaves its room to neurons. Neurons go only where all attention and the
 // predictors are.
+//
+// Keys and values that do not all fit beside the attention, the predictors and the head are shared
+// with the host, and come after these: copies of pages get as much of the room that is left as
+// neurons do, unless a share was asked for, and what neurons do not need.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +16,7 @@
 #include <vector>
 
 #include "device/accelerator.h"
+#include "engine/kv_placement.h"
 #include "model/model.h"
 #include "sparse/shard.h"
 
@@ -38,13 +43,14 @@ struct Placement {
     // Bytes of the accelerator's memory.
     size_t attention_bytes = 0, predictor_bytes = 0, head_bytes = 0, neuron_bytes = 0;
     size_t device_bytes = 0;  // keys, values and working space of the first context
+    KvShare kv_share;         // of the first context
     size_t moving_bytes = 0;  // where neurons arrive that move; 0: none does
 };
 
 // For an accelerator that holds nothing yet, or gives up what it holds. QI_MEMORY when not even the
 // first layer fits, and when given lists do not.
 Placement place(const Model& model, const Accelerator& accelerator, const DeviceNeeds& needs,
-                const SplitChoice& split);
+                const KvWish& kv, const SplitChoice& split);
 
 // Makes the copies.
 void keep(const Model& model, const Placement& placement, Accelerator& accelerator);

@@ -33,6 +33,10 @@ struct AttentionQuery {
     const float* q;    // [head_dim], rotated, unscaled
     float* out;        // [head_dim]
     int64_t position;  // attends to positions in (position - window, position]
+    // Not null: this is a part of an attention, to be merged with another. out is left
+    // unnormalised, and terms is the greatest score and the sum of exp(score - greatest); a query
+    // that sees nothing gets zeros, and a greatest score of -FLT_MAX.
+    float* terms = nullptr;  // [2]
 };
 
 struct AttentionArgs {
@@ -43,6 +47,7 @@ struct AttentionArgs {
     const std::byte* const* pages;  // by position / page_size: this head's part of each page
     const AttentionQuery* queries;  // all of one sequence and one KV head, any positions
     int64_t n_queries;
+    int64_t first = 0;  // positions before it are left out, and their pages not looked at
 };
 
 size_t attention_scratch_bytes(int64_t head_dim, int64_t n_queries);

@@ -296,7 +296,8 @@ struct Sight {
     int begin, end;
     Sight(const AttentionArgs& args, const AttentionQuery& query, int64_t start) {
         const int64_t last = query.position - start;
-        const int64_t first = args.window > 0 ? last - args.window + 1 : 0;
+        int64_t first = args.window > 0 ? last - args.window + 1 : 0;
+        first = args.first - start > first ? args.first - start : first;
         begin = first > 0 ? int(first < page_size ? first : page_size) : 0;
         end = last < page_size ? int(last + 1) : page_size;
         if (last < 0) end = 0;
@@ -427,8 +428,8 @@ void attend_pages(const AttentionArgs& args, const Scratch& scratch) {
     int64_t first_page = INT64_MAX, last_page = 0;
     for (int64_t i = 0; i < args.n_queries; ++i) {
         const int64_t position = args.queries[i].position;
-        const int64_t first =
-            args.window > 0 && position >= args.window ? position - args.window + 1 : 0;
+        int64_t first = args.window > 0 && position >= args.window ? position - args.window + 1 : 0;
+        first = args.first > first ? args.first : first;
         first_page = first / page_size < first_page ? first / page_size : first_page;
         last_page = position / page_size > last_page ? position / page_size : last_page;
         for (int64_t d = 0; d < args.head_dim; ++d)
@@ -457,6 +458,11 @@ void attend_pages(const AttentionArgs& args, const Scratch& scratch) {
         }
     }
     for (int64_t i = 0; i < args.n_queries; ++i) {
+        if (float* terms = args.queries[i].terms) {
+            terms[0] = scratch.maximum[i];
+            terms[1] = scratch.sum[i];
+            continue;
+        }
         const float inverse = 1.0f / scratch.sum[i];
         for (int64_t d = 0; d < args.head_dim; ++d)
             args.queries[i].out[d] *= inverse;

@@ -6,6 +6,7 @@
 
 #include "base/cpu.h"
 #include "base/error.h"
+#include "base/log.h"
 #include "base/thread_pool.h"
 #include "kernels/attention.h"
 #include "kernels/vector_ops.h"
@@ -62,6 +63,8 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     if (sizes.panels && !share_.weights->all_resident())
         panels_.emplace(share_.gpu, take(sizes.panels, "neurons of the host"), sizes.panels / 2);
     const CUdeviceptr exchange_room = take(sizes.exchange, "counters");
+    kv_terms_ = take(sizes.kv_terms, "attention");
+    kv_other_ = take(sizes.kv_other, "attention");
     kv_.pool = take(sizes.kv, "keys and values");
     AttendArgs tickets;
     tickets.kv = kv_;
@@ -73,10 +76,20 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     spare_.emplace_back(share_.gpu, share_.budget,
                         size_t(needs.n_logits * needs.n_vocab) * sizeof(float), "logits");
     stream_.synchronize();
+    const auto n_ffns = int64_t(share_.weights->n_ffns());
+    if (needs.kv_share.with_host) {
+        exchange_.emplace(share_.gpu, stream_, exchange_room, kind_of_kv(needs.kv.n_layer));
+        shared_kv_.emplace(share_, needs);
+        if (shared_kv_->boundaries().adapts() && !exchange_->can_be_recorded())
+            log(LogLevel::warning,
+                "the share of keys and values that the processor attends to stays as it is: only "
+                "recorded steps tell how long each side takes");
+    } else if (!share_.weights->all_resident()) {
+        exchange_.emplace(share_.gpu, stream_, exchange_room, n_ffns);
+    }
+    shared_.resize(size_t(n_ffns));
     if (share_.weights->all_resident()) return;
     if (share_.mover) member_ = std::make_unique<NeuronMover::Member>(share_.mover);
-    exchange_.emplace(share_.gpu, stream_, exchange_room, int64_t(share_.weights->n_ffns()));
-    shared_.resize(share_.weights->n_ffns());
     const size_t rows = size_t(needs.n_batch * needs.n_embd) * sizeof(float);
     const char* const what = "what the processor computes";
     host_x_ = PinnedMemory(share_.gpu, rows, what);
@@ -101,6 +114,15 @@ CUdeviceptr CudaDevice::take(size_t n_bytes, const char* what) {
     memory_.emplace_back(share_.gpu, share_.budget, n_bytes, what);
     scratch_bytes_ += memory_.back().n_bytes();
     return memory_.back().address();
+}
+
+void CudaDevice::set_cancel(const std::atomic<bool>* cancel) {
+    cancel_ = cancel;
+    if (shared_kv_) shared_kv_->products().set_cancel(cancel);
+}
+
+void CudaDevice::set_threads(int n_threads) {
+    if (shared_kv_) shared_kv_->products().set_threads(n_threads);
 }
 
 Current CudaDevice::enter() const {
@@ -150,33 +172,11 @@ void CudaDevice::write(const float* host, size_t n, float* out) {
     stream_.synchronize();
 }
 
-void CudaDevice::reserve_kv(const KvLayout& layout, int64_t n_pages) {
-    if (n_pages > needs_.n_pages || layout.n_layer > needs_.kv.n_layer)
-        fail(QI_INTERNAL, "more keys and values are wanted than the device was made for");
-}
-
-void CudaDevice::copy_kv_page(int32_t from, int32_t to) {
-    const Current current = enter();
-    stream_.copy_on_device(kv_.pool + size_t(to) * kv_.page_stride,
-                           kv_.pool + size_t(from) * kv_.page_stride, kv_.page_stride);
-}
-
-void CudaDevice::read_kv_page(int32_t page, std::byte* out) const {
-    const Current current = enter();
-    stream_.copy_to_host(out, kv_.pool + size_t(page) * kv_.page_stride, kv_.page_stride);
-    stream_.synchronize();
-}
-
-void CudaDevice::write_kv_page(int32_t page, const std::byte* data) {
-    const Current current = enter();
-    stream_.copy_to_device(kv_.pool + size_t(page) * kv_.page_stride, data, kv_.page_stride);
-    stream_.synchronize();
-}
-
 // ---- steps ----
 
 void CudaDevice::begin(const BatchInputs& inputs) {
     const Current current = enter();
+    adapt_kv();
     batch_ = inputs;
     staged_sent_.synchronize();
     auto* const words = reinterpret_cast<int32_t*>(staged_.data());
@@ -192,6 +192,7 @@ void CudaDevice::begin(const BatchInputs& inputs) {
     shape.n_head = needs_.n_head;
     const int64_t tile_tokens = Kernels::attend_tile_tokens(shape);
     int64_t n_pages = 0;
+    std::vector<int64_t> n_placed;
     n_tiles_ = max_positions_ = 0;
     for (const Segment& segment : inputs.segments) {
         for (int64_t i = 0; i < segment.n; ++i) {
@@ -200,7 +201,10 @@ void CudaDevice::begin(const BatchInputs& inputs) {
         }
         const int64_t end = segment.position + segment.n;
         const int64_t n_own = (end + kernels::page_size - 1) / kernels::page_size;
-        std::copy_n(segment.pages, n_own, pages + n_pages);
+        if (shared_kv_)
+            n_placed.push_back(place_pages(segment, n_own, pages + n_pages));
+        else
+            std::copy_n(segment.pages, n_own, pages + n_pages);
         n_pages += n_own;
         max_positions_ = std::max(max_positions_, end);
         for (int64_t i = 0; i < segment.n && tile_tokens > 0; i += tile_tokens) {
@@ -216,6 +220,12 @@ void CudaDevice::begin(const BatchInputs& inputs) {
         std::memcpy(words + layout_.cos_sin, inputs.cos_sin, n * sizeof(float));
         stream_.copy_to_device(input(layout_.cos_sin), words + layout_.cos_sin, n * sizeof(float));
     }
+    if (shared_kv_) {
+        shared_kv_->begin(inputs, n_placed);
+        shared_kv_->write_bounds(words + layout_.bounds);
+        stream_.copy_to_device(input(layout_.bounds), words + layout_.bounds,
+                               size_t(needs_.kv.n_layer * inputs.n_tokens) * sizeof(uint32_t));
+    }
     staged_sent_.record(stream_);
 }
 
@@ -224,6 +234,7 @@ void CudaDevice::begin(const BatchInputs& inputs) {
 void CudaDevice::replay_or_run(uint64_t key, const std::function<void()>& steps) {
     if (batch_.n_tokens > few_tokens || (exchange_ && !exchange_->can_be_recorded()))
         return steps();
+    if (shared_kv_) key = key << 2 | uint64_t(shared_kv_->form());
     uint64_t rules = 0;
     for (const NeuronRule rule : batch_.rules)
         rules = rules << 2 | uint64_t(rule);
@@ -253,7 +264,9 @@ void CudaDevice::replay_or_run(uint64_t key, const std::function<void()>& steps)
         add_tally(recording.tallies[i]);
     prepared_from_ = 0;
     // Rounds are numbered on from the layers: what has none leaves their number alone.
-    if (!recording.answers.empty()) exchange_->replay(stream_, recording.answers);
+    if (recording.answers.empty()) return;
+    exchange_->replay(stream_, recording.answers);
+    replayed_ = true;
 }
 
 // The bound on positions that attention is launched for: it doubles, so that a growing context
@@ -314,65 +327,6 @@ void CudaDevice::norm(const Norm& norm, const float* x, int64_t n_rows, float* o
     prepared_from_ = args.out;
     prepared_rows_ = n_rows;
     prepared_cols_ = args.n;
-}
-
-KvArgs CudaDevice::kv_of(int64_t layer) const {
-    KvArgs kv = kv_;
-    kv.layer_offset = size_t(layer * kv.n_head_kv) * kv.head_bytes;
-    kv.pages = input(layout_.pages);
-    kv.positions = input(layout_.positions);
-    kv.tables = input(layout_.tables);
-    return kv;
-}
-
-void CudaDevice::append_kv(int64_t layer, const Heads& heads) {
-    const Current current = enter();
-    AppendArgs args;
-    args.kv = kv_of(layer);
-    args.q = address(heads.q);
-    args.q_stride = heads.q_stride;
-    args.n_head = heads.n_head;
-    args.k = address(heads.k);
-    args.v = address(heads.v);
-    args.kv_stride = heads.kv_stride;
-    args.cos_sin = heads.n_rot > 0 ? input(layout_.cos_sin) : 0;
-    args.n_rot = heads.n_rot;
-    args.neox = heads.neox;
-    args.n_tokens = batch_.n_tokens;
-    share_.kernels->append(stream_, args);
-}
-
-void CudaDevice::attend(int64_t layer, const AttentionShape& shape, const float* q, int64_t stride,
-                        float* out) {
-    const Current current = enter();
-    forget_prepared(out);
-    AttendArgs args;
-    args.kv = kv_of(layer);
-    args.q = address(q);
-    args.q_stride = stride;
-    args.n_head = shape.n_head;
-    args.scale = shape.scale;
-    args.window = shape.sliding_window;
-    args.out = address(out);
-    args.room = attend_room_;
-    const int64_t n = batch_.n_tokens;
-    if (n > few_tokens && n_tiles_ > 0 && !needs_.deterministic) {
-        args.n_tokens = n;
-        args.tiles = input(layout_.tiles);
-        args.n_tiles = n_tiles_;
-        share_.kernels->attend_tiles(stream_, args);
-        return;
-    }
-    args.max_positions = launch_positions();
-    for (int64_t first = 0; first < n; first += few_tokens) {
-        AttendArgs some = args;
-        some.n_tokens = std::min(few_tokens, n - first);
-        some.q += size_t(first * stride) * sizeof(float);
-        some.out += size_t(first * shape.n_head * kv_.head_dim) * sizeof(float);
-        some.kv.positions += size_t(first) * sizeof(int32_t);
-        some.kv.tables += size_t(first) * sizeof(int32_t);
-        share_.kernels->attend(stream_, some);
-    }
 }
 
 }  // namespace qi::cuda

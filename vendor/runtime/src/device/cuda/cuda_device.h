@@ -20,6 +20,7 @@
 #include "device/cuda/launch.h"
 #include "device/cuda/neuron_mover.h"
 #include "device/cuda/neuron_panels.h"
+#include "device/cuda/shared_kv.h"
 #include "device/cuda/weights.h"
 #include "device/cuda/working_space.h"
 #include "device/device.h"
@@ -44,15 +45,15 @@ class CudaDevice final : public Device {
     void write(const float* host, size_t n, float* out) override;
 
     void reserve_kv(const KvLayout& layout, int64_t n_pages) override;
-    size_t kv_page_bytes() const override { return kv_.page_stride; }
+    size_t kv_page_bytes() const override;
     void copy_kv_page(int32_t from, int32_t to) override;
-    void release_kv_page(int32_t) override {}
+    void release_kv_page(int32_t page) override;
     void read_kv_page(int32_t page, std::byte* out) const override;
     void write_kv_page(int32_t page, const std::byte* data) override;
     size_t scratch_bytes() const override { return scratch_bytes_; }
 
-    void set_cancel(const std::atomic<bool>* cancel) override { cancel_ = cancel; }
-    void set_threads(int) override {}
+    void set_cancel(const std::atomic<bool>* cancel) override;
+    void set_threads(int n_threads) override;
 
     void begin(const BatchInputs& inputs) override;
     void repeat(uint64_t key, const std::function<void()>& steps) override;
@@ -64,6 +65,7 @@ class CudaDevice final : public Device {
     void append_kv(int64_t layer, const Heads& heads) override;
     void attend(int64_t layer, const AttentionShape& shape, const float* q, int64_t stride,
                 float* out) override;
+    double kv_host_share(int64_t layer) const override;
     void collect_counters() override;
     void feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) override;
     void log_probabilities(const float* logits, int64_t n, int64_t n_vocab, const int32_t* targets,
@@ -79,6 +81,14 @@ class CudaDevice final : public Device {
     Current enter() const;
     CUdeviceptr input(size_t word) const { return inputs_ + word * sizeof(uint32_t); }
     KvArgs kv_of(int64_t layer) const;
+    CUdeviceptr page_address(int32_t page) const {
+        return kv_.pool + size_t(page) * kv_.page_stride;
+    }
+    int64_t place_pages(const Segment& segment, int64_t n_pages, int32_t* table);
+    void adapt_kv();
+    // Rounds of layers' attention have kinds behind those of networks.
+    int64_t kind_of_kv(int64_t layer) const { return int64_t(share_.weights->n_ffns()) + layer; }
+    void attend_here(const AttendArgs& all);
     int64_t launch_positions() const;
 
     // x in the form that weights of that type want: quantised at most once while x does not change.
@@ -123,6 +133,7 @@ class CudaDevice final : public Device {
     void check_predictions(const FeedForward& ffn, const DeviceFfn& kept, CUdeviceptr x,
                            int64_t first, int64_t n);
     void collect_activations();
+    void stop_counting();
     uint64_t* counts_of_mover(const DeviceFfn& kept) const;
     // A network's neurons that the host keeps: what it needs of a batch, what it does, and what
     // that adds to y.
@@ -145,7 +156,7 @@ class CudaDevice final : public Device {
 
     // Addresses of the arrays that WorkingSizes lists.
     CUdeviceptr inputs_, q8_, hidden_, lifted_, low_, predictions_, masks_, named_, partial_,
-        attend_room_, terms_, tickets_, partial_best_, best_;
+        attend_room_, terms_, tickets_, partial_best_, best_, kv_terms_, kv_other_;
     NeuronList list_;
     KvArgs kv_;
 
@@ -156,7 +167,7 @@ class CudaDevice final : public Device {
     PinnedMemory readback_;
     PinnedMemory candidates_;  // [n][k]
 
-    // Where the host keeps neurons.
+    // Where the host keeps neurons, or keys and values.
     std::optional<Exchange> exchange_;
     PinnedMemory host_x_, host_z_, host_y_;  // [n_batch][n_embd]
     PinnedMemory host_names_;                // [n_batch][n_words]
@@ -164,6 +175,9 @@ class CudaDevice final : public Device {
 
     std::unique_ptr<NeuronMover::Member> member_;  // where neurons move
     int64_t n_uncollected_ = 0;  // tokens whose active neurons the GPU has counted for it
+    std::optional<SharedKv> shared_kv_;
+    Exchange::Round kv_round_{};  // of the layer now computed
+    bool replayed_ = false;       // the last pass was
     std::optional<HalfProducts> halves_;
     std::optional<NeuronPanels> panels_;
     // Seconds per neuron, brought here and with the host, of batches whose way is not known yet; 0:

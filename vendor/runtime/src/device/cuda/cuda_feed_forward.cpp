@@ -221,7 +221,9 @@ void CudaDevice::count_active(const DeviceFfn& kept, const NeuronList* list, CUd
 
 void CudaDevice::collect_times() {
     const auto times = exchange_->take_times(stream_);
-    for (size_t i = 0; i < times.size(); ++i) {
+    for (size_t i = shared_.size(); i < times.size(); ++i)
+        shared_kv_->add_device_seconds(int64_t(i - shared_.size()), times[i].device_seconds);
+    for (size_t i = 0; i < shared_.size(); ++i) {
         if (!shared_[i]) continue;
         FfnCounters& counters = *shared_[i];
         counters.device_seconds += times[i].device_seconds;

@@ -19,11 +19,22 @@ constexpr int64_t tokens_to_collect = 16;
 void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
     if (!member_) return replay_or_run(key, steps);
     const Current current = enter();
-    // Where a neuron is computed shows in the last bit.
-    const bool may_place = batch_.n_tokens <= most_tokens_to_move_for && !needs_.deterministic;
-    const NeuronMover::Step step(*member_, stream_, may_place);
-    replay_or_run(key, steps);
-    if (n_uncollected_ >= tokens_to_collect) collect_activations();
+    {
+        // Where a neuron is computed shows in the last bit.
+        const bool may_place = batch_.n_tokens <= most_tokens_to_move_for && !needs_.deterministic;
+        const NeuronMover::Step step(*member_, stream_, may_place);
+        replay_or_run(key, steps);
+        if (n_uncollected_ >= tokens_to_collect) collect_activations();
+    }
+    if (member_->is_over()) stop_counting();
+}
+
+// Once no neuron will move any more. Recorded steps count, too.
+void CudaDevice::stop_counting() {
+    collect_activations();
+    stream_.synchronize();
+    recordings_.clear();
+    member_.reset();
 }
 
 // Where those who move neurons count which are active, unless predictors name them; or null.

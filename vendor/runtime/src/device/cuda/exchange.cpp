@@ -157,18 +157,22 @@ void Exchange::receive(const Stream& stream, CUdeviceptr base, const Round& roun
 // Comes back when the GPU has sent round `number`: true unless the driver had to be asked.
 bool Exchange::wait_for(const Stream& stream, uint32_t number, bool replaying) {
     const auto sent = flag(flags_, to_host);
+    // Rounds without an answer do not hold the GPU up: it may be further.
+    const auto has_come = [&] {
+        return int32_t(sent.load(std::memory_order_acquire) - number) >= 0;
+    };
     const Clock::duration interval = replaying ? patience_of_replays : Clock::duration(patience);
     bool was_asked = false;
     auto asked = Clock::now();
     while (true) {
         for (int i = 0; i < 64; ++i)
-            if (sent.load(std::memory_order_acquire) == number) return !was_asked;
+            if (has_come()) return !was_asked;
         const auto waited = Clock::now() - asked;
         // The GPU's own work may be long; then the processor is better left to others.
         if (waited > microseconds(200)) std::this_thread::yield();
         if (waited < interval) continue;
         // Throws when the GPU is lost.
-        if (stream.idle() && sent.load(std::memory_order_acquire) != number)
+        if (stream.idle() && !has_come())
             fail(QI_INTERNAL, "the GPU has come to rest and not sent what the host waits for");
         asked = Clock::now();
         was_asked = true;

@@ -198,6 +198,7 @@ constexpr const char* widen_to_half = "qi_widen_to_half";
 constexpr const char* widen = "qi_widen";
 constexpr const char* append = "qi_append";
 constexpr const char* attend[] = {"qi_attend_1", "qi_attend_2", "qi_attend_4", "qi_attend_8"};
+constexpr const char* attend_merge = "qi_attend_merge";
 constexpr const char* attend_tile[] = {"qi_attend_tile_32", "qi_attend_tile_16"};
 constexpr const char* attend_mma[] = {"qi_attend_mma_64", "qi_attend_mma_128"};
 constexpr const char* predicted_masks = "qi_predicted_masks";
@@ -235,6 +236,7 @@ void Kernels::load_kv_kernels(Type type) {
     load(Source::append, type, {names::append});
     for (const char* name : names::attend)
         function(Source::attend, type, name);
+    function(Source::attend, type, names::attend_merge);
     for (const char* name : names::attend_tile)
         function(Source::attend_tile, type, name);
     for (const char* name : names::attend_mma)
@@ -473,7 +475,15 @@ void Kernels::attend(const Stream& stream, const AttendArgs& args) {
                 int(args.n_head), int(kv.n_head_kv), int(kv.head_dim), args.scale, int(args.window),
                 int(runs), args.room + attend_ticket_bytes(args), args.room, kv.positions,
                 kv.tables, kv.pool, (long long)kv.page_stride, (long long)kv.layer_offset,
-                (long long)kv.head_bytes, kv.pages, args.q8.codes, args.q8.scales, args.q8.sums);
+                (long long)kv.head_bytes, kv.pages, args.q8.codes, args.q8.scales, args.q8.sums,
+                kv.bounds, args.terms);
+}
+
+void Kernels::attend_merge(const Stream& stream, const AttendArgs& args, CUdeviceptr other,
+                           CUdeviceptr other_terms) {
+    function(Source::attend, args.kv.type, names::attend_merge)
+        .launch(stream, {unsigned(args.n_head), unsigned(args.n_tokens)}, {attend_threads}, 0,
+                args.out, args.terms, other, other_terms, int(args.kv.head_dim));
 }
 
 int64_t Kernels::attend_tile_tokens(const AttendArgs& args) {
@@ -495,7 +505,8 @@ void Kernels::attend_mma(const Stream& stream, const AttendArgs& args) {
                 unsigned(shared), args.q, (long long)args.q_stride, args.out, int(args.n_head),
                 int(kv.n_head_kv), int(kv.head_dim), args.scale, int(args.window), args.tiles,
                 kv.positions, kv.tables, kv.pool, (long long)kv.page_stride,
-                (long long)kv.layer_offset, (long long)kv.head_bytes, kv.pages);
+                (long long)kv.layer_offset, (long long)kv.head_bytes, kv.pages, kv.bounds,
+                args.terms);
 }
 
 void Kernels::attend_tiles(const Stream& stream, const AttendArgs& args) {
@@ -514,7 +525,8 @@ void Kernels::attend_tiles(const Stream& stream, const AttendArgs& args) {
                   unsigned(shared), args.q, (long long)args.q_stride, args.out, int(args.n_head),
                   int(kv.n_head_kv), int(kv.head_dim), args.scale, int(args.window), args.tiles,
                   kv.positions, kv.tables, kv.pool, (long long)kv.page_stride,
-                  (long long)kv.layer_offset, (long long)kv.head_bytes, kv.pages);
+                  (long long)kv.layer_offset, (long long)kv.head_bytes, kv.pages, kv.bounds,
+                  args.terms);
 }
 
 // ---- neurons ----

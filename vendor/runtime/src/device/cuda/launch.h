@@ -123,9 +123,11 @@ struct KvArgs {
     size_t layer_offset = 0;  // of this layer in a page
     size_t head_bytes = 0;
     int64_t n_head_kv = 0, head_dim = 0;
-    CUdeviceptr pages = 0;      // int32, the page tables of all sequences, one after the other
+    // int32, the page tables of all sequences, one after the other; below 0: not on the device
+    CUdeviceptr pages = 0;
     CUdeviceptr positions = 0;  // int32 [n_tokens]; below 0: no token
     CUdeviceptr tables = 0;     // int32 [n_tokens], where the token's table begins in `pages`
+    CUdeviceptr bounds = 0;     // int32 [n_tokens], pages from there on are not attended to; or 0
 };
 
 struct AppendArgs {
@@ -148,6 +150,9 @@ struct AttendArgs {
     int64_t window = 0;   // 0: none
     CUdeviceptr out = 0;  // [n_tokens][n_head · head_dim]
     Q8 q8;                // of out, or none; attend only, head_dim a multiple of 32
+    // float [n_tokens][n_head][2], or 0: out is then left unnormalised, to be merged with another
+    // part, and these are the greatest score and the sum of exp(score - greatest).
+    CUdeviceptr terms = 0;
     int64_t n_tokens = 0;
     // Few tokens: no position is at or beyond this, which fixes the launch; room of
     // attend_room_bytes, whose first attend_ticket_bytes were zeroed once.
@@ -252,6 +257,10 @@ class Kernels {
     // else by plain arithmetic. 0 tokens per tile: heads too wide, use attend.
     void attend_tiles(const Stream& stream, const AttendArgs& args);
     static int64_t attend_tile_tokens(const AttendArgs& args);
+    // Makes two parts the attention of all positions, in args.out; other and other_terms are shaped
+    // as out and terms.
+    void attend_merge(const Stream& stream, const AttendArgs& args, CUdeviceptr other,
+                      CUdeviceptr other_terms);
 
     // ---- neurons ----
     // masks [n_tokens][n_words] and named [n_words], uint32 with a bit per neuron: those whose

@@ -156,12 +156,24 @@ NeuronMover::Step::~Step() {
         member_.has_run_ = true;
         member_.is_lost_ = false;
     } catch (const Error&) {
-        member_.is_lost_ = true;  // nobody knows when its work will be done
+        member_.has_run_ = false;
+        member_.is_lost_ = !at_rest();
     }
     try {
         member_.mover_->take_counts(member_);
     } catch (const std::bad_alloc&) {
         // They wait for the next step's.
+    }
+}
+
+// Whether the stream's work is known to be done, waited for where an event could not be had.
+bool NeuronMover::Step::at_rest() const {
+    try {
+        const Current current(*stream_.gpu());
+        stream_.synchronize();
+        return true;
+    } catch (const Error&) {
+        return false;
     }
 }
 
@@ -184,9 +196,13 @@ void NeuronMover::place_if_landed(const Stream& stream, bool may_place) {
         return;  // another step was faster
     }
     const std::lock_guard lock(mutex_);
-    if (std::any_of(members_.begin(), members_.end(),
-                    [](const Member* member) { return member->is_lost_; }))
-        return;
+    const bool any_lost = std::any_of(members_.begin(), members_.end(),
+                                      [](const Member* member) { return member->is_lost_; });
+    if (any_lost && state_ == State::half_placed)
+        fail(QI_DEVICE,
+             "neurons cannot be placed on the GPU beside steps that nobody knows the "
+             "end of, since the GPU has failed");
+    if (any_lost) return;
     place(stream);
     changed_.notify_all();
 }

@@ -55,6 +55,9 @@ class NeuronMover {
         // Whether it is the first of a step's networks that neurons move in.
         bool is_first(const DeviceFfn& kept) const { return mover_->network_of_[kept.index] == 0; }
 
+        // Whether no neuron will move any more.
+        bool is_over() const { return mover_->state_ == State::given_up; }
+
       private:
         friend class NeuronMover;
         std::shared_ptr<NeuronMover> mover_;
@@ -75,6 +78,8 @@ class NeuronMover {
         Step& operator=(const Step&) = delete;
 
       private:
+        bool at_rest() const;
+
         Member& member_;
         const Stream& stream_;
         std::shared_lock<std::shared_mutex> lock_;

@@ -1,5 +1,6 @@
 // Self-tests of rotation, the pages of keys and values, and attention.
 #include <algorithm>
+#include <functional>
 
 #include "base/error.h"
 #include "device/cuda/self_test_bench.h"
@@ -139,7 +140,8 @@ struct Wanted {
 
 // One query's attention in double, over the stored keys and values, and what float may differ by.
 Wanted attend_slowly(const std::vector<float>& keys, const std::vector<float>& values,
-                     const float* q, int64_t head_dim, int64_t first, int64_t last, double scale) {
+                     const float* q, int64_t head_dim, int64_t first, int64_t last, double scale,
+                     int64_t n_parts) {
     std::vector<double> scores;
     double maximum = -HUGE_VAL, error = 0;
     for (int64_t i = first; i <= last; ++i) {
@@ -161,9 +163,9 @@ Wanted attend_slowly(const std::vector<float>& keys, const std::vector<float>& v
         total += score = std::exp(score - maximum);
     Wanted wanted{std::vector<double>(size_t(head_dim)), std::vector<double>(size_t(head_dim))};
     // Exponentials: their arguments' errors (score and maximum), 4 ulp of the function. Sums: 64
-    // terms of a page (twice, as above), then some roundings for each page that is merged; the
-    // division.
-    const double n_pages = double(last / page - first / page + 1);
+    // terms of a page (twice, as above), then some roundings for each page or part that is merged;
+    // the division.
+    const double n_pages = double(last / page - first / page + n_parts);
     const double relative = 2 * (2 * error + 4 * float_rounding) +
                             (2 * 64.0 + 8.0 * n_pages + 12.0) * 2 * float_rounding;
     for (int64_t d = 0; d < head_dim; ++d) {
@@ -215,7 +217,49 @@ struct AttendCase {
     std::vector<int64_t> positions;  // of tokens of one sequence, then again of another
     int64_t window;
     bool tiled;
+    int64_t bound = -1;  // pages that the device attends to, the host to the rest; below 0: to all
 };
+
+// Attention in two parts: the device's in args.out and terms, the host's by the kernels of this
+// processor. Where the host has nothing to do the result is that of the device alone, bit by bit.
+void attend_in_parts(Bench& bench, const AttendCase& c, Cache& cache,
+                     const std::vector<TestToken>& tokens, const std::vector<float>& q,
+                     const AttendArgs& args, const std::function<void(const AttendArgs&)>& attend) {
+    const int64_t head_dim = c.shape.head_dim, n_head = c.shape.n_head, n = args.n_tokens;
+    const int64_t group = n_head / c.shape.n_head_kv, width = n_head * head_dim;
+    attend(args);
+    const auto whole = bench.download<float>(args.out, size_t(n * width));
+    const std::vector<int32_t> bounds(size_t(n), int32_t(c.bound));
+    AttendArgs part = args;
+    part.q8 = {};
+    part.kv.bounds = bench.upload(bounds);
+    part.terms = bench.room(size_t(n * n_head * 2) * sizeof(float));
+    attend(part);
+    std::vector<float> other(size_t(n * width)), terms(size_t(n * n_head * 2));
+    std::vector<std::byte> scratch(kernels::attention_scratch_bytes(head_dim, 1) + 64);
+    for (int64_t t = 0; t < n; ++t) {
+        const TestToken& token = tokens[size_t(t)];
+        if (token.position < 0) continue;
+        for (int64_t head = 0; head < n_head; ++head) {
+            std::vector<const std::byte*> pages;
+            for (int64_t p = 0; p <= token.position / page; ++p)
+                pages.push_back(cache.head(token.table, p * page, head / group));
+            const int64_t at = t * n_head + head;
+            const kernels::AttentionQuery asked{&q[size_t(t * args.q_stride + head * head_dim)],
+                                                &other[size_t(at * head_dim)], token.position,
+                                                &terms[size_t(2 * at)]};
+            kernels::attend({c.shape.type, head_dim, args.scale, c.window, pages.data(), &asked, 1,
+                             c.bound * page},
+                            scratch.data());
+        }
+    }
+    bench.kernels.attend_merge(bench.stream, part, bench.upload(other), bench.upload(terms));
+    const auto merged = bench.download<float>(args.out, size_t(n * width));
+    for (size_t i = 0; i < merged.size(); ++i) {
+        const int64_t position = tokens[i / size_t(width)].position;
+        if (position >= 0 && position < c.bound * page) bench.expect(merged[i] == whole[i]);
+    }
+}
 
 void test_attend(Bench& bench, const AttendCase& c) {
     const CacheShape& shape = c.shape;
@@ -258,15 +302,25 @@ void test_attend(Bench& bench, const AttendCase& c) {
             }
         args.tiles = bench.upload(tiles);
         args.n_tiles = int64_t(tiles.size() / 2);
-        bench.kernels.attend_tiles(bench.stream, args);
     } else {
         args.max_positions = n_stored;
         args.room = bench.zeros(bench.kernels.attend_room_bytes(args));
         if (head_dim % 32 == 0) args.q8 = Q8::at(bench.room(Q8::n_bytes(n, width)), n, width);
+    }
+    const auto attend = [&](const AttendArgs& asked) {
+        if (c.tiled)
+            bench.kernels.attend_tiles(bench.stream, asked);
+        else
+            bench.kernels.attend(bench.stream, asked);
+    };
+    if (c.bound >= 0) {
+        args.q8 = {};
+        attend_in_parts(bench, c, cache, tokens, q, args, attend);
+    } else {
         // Twice: tickets must be as they were.
-        bench.kernels.attend(bench.stream, args);
+        attend(args);
         bench.stream.fill(args.out, 0xff, size_t(n * width) * sizeof(float));
-        bench.kernels.attend(bench.stream, args);
+        attend(args);
     }
     const auto got = bench.download<float>(args.out, size_t(n * width));
     if (args.q8) {
@@ -307,8 +361,9 @@ void test_attend(Bench& bench, const AttendCase& c) {
                 kernels::attend(
                     {shape.type, head_dim, args.scale, c.window, pages.data(), &asked, 1},
                     scratch.data());
-                const Wanted wanted = attend_slowly(keys, values, query, head_dim, first,
-                                                    token.position, double(args.scale));
+                const Wanted wanted =
+                    attend_slowly(keys, values, query, head_dim, first, token.position,
+                                  double(args.scale), c.bound < 0 ? 1 : 2);
                 for (int64_t d = 0; d < head_dim; ++d) {
                     const double value =
                         double(got[size_t((t * shape.n_head + head) * head_dim + d)]);
@@ -337,10 +392,11 @@ void add_attention_tests(std::vector<SelfTest>& tests) {
 
     const auto add = [&](const AttendCase& c) {
         tests.push_back(
-            {format("attend%s %s, %lld heads over %lld of %lld, to %lld, window %lld",
+            {format("attend%s %s, %lld heads over %lld of %lld, to %lld, window %lld%s",
                     c.tiled ? " tiles" : "", traits(c.shape.type).name, (long long)c.shape.n_head,
                     (long long)c.shape.n_head_kv, (long long)c.shape.head_dim,
-                    (long long)c.positions.back(), (long long)c.window),
+                    (long long)c.positions.back(), (long long)c.window,
+                    c.bound < 0 ? "" : format(", %lld pages", (long long)c.bound).c_str()),
              [=](Bench& bench) { test_attend(bench, c); }});
     };
     const std::vector<int64_t> few = {0, 1, 63, 64, 65, 700};
@@ -363,6 +419,13 @@ void add_attention_tests(std::vector<SelfTest>& tests) {
         add({{type, 1, 1, 32}, {8191, 8192, 9000}, 0, false});  // then sixteen
         add({{type, 1, 1, 32}, {2600}, 2100, false});
         add({{type, 40, 1, 32}, run, 0, true});  // a group larger than a tile
+        // Parts: of nothing, of one page, of all; one beyond all that a window sees.
+        for (const int64_t bound : {0, 1, 3, 11}) {
+            add({{type, 4, 2, 64}, few, 0, false, bound});
+            add({{type, 4, 2, 64}, few, 100, false, bound});
+            add({{type, 4, 2, bound % 2 ? 64 : 160}, run, bound % 3 ? 0 : 20, true, bound});
+        }
+        add({{type, 1, 1, 32}, {2047, 2500, 9000}, 0, false, 40});
     }
     add({{Type::f16, 100, 1, 16}, run, 0, true});  // a group larger than a tile, again
     for (const int64_t head_dim : {1, 7, 16, 20, 48, 112}) {

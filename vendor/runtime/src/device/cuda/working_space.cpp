@@ -16,7 +16,8 @@ InputLayout::InputLayout(const DeviceNeeds& needs) {
     base = tiles + 2 * n;
     pages = base + 1;
     cos_sin = pages + size_t(needs.n_pages);
-    n_words = cos_sin + n * size_t(needs.kv.head_dim);
+    bounds = cos_sin + n * size_t(needs.kv.head_dim);
+    n_words = bounds + (needs.kv_share.with_host ? n * size_t(needs.kv.n_layer) : 0);
 }
 
 WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, const KvArgs& kv_args) {
@@ -36,7 +37,7 @@ WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, cons
     attend_args.kv = kv_args;
     attend_args.n_head = needs.n_head;
     attend_args.n_tokens = few;
-    attend_args.max_positions = needs.n_pages * kernels::page_size;
+    attend_args.max_positions = device_pages(needs) * kernels::page_size;
     attend = share.kernels->attend_room_bytes(attend_args);
     terms = size_t(n) * (sizeof(Kernels::LogTerms) + sizeof(int32_t));
     tickets = size_t(needs.n_logits) * sizeof(uint32_t);
@@ -44,8 +45,12 @@ WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, cons
     best = size_t(needs.n_logits * best_of(needs)) * sizeof(Candidate);
     totals = size_t(needs.kv.n_layer) * n_totals * sizeof(uint64_t);
     counts = size_t(needs.kv.n_layer * n_ff) * sizeof(uint64_t);
-    exchange = Exchange::room_bytes(needs.kv.n_layer);
-    kv = size_t(needs.n_pages) * kv_args.page_stride;
+    exchange = Exchange::room_bytes(needs.kv.n_layer * (needs.kv_share.with_host ? 2 : 1));
+    // Parts of attention, the device's terms and what the host sends.
+    const bool in_parts = needs.kv_share.with_host && needs.kv_share.n_pages > 0;
+    kv_terms = in_parts ? size_t(n * needs.n_head * 2) * sizeof(float) : 0;
+    kv_other = in_parts ? size_t(n * needs.n_head * (needs.kv.head_dim + 2)) * sizeof(float) : 0;
+    kv = size_t(device_pages(needs)) * kv_args.page_stride;
 
     narrowed = widened = cublas = panels = 0;
     if (needs.deterministic || n <= few_tokens) return;
@@ -85,6 +90,7 @@ size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs) {
                            s.terms,        s.tickets,
                            s.partial_best, s.best,
                            s.totals,       s.counts,
+                           s.kv_terms,     s.kv_other,
                            s.kv,           size_t(needs.n_logits * needs.n_vocab) * sizeof(float)})
         if (n > 0) bytes += DeviceMemory::counted_bytes(n);
     for (const size_t n : {s.narrowed, s.widened, s.panels})

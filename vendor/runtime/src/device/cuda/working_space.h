@@ -30,10 +30,15 @@ struct GpuShare {
 // Tokens that one launch of the matrix kernels takes.
 inline constexpr int64_t few_tokens = 8;
 
+// Pages of keys and values that the device has room for.
+inline int64_t device_pages(const DeviceNeeds& needs) {
+    return needs.kv_share.with_host ? needs.kv_share.n_pages : needs.n_pages;
+}
+
 // Where everything lies that begin() brings: one array of 32-bit words.
 struct InputLayout {
-    // base: what rounds of an Exchange are counted from.
-    size_t positions = 0, tables, rules, tiles, base, pages, cos_sin, n_words;
+    // base: what rounds of an Exchange are counted from. bounds: [n_layer][n_tokens] of SharedKv.
+    size_t positions = 0, tables, rules, tiles, base, pages, cos_sin, bounds, n_words;
 
     explicit InputLayout(const DeviceNeeds& needs);
 };
@@ -41,7 +46,7 @@ struct InputLayout {
 // Arrays in device memory that a context has beside those it allocates, and their bytes.
 struct WorkingSizes {
     size_t inputs, q8, hidden, lifted, low, predictions, masks, named, list, partial, attend, terms,
-        tickets, partial_best, best, totals, counts, exchange, kv;
+        tickets, partial_best, best, totals, counts, exchange, kv_terms, kv_other, kv;
     // Of prompts through cuBLAS; 0 where it is not used.
     size_t narrowed, widened, cublas;
     size_t panels;  // two, for neurons that the host keeps; 0: none are brought

@@ -99,7 +99,9 @@ QI_KERNEL qi_append(f32* q, i64 q_stride, const f32* k, const f32* v, i64 kv_str
     }
     if (position < 0) return;
     const int kv_head = head - n_head, slot = position % page_size;
-    u8* keys = kv.head(tables[token] + position / page_size, kv_head);
+    const int page = tables[token] + position / page_size;
+    if (pages[page] < 0) return;
+    u8* keys = kv.head(page, kv_head);
     u8* values = keys + QI_KV::keys_bytes(head_dim);
     const f32* key = k + token * kv_stride + i64(kv_head) * head_dim;
     const f32* value = v + token * kv_stride + i64(kv_head) * head_dim;

@@ -34,6 +34,9 @@ struct Attention {
     f32* partial;  // [n_tokens][n_head][max_runs][head_dim + 2], sums, maximum and total
     u32* tickets;  // [n_tokens][grid.y], zeros
     Q8Rows q8;     // of out; where head_dim is a multiple of 32
+    // Not null: a part of an attention. out is left unnormalised, and these are the greatest score
+    // and the sum of exp(score - greatest), [n_tokens][n_head][2].
+    f32* terms;
 };
 
 // The block's shared memory, for `heads` query heads.
@@ -110,11 +113,26 @@ QI_DEVICE void score_page(const u8* keys, const Room& room, const Attention& a, 
     __syncthreads();
 }
 
-// Dimension d of a head's result; all lanes of a warp call together.
-QI_DEVICE void put(const Attention& a, i64 token, int head, int d, f32 value) {
+// Dimension d of a head's sum and what it is to be divided by; all lanes of a warp call together.
+QI_DEVICE void put(const Attention& a, i64 token, int head, int d, f32 sum, f32 total) {
     const int column = head * a.head_dim + d;
+    const f32 value = a.terms ? sum : sum / total;
     a.out[token * a.n_head * a.head_dim + column] = value;
     if (a.q8.codes) store_q8_lane(a.q8, token, column, value);
+}
+QI_DEVICE void put_terms(const Attention& a, i64 token, int head, f32 maximum, f32 total) {
+    if (!a.terms || threadIdx.x != 0) return;
+    a.terms[2 * (token * a.n_head + head)] = maximum;
+    a.terms[2 * (token * a.n_head + head) + 1] = total;
+}
+
+// The part of a token that sees nothing here.
+QI_DEVICE void put_nothing(const Attention& a, i64 token, int first_head, int n_heads) {
+    f32* out = a.out + (token * a.n_head + first_head) * a.head_dim;
+    for (int i = int(threadIdx.x); i < n_heads * a.head_dim; i += n_threads)
+        out[i] = 0.0f;
+    for (int h = 0; h < n_heads; ++h)
+        put_terms(a, token, first_head + h, -largest_float, 0.0f);
 }
 
 // Adds the runs of one head in order, a thread per dimension.
@@ -135,8 +153,9 @@ QI_DEVICE void combine_runs(const Attention& a, const f32* partial, int n_runs, 
             const f32* of_run = partial + run * stride;
             sum = fmaf(of_run[d], expf(of_run[a.head_dim] - maximum), sum);
         }
-        put(a, token, head, d, sum / total);
+        put(a, token, head, d, sum, total);
     }
+    put_terms(a, token, head, maximum, total);
 }
 
 template <class Kv, int heads>
@@ -144,19 +163,23 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
     extern __shared__ char shared_bytes[];
     const int token = int(blockIdx.z), position = tokens.positions[token];
     if (position < 0) return;
-    const int first = first_visible(position, a.window);
-    const int run_pages = pages_per_run(position - first + 1);
-    const int first_run = first / page_size / run_pages,
-              last_run = position / page_size / run_pages;
-    const int n_runs = last_run - first_run + 1, run = first_run + int(blockIdx.x);
-    if (run > last_run) return;
-
     const int head_dim = a.head_dim, group = a.n_head / a.n_head_kv;
     const int n_parts = ceil_div(group, heads);  // of a group too large for one block
     const int kv_head = int(blockIdx.y) / n_parts,
               first_of_group = int(blockIdx.y) % n_parts * heads;
     const int first_head = kv_head * group + first_of_group;
     const int n_heads = min_of(heads, group - first_of_group);
+
+    const int first = first_visible(position, a.window);
+    const int last = last_visible(tokens, token, position);
+    if (last < first) {
+        if (blockIdx.x == 0) put_nothing(a, token, first_head, n_heads);
+        return;
+    }
+    const int run_pages = pages_per_run(last - first + 1);
+    const int first_run = first / page_size / run_pages, last_run = last / page_size / run_pages;
+    const int n_runs = last_run - first_run + 1, run = first_run + int(blockIdx.x);
+    if (run > last_run) return;
 
     Room room;
     room.q = reinterpret_cast<f32*>(shared_bytes);
@@ -187,12 +210,12 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
             acc[h][i] = 0.0f;
 
     const int first_page = max_of(run * run_pages, first / page_size);
-    const int last_page = min_of((run + 1) * run_pages - 1, position / page_size);
+    const int last_page = min_of((run + 1) * run_pages - 1, last / page_size);
     for (int page = first_page; page <= last_page; ++page) {
         const u8* keys = kv.head(tokens.tables[token] + page, kv_head);
         const u8* values = keys + Kv::keys_bytes(head_dim);
         const int begin = max_of(first - page * page_size, 0);
-        const int end = min_of(position - page * page_size + 1, page_size);
+        const int end = min_of(last - page * page_size + 1, page_size);
         score_page<Kv, heads>(keys, room, a, begin, end);
 #pragma unroll
         for (int h = 0; h < heads; ++h) {
@@ -238,10 +261,11 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
             for (int r = 0; r < n_rows; ++r)
                 sum += room.sums[(r * n_chunks + d / 8) * 8 + d % 8];
             if (n_runs == 1)
-                put(a, token, first_head + h, d, sum / room.total[h]);
+                put(a, token, first_head + h, d, sum, room.total[h]);
             else
                 part[d] = sum;
         }
+        if (n_runs == 1) put_terms(a, token, first_head + h, room.maximum[h], room.total[h]);
         if (n_runs > 1 && threadIdx.x == 0) {
             part[head_dim] = room.maximum[h];
             part[head_dim + 1] = room.total[h];
@@ -260,7 +284,7 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
                    f32 scale, int window, int max_runs, f32* partial, u32* tickets,               \
                    const i32* positions, const i32* tables, u8* pool, i64 page_stride,            \
                    i64 layer_offset, i64 head_bytes, const i32* pages, i8* codes, f32* scales,    \
-                   f32* sums) {                                                                   \
+                   f32* sums, const i32* bounds, f32* terms) {                                    \
         attend<QI_KV, heads>({q,                                                                  \
                               q_stride,                                                           \
                               out,                                                                \
@@ -272,12 +296,28 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
                               max_runs,                                                           \
                               partial,                                                            \
                               tickets,                                                            \
-                              {codes, scales, sums, n_head * head_dim}},                          \
+                              {codes, scales, sums, n_head * head_dim},                           \
+                              terms},                                                             \
                              {pool, page_stride, layer_offset, head_bytes, pages},                \
-                             {positions, tables});                                                \
+                             {positions, tables, bounds});                                        \
     }
 
 QI_ATTEND(qi_attend_1, 1)
 QI_ATTEND(qi_attend_2, 2)
 QI_ATTEND(qi_attend_4, 4)
 QI_ATTEND(qi_attend_8, 8)
+
+// grid (n_head, n_tokens), 128 threads. The device's part, in out and terms, and the host's, with
+// the same shapes, become the attention of all positions. A part that sees nothing has a sum of
+// zero and changes nothing.
+QI_KERNEL qi_attend_merge(f32* out, const f32* terms, const f32* other, const f32* other_terms,
+                          int head_dim) {
+    const i64 head = i64(blockIdx.y) * gridDim.x + blockIdx.x;
+    const f32 maximum = fmaxf(terms[2 * head], other_terms[2 * head]);
+    const f32 here = expf(terms[2 * head] - maximum), there = expf(other_terms[2 * head] - maximum);
+    const f32 total = fmaf(here, terms[2 * head + 1], mul(there, other_terms[2 * head + 1]));
+    for (int d = int(threadIdx.x); d < head_dim; d += n_threads) {
+        const i64 at = head * head_dim + d;
+        out[at] = fmaf(here, out[at], mul(there, other[at])) / total;
+    }
+}

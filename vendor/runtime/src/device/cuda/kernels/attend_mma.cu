@@ -89,6 +89,7 @@ struct TileAttention {
     f32 scale;
     int window;
     const i32* tiles;  // [grid.x][2]: first token and number of tokens, all of one sequence
+    f32* terms;        // [n_tokens][n_head][2], or null: see attend.cu
 };
 
 template <class Kv>
@@ -201,7 +202,7 @@ QI_DEVICE void attend_mma(const TileAttention& a, const KvPages& kv, const Token
     const int g = lane_id() / 4, i = lane_id() % 4;
 
     // This lane has parts of two rows: token row / n_heads of the tile, head row % n_heads.
-    int position[2], first[2];
+    int first[2], last[2];  // positions it sees
     const f32* q[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -209,9 +210,10 @@ QI_DEVICE void attend_mma(const TileAttention& a, const KvPages& kv, const Token
         const bool real = row < n_tokens * n_heads;
         const i64 token = first_token + (real ? row / n_heads : 0);
         const int head = kv_head * group + first_of_group + row % n_heads;
-        position[r] = real ? tokens.positions[token] : -1;
-        first[r] = position[r] < 0 ? 0 : first_visible(position[r], a.window);
-        q[r] = position[r] < 0 ? nullptr : a.q + token * a.q_stride + i64(head) * head_dim;
+        const int position = real ? tokens.positions[token] : -1;
+        first[r] = position < 0 ? 0 : first_visible(position, a.window);
+        last[r] = last_visible(tokens, first_token, position);
+        q[r] = position < 0 ? nullptr : a.q + token * a.q_stride + i64(head) * head_dim;
     }
     __shared__ int first_seen, last_seen;
     if (threadIdx.x == 0) {
@@ -221,12 +223,12 @@ QI_DEVICE void attend_mma(const TileAttention& a, const KvPages& kv, const Token
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-        if (i == 0 && position[r] >= 0) {
+        if (i == 0 && last[r] >= first[r]) {
             atomicMin(&first_seen, first[r]);
-            atomicMax(&last_seen, position[r]);
+            atomicMax(&last_seen, last[r]);
         }
     __syncthreads();
-    if (last_seen < 0) return;
+    const int last_page = last_seen < 0 ? -1 : last_seen / page_size;
 
     // Queries as A fragments, brought to a common size row by row.
     u32 q_high[k_steps][4], q_low[k_steps][4];
@@ -262,7 +264,7 @@ QI_DEVICE void attend_mma(const TileAttention& a, const KvPages& kv, const Token
         for (int j = 0; j < 4; ++j)
             acc[n][j] = 0.0f;
 
-    for (int page = first_seen / page_size; page <= last_seen / page_size; ++page) {
+    for (int page = first_seen / page_size; page <= last_page; ++page) {
         const int start = page * page_size;
         copy_page(Kv{}, kv.head(tokens.tables[first_token] + page, kv_head), head_dim,
                   first_seen - start, last_seen - start + 1, shared);
@@ -310,7 +312,7 @@ QI_DEVICE void attend_mma(const TileAttention& a, const KvPages& kv, const Token
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int r = j / 2, at = start + 8 * n + 2 * i + j % 2;
-                const bool visible = at >= first[r] && at <= position[r];
+                const bool visible = at >= first[r] && at <= last[r];
                 s[n][j] = visible ? mul(s[n][j], back[r]) : -infinity();
                 largest[r] = fmaxf(largest[r], s[n][j]);
             }
@@ -350,17 +352,23 @@ QI_DEVICE void attend_mma(const TileAttention& a, const KvPages& kv, const Token
 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        if (position[r] < 0) continue;
-        const int row = 16 * warp_id() + g + 8 * r;
+        // Looked up again: registers are short.
+        const int row = 16 * warp_id() + g + 8 * r, token = first_token + row / n_heads;
+        if (row >= n_tokens * n_heads || tokens.positions[token] < 0) continue;
         const int head = kv_head * group + first_of_group + row % n_heads;
-        f32* out = a.out + (i64(first_token + row / n_heads) * a.n_head + head) * head_dim;
+        f32* out = a.out + (i64(token) * a.n_head + head) * head_dim;
+        const f32 divisor = a.terms ? 1.0f : total[r];
 #pragma unroll
         for (int n = 0; n < n_dims; ++n)
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const int d = 8 * n + 2 * i + j;
-                if (d < head_dim) out[d] = acc[n][2 * r + j] / total[r];
+                if (d < head_dim) out[d] = acc[n][2 * r + j] / divisor;
             }
+        if (!a.terms || i != 0) continue;
+        f32* terms = a.terms + 2 * (i64(token) * a.n_head + head);
+        terms[0] = maximum[r];
+        terms[1] = total[r];
     }
 }
 
@@ -369,10 +377,10 @@ QI_DEVICE void attend_mma(const TileAttention& a, const KvPages& kv, const Token
     QI_KERNEL name(const f32* q, i64 q_stride, f32* out, int n_head, int n_head_kv, int head_dim,  \
                    f32 scale, int window, const i32* tiles, const i32* positions,                  \
                    const i32* tables, u8* pool, i64 page_stride, i64 layer_offset, i64 head_bytes, \
-                   const i32* pages) {                                                             \
+                   const i32* pages, const i32* bounds, f32* terms) {                              \
         attend_mma<QI_KV, max_dim>(                                                                \
-            {q, q_stride, out, n_head, n_head_kv, head_dim, scale, window, tiles},                 \
-            {pool, page_stride, layer_offset, head_bytes, pages}, {positions, tables});            \
+            {q, q_stride, out, n_head, n_head_kv, head_dim, scale, window, tiles, terms},          \
+            {pool, page_stride, layer_offset, head_bytes, pages}, {positions, tables, bounds});    \
     }
 
 QI_ATTEND_MMA(qi_attend_mma_64, 64)

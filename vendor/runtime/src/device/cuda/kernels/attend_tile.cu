@@ -17,6 +17,7 @@ struct TileAttention {
     f32 scale;
     int window;
     const i32* tiles;  // [grid.x][2]: first token and number of tokens, all of one sequence
+    f32* terms;        // [n_tokens][n_head][2], or null: see attend.cu
 };
 
 QI_DEVICE void copy_bytes(u8* to, const u8* from, i64 n) {
@@ -49,6 +50,7 @@ QI_DEVICE void attend_tile(const TileAttention& a, const KvPages& kv, const Toke
     const int head = kv_head * group + first_of_group + row % n_heads;
     const int position = real ? tokens.positions[token] : -1;
     const int first = position < 0 ? 0 : first_visible(position, a.window);
+    const int last = last_visible(tokens, first_token, position);
     for (int d = part; d < head_dim; d += per_row)
         q[row * head_dim + d] = real ? a.q[token * a.q_stride + i64(head) * head_dim + d] : 0.0f;
 
@@ -59,13 +61,13 @@ QI_DEVICE void attend_tile(const TileAttention& a, const KvPages& kv, const Toke
         last_seen = -1;
     }
     __syncthreads();
-    if (part == 0 && position >= 0) {
+    if (part == 0 && position >= 0 && last >= first) {
         atomicMin(&first_seen, first);
-        atomicMax(&last_seen, position);
+        atomicMax(&last_seen, last);
     }
     __syncthreads();
-    if (last_seen < 0) return;
-    const int first_page = first_seen / page_size, last_page = last_seen / page_size;
+    const int first_page = first_seen / page_size;
+    const int last_page = last_seen < 0 ? -1 : last_seen / page_size;
 
     f32 maximum = -largest_float, total = 0.0f;
     f32 acc[n_chunks][8];
@@ -77,7 +79,7 @@ QI_DEVICE void attend_tile(const TileAttention& a, const KvPages& kv, const Toke
     for (int page = first_page; page <= last_page; ++page) {
         const u8* keys = kv.head(tokens.tables[first_token] + page, kv_head);
         const int begin = max_of(first - page * page_size, 0);
-        const int end = min_of(position - page * page_size + 1, page_size);
+        const int end = min_of(last - page * page_size + 1, page_size);
 
         copy_bytes(page_copy, keys, Kv::keys_bytes(head_dim));
         __syncthreads();
@@ -152,8 +154,12 @@ QI_DEVICE void attend_tile(const TileAttention& a, const KvPages& kv, const Toke
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const int d = 8 * (part + c * per_row) + i;
-            if (d < head_dim) out[d] = acc[c][i] / total;
+            if (d < head_dim) out[d] = a.terms ? acc[c][i] : acc[c][i] / total;
         }
+    if (a.terms && part == 0) {
+        a.terms[2 * (i64(token) * a.n_head + head)] = maximum;
+        a.terms[2 * (i64(token) * a.n_head + head) + 1] = total;
+    }
 }
 
 // grid (tiles, n_head_kv · parts of a group), 256 threads. Room for n_rows · (head_dim + 64) floats
@@ -162,10 +168,10 @@ QI_DEVICE void attend_tile(const TileAttention& a, const KvPages& kv, const Toke
     QI_KERNEL name(const f32* q, i64 q_stride, f32* out, int n_head, int n_head_kv, int head_dim,  \
                    f32 scale, int window, const i32* tiles, const i32* positions,                  \
                    const i32* tables, u8* pool, i64 page_stride, i64 layer_offset, i64 head_bytes, \
-                   const i32* pages) {                                                             \
+                   const i32* pages, const i32* bounds, f32* terms) {                              \
         attend_tile<QI_KV, n_rows>(                                                                \
-            {q, q_stride, out, n_head, n_head_kv, head_dim, scale, window, tiles},                 \
-            {pool, page_stride, layer_offset, head_bytes, pages}, {positions, tables});            \
+            {q, q_stride, out, n_head, n_head_kv, head_dim, scale, window, tiles, terms},          \
+            {pool, page_stride, layer_offset, head_bytes, pages}, {positions, tables, bounds});    \
     }
 
 QI_ATTEND_TILE(qi_attend_tile_32, 32)

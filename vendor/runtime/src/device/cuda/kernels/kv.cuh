@@ -12,7 +12,7 @@ struct KvPages {
     i64 page_stride;   // between pages, all layers included
     i64 layer_offset;  // of this layer inside a page
     i64 head_bytes;
-    const i32* pages;  // page tables of all sequences
+    const i32* pages;  // page tables of all sequences; below 0: not here
 
     QI_DEVICE u8* head(int page_of_table, int head) const {
         return pool + pages[page_of_table] * page_stride + layer_offset + head * head_bytes;
@@ -23,7 +23,13 @@ struct KvPages {
 struct Tokens {
     const i32* positions;  // below 0: no token here, nothing is stored or attended to
     const i32* tables;     // where the token's sequence has its table in KvPages::pages
+    const i32* bounds;     // or null: pages of the table from here on are left to the host
 };
+
+// The last position that a token at `position` sees here, before any it sees where nothing is.
+QI_DEVICE int last_visible(const Tokens& tokens, int token, int position) {
+    return tokens.bounds ? min_of(position, tokens.bounds[token] * page_size - 1) : position;
+}
 
 // The positions a token at `position` sees: [first, position].
 QI_DEVICE int first_visible(int position, int window) {
