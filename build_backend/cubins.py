@@ -102,12 +102,15 @@ def _bytes(size_of: object, get: object, program: ctypes.c_void_p) -> bytes:
 
 
 def compile_all(
-    jobs: list[Job], library: Path | None = None, kernels: Path = KERNELS
+    jobs: list[Job],
+    library: Path | None = None,
+    kernels: Path = KERNELS,
+    n_processes: int | None = None,
 ) -> Iterator[Result]:
-    """The results of all jobs, in their order; one process per usable core."""
+    """The results of all jobs, in their order; by default one process per usable core."""
     library = library or nvrtc_library()
     n = len(jobs)
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ProcessPoolExecutor(n_processes or len(os.sched_getaffinity(0))) as pool:
         yield from pool.map(compile_job, jobs, [library] * n, [kernels] * n, chunksize=4)
 
 

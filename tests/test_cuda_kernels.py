@@ -34,7 +34,10 @@ def nvrtc() -> Path:
 
 def compiled(nvrtc: Path, jobs: list[cubins.Job]) -> Iterator[cubins.Result]:
     """The results of jobs that all succeed without a warning."""
-    for result in cubins.compile_all(jobs, nvrtc):
+    # Other test processes want their share of the cores.
+    n_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    n_processes = max(1, len(os.sched_getaffinity(0)) // n_workers)
+    for result in cubins.compile_all(jobs, nvrtc, n_processes=n_processes):
         case = f"{result.job.unit} for sm_{result.job.architecture}"
         assert result.code, f"{case}:\n{result.log}"
         assert " warning" not in result.log, f"{case}:\n{result.log}"
