@@ -325,7 +325,7 @@ def test_keywords_change_the_settings_given_as_an_object(model: Model) -> None:
         {"stop": ["a", 512]},
         {"logits_processors": 5},
         {"logits_processors": [5]},
-        {"logits_processors": lambda tokens, logits: None},
+        {"logits_processors": print},
         {"temperature": -0.1},
         {"temperature": math.nan},
         {"temperature": "hot"},

@@ -159,6 +159,8 @@ struct Plan {
         return kept(result) > kept(other.result);
     }
     bool all_layers() const { return result.n_layers == int64_t(model.layers().size()); }
+    // Of the neurons that were asked for by name, or of all.
+    size_t wanted_neuron_bytes(const SplitChoice& split) const;
 
     // Attention, predictors and head, as far as they go, with the working space of a context.
     void add_weights(const DeviceNeeds& needs);
@@ -169,6 +171,16 @@ struct Plan {
     void leave_neurons();
     void add_neurons(const SplitChoice& split);
 };
+
+size_t Plan::wanted_neuron_bytes(const SplitChoice& split) const {
+    size_t bytes = 0;
+    for (size_t l = 0; l < model.layers().size(); ++l) {
+        const int64_t n =
+            split.neurons.empty() ? model.hyper_params().n_ff : int64_t(split.neurons[l].size());
+        bytes += accelerator.bytes_of(model.layers()[l].ffn, n);
+    }
+    return bytes;
+}
 
 void Plan::add_attention(DeviceNeeds needs) {
     result.kv_share = needs.kv_share;
@@ -228,13 +240,10 @@ void Plan::leave_neurons() {
 void Plan::add_neurons(const SplitChoice& split) {
     const int64_t n_ff = model.hyper_params().n_ff;
     const size_t for_neurons = room - used;
-    size_t all = 0;
-    for (const Layer& layer : model.layers())
-        all += accelerator.bytes_of(layer.ffn, n_ff);
     // Where all are kept, none has to move.
     const bool is_partial =
         split.neurons.empty()
-            ? all > for_neurons
+            ? wanted_neuron_bytes(split) > for_neurons
             : std::any_of(split.neurons.begin(), split.neurons.end(),
                           [&](const auto& ids) { return int64_t(ids.size()) < n_ff; });
     if (split.cache != NeuronCache::fixed && is_partial) {
@@ -263,6 +272,21 @@ void Plan::add_neurons(const SplitChoice& split) {
 
 }  // namespace
 
+namespace {
+
+// Whether keys and values that are all on the device would take more room than they leave for
+// neurons that want it, or some of what those asked for by name need.
+bool crowds_neurons_out(const Plan& whole, const DeviceNeeds& alone, const DeviceNeeds& none,
+                        const SplitChoice& split) {
+    if (!whole.result.head) return false;
+    const size_t left = whole.room - whole.used;
+    if (whole.wanted_neuron_bytes(split) <= left) return false;
+    const size_t kv = whole.accelerator.bytes_of(alone) - whole.accelerator.bytes_of(none);
+    return !split.neurons.empty() || kv > left;
+}
+
+}  // namespace
+
 Placement place(const Model& model, const Accelerator& accelerator, const DeviceNeeds& needs,
                 const KvWish& kv, const SplitChoice& split) {
     const size_t overhead = accelerator.reserve_overhead();
@@ -271,9 +295,10 @@ Placement place(const Model& model, const Accelerator& accelerator, const Device
     Plan whole{model, accelerator, room, {}}, parted{model, accelerator, room, {}};
     if (kv.mode == KvMode::device || kv.by_default()) whole.add_weights(alone);
     bool shared = false;
-    if (kv.mode != KvMode::device && !whole.result.head) {
+    const bool crowds = kv.by_default() && crowds_neurons_out(whole, alone, none, split);
+    if (kv.mode != KvMode::device && (!whole.result.head || crowds)) {
         parted.add_weights(none);
-        shared = !kv.by_default() || parted.keeps_more_than(whole);
+        shared = !kv.by_default() || crowds || parted.keeps_more_than(whole);
     }
     Plan& plan = shared ? parted : whole;
     if (plan.result.n_layers == 0) {

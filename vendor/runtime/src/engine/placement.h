@@ -5,9 +5,10 @@
 // head that does not fit leaves its room to neurons. Neurons go only where all attention and the
 // predictors are.
 //
-// Keys and values that do not all fit beside the attention, the predictors and the head are shared
-// with the host, and come after these: copies of pages get as much of the room that is left as
-// neurons do, unless a share was asked for, and what neurons do not need.
+// Keys and values that do not all fit beside the attention, the predictors and the head, or that
+// would take more room than they leave for neurons, are shared with the host, and come after these:
+// copies of pages get as much of the room that is left as neurons do, unless a share was asked for,
+// and what neurons do not need.
 #pragma once
 
 #include <cstdint>

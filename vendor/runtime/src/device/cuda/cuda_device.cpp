@@ -153,6 +153,12 @@ float* CudaDevice::allocate(size_t n) {
 void CudaDevice::release(float* array) {
     forget_prepared(array);
     recordings_.clear();  // they may use it
+    try {
+        const Current current(*share_.gpu);
+        stream_.synchronize();  // so may what is under way
+    } catch (const Error&) {
+        // A lost device uses nothing any more.
+    }
     arrays_.erase(array);
 }
 
