@@ -31,7 +31,9 @@ def _use(context: Any) -> npt.NDArray[np.floating]:
     for token in TOKENS[150:154]:
         feed({0: [token]})
     feed({0: TOKENS[154:180]}, generated=False)
-    feed({0: TOKENS[180:260], 1: TOKENS[:70]}, generated=False)
+    for token in TOKENS[180:183]:  # what was recorded before the prompt
+        feed({0: [token]})
+    feed({0: TOKENS[183:260], 1: TOKENS[:70]}, generated=False)
     for i in range(4):
         feed({0: [TOKENS[260 + i]], 1: [TOKENS[70 + i]]})
     context.fork(0, 1, 140)  # a page that both hold is written to

@@ -6,6 +6,7 @@
 
 #include "base/cpu.h"
 #include "base/error.h"
+#include "base/log.h"
 #include "kernels/attention.h"
 #include "sampling/sampler.h"
 
@@ -36,8 +37,8 @@ ContextOptions completed(const Model& model, ContextOptions options) {
     if (options.n_seq < 1 || options.n_seq > 65536)
         fail(QI_ARGUMENT, "n_seq is %lld, expected 1 to 65536", (long long)options.n_seq);
     if (options.n_batch == 0) options.n_batch = default_batch;
-    if (options.n_batch < 1 || options.n_batch > 65536)
-        fail(QI_ARGUMENT, "n_batch is %lld, expected 1 to 65536", (long long)options.n_batch);
+    if (options.n_batch < 1 || options.n_batch > 65535)
+        fail(QI_ARGUMENT, "n_batch is %lld, expected 1 to 65535", (long long)options.n_batch);
     if (options.n_threads == 0) options.n_threads = cpu_info().n_usable_cores;
     if (options.n_threads < 1 || options.n_threads > 1024)
         fail(QI_ARGUMENT, "n_threads is %d, expected 1 to 1024", options.n_threads);
@@ -197,6 +198,7 @@ void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done
         }
         for (const Stage& stage : stages_)
             stage.device->finish();
+        if (!generating) collect_counters();
     } catch (...) {
         for (const Start& start : starts)
             kv_.truncate(start.seq, start.length);
@@ -208,7 +210,6 @@ void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done
         stats_.generated_seconds += seconds_since(start_time);
         stats_.weight_bytes_read += model_->n_bytes_per_token() - model_->n_ffn_bytes_per_token();
     } else {
-        collect_counters();
         ffn_bytes_of_prompts_ += ffn_bytes_counted() - ffn_bytes_before;
         stats_.n_prompt_tokens += tokens.size();
         stats_.prompt_seconds += seconds_since(start_time);
@@ -353,11 +354,17 @@ void Context::step(std::span<const FeedToken> tokens, std::span<Sampler* const> 
     const std::lock_guard lock(counting_);
     compute(tokens, int64_t(n_best));
     const auto start = Clock::now();
-    for (size_t i = 0; i < tokens.size(); ++i) {
-        std::optional<int32_t> token;
-        if (n_deciding[i] > 0)
-            token = samplers[i]->sample_best({best_.data() + i * n_best, n_deciding[i]});
-        next[i] = token ? *token : samplers[i]->sample(logits(i));
+    try {
+        for (size_t i = 0; i < tokens.size(); ++i) {
+            std::optional<int32_t> token;
+            if (n_deciding[i] > 0)
+                token = samplers[i]->sample_best({best_.data() + i * n_best, n_deciding[i]});
+            next[i] = token ? *token : samplers[i]->sample(logits(i));
+        }
+    } catch (...) {
+        for (const FeedToken& t : tokens)
+            kv_.truncate(t.seq, kv_.length(t.seq) - 1);
+        throw;
     }
     stats_.sample_seconds += seconds_since(start);
     publish();
@@ -452,7 +459,14 @@ void Context::collect_counters() const {
 // What others read from now on. Devices' own counters cost a moment and are brought only where
 // somebody looks.
 void Context::publish() const {
-    if (wanted_.exchange(false, std::memory_order_relaxed)) collect_counters();
+    if (wanted_.exchange(false, std::memory_order_relaxed)) {
+        try {
+            collect_counters();
+        } catch (const Error& error) {
+            // What was computed stands; the counters are those of before.
+            log(LogLevel::warning, format("counters could not be read: %s", error.what()));
+        }
+    }
     qi_stats stats = stats_;
     if (stats.n_generated_tokens > 0)
         stats.weight_bytes_read += ffn_bytes_counted() - ffn_bytes_of_prompts_;

@@ -144,10 +144,18 @@ void Offload::place_anew(const DeviceNeeds& needs, const KvWish& kv, Device& hos
             format("neurons do not move: of %s the budget leaves no room to keep some and to "
                    "bring others",
                    size_text(accelerator_->budget()).c_str()));
-    if (placement.moving_bytes > 0)
-        accelerator_->move_neurons(
-            {split.cache, speeds_.value_or(Speeds{}), placement.moving_bytes});
+    if (placement.moving_bytes > 0) move_neurons(split.cache, placement.moving_bytes);
     placement_ = std::move(placement);
+}
+
+void Offload::move_neurons(NeuronCache cache, size_t room_bytes) {
+    try {
+        accelerator_->move_neurons({cache, speeds_.value_or(Speeds{}), room_bytes});
+    } catch (const Error& error) {
+        if (split_.cache != NeuronCache::fixed) throw;
+        // Nobody asked for it.
+        log(LogLevel::warning, format("neurons stay where they are: %s", error.what()));
+    }
 }
 
 Offload::Part Offload::make_part(const DeviceNeeds& needs, const KvWish& kv, Device& host) {

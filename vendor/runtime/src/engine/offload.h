@@ -62,6 +62,7 @@ class Offload {
     void check_by_neuron(const char* what) const;
     NeuronCache cache() const;          // how neurons will move
     void measure_speeds(Device& host);  // once
+    void move_neurons(NeuronCache cache, size_t room_bytes);
     void place_anew(const DeviceNeeds& needs, const KvWish& kv, Device& host);
 
     std::shared_ptr<const Model> model_;

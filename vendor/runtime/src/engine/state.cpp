@@ -68,8 +68,13 @@ void Context::load_state(int32_t seq, std::span<const std::byte> data) {
              sizeof found + size_t(pages_for(found.length)) * found.page_bytes, data.size());
     kv_.truncate(seq, 0);
     kv_.extend(seq, found.length);
-    for (int64_t p = 0; p < pages_for(found.length); ++p)
-        kv_.write_page(seq, p, data.data() + sizeof found + size_t(p) * found.page_bytes);
+    try {
+        for (int64_t p = 0; p < pages_for(found.length); ++p)
+            kv_.write_page(seq, p, data.data() + sizeof found + size_t(p) * found.page_bytes);
+    } catch (...) {
+        kv_.truncate(seq, 0);
+        throw;
+    }
 }
 
 }  // namespace qi

@@ -163,8 +163,9 @@ void CudaDevice::attend(int64_t layer, const AttentionShape& shape, const float*
     if (form == Form::device_alone) args.kv.bounds = 0;
     if (form == Form::both) args.terms = kv_terms_;
     if (form != Form::host_alone) attend_here(args);
-    exchange_->answer(stream_, kv_round_,
-                      [this, layer, shape] { shared_kv_->answer(layer, shape); });
+    exchange_->answer(stream_, kv_round_, [this, layer, shape, heads = shared_kv_->sent_heads()] {
+        shared_kv_->answer(layer, shape, heads);
+    });
     if (form == Form::device_alone) return;
     const int64_t n_values = args.n_tokens * shape.n_head * kv_.head_dim;
     if (form == Form::host_alone) {

@@ -246,8 +246,13 @@ void CudaDevice::replay_or_run(uint64_t key, const std::function<void()>& steps)
         rules = rules << 2 | uint64_t(rule);
     // Recordings take memory; a context that grows needs one per doubling of its length.
     if (recordings_.size() >= recordings_max) recordings_.clear();
-    Recording& recording = recordings_[{key, batch_.n_tokens, launch_positions(), rules}];
-    if (recording.n_runs++ == 0) return steps();
+    const RecordingKey known{key, batch_.n_tokens, launch_positions(), rules};
+    if (cannot_record_ || !recordings_.contains(known)) {
+        steps();
+        recordings_[known];  // once it has run to its end, its kernels are loaded
+        return;
+    }
+    Recording& recording = recordings_[known];
     const Current current = enter();
     prepared_from_ = 0;
     if (!recording.graph) {
@@ -256,10 +261,17 @@ void CudaDevice::replay_or_run(uint64_t key, const std::function<void()>& steps)
         if (exchange_) exchange_->begin_recording();
         try {
             recording.graph = Graph(stream_, steps);
-        } catch (...) {
+        } catch (const std::exception& error) {
             tallies_ = std::move(before);  // nothing of the steps was computed
             if (exchange_) exchange_->end_recording();
-            throw;
+            const auto* const known_error = dynamic_cast<const Error*>(&error);
+            if (!known_error || known_error->status() != QI_MEMORY) throw;
+            recordings_.clear();
+            cannot_record_ = true;
+            log(LogLevel::warning,
+                format("steps are not recorded any more, which makes them slower: %s",
+                       error.what()));
+            return steps();
         }
         if (exchange_) recording.answers = exchange_->end_recording();
         recording.tallies = std::move(tallies_);

@@ -184,6 +184,7 @@ class CudaDevice final : public Device {
     // not measured. By type and tokens, as ProductChoice has them.
     struct Trial {
         double streamed = 0, host = 0;
+        bool is_warm = false;  // brought once
     };
     std::map<std::pair<Type, int64_t>, Trial> trials_;
 
@@ -218,14 +219,14 @@ class CudaDevice final : public Device {
 
     // Steps recorded, by all that their launches depend on.
     struct Recording {
-        int n_runs = 0;
-        Graph graph;
+        Graph graph;  // none after the first run
         Exchange::Answers answers;
         std::vector<Tally> tallies;  // what one run of it adds
     };
     // The steps' own key, tokens, bound on positions, rules.
     using RecordingKey = std::tuple<uint64_t, int64_t, int64_t, uint64_t>;
     std::map<RecordingKey, Recording> recordings_;
+    bool cannot_record_ = false;  // for lack of memory
 };
 
 }  // namespace qi::cuda

@@ -290,7 +290,10 @@ void CudaDevice::collect_activations() {
         uint64_t* const activations = tallies_[i].activations;
         uint64_t* const of_mover =
             n_uncollected_ > 0 ? member_->counts_of(*tallies_[i].kept) : nullptr;
-        if (!activations && !of_mover) continue;
+        if (!activations && !of_mover) {
+            stream_.fill(counts_of(i), 0, n_ff * sizeof(uint64_t));
+            continue;
+        }
         counts.resize(n_ff);
         stream_.copy_to_host(counts.data(), counts_of(i), n_ff * sizeof(uint64_t));
         stream_.fill(counts_of(i), 0, n_ff * sizeof(uint64_t));

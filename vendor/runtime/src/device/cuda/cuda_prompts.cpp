@@ -83,6 +83,8 @@ void CudaDevice::add_trial(const FeedForward& ffn, const DeviceFfn& kept, bool s
     const Type type = ffn.up.weight.type;
     if (!panels_ || share_.choice->known(type, What::streamed, n)) return;
     Trial& trial = trials_[{type, int64_t(std::bit_ceil(uint64_t(n)))}];
+    // The first time kernels are loaded and chosen.
+    if (streamed && !std::exchange(trial.is_warm, true)) return;
     (streamed ? trial.streamed : trial.host) = seconds / double(kept.rest.neurons().size());
     if (trial.streamed == 0 || trial.host == 0) return;
     share_.choice->set(type, What::streamed, n, trial.streamed < trial.host);

@@ -145,10 +145,11 @@ double Kernels::LogTerms::log_probability() const {
 
 // ---- units ----
 
-const Function& Kernels::function(Source source, Type type, const char* name) {
+Function Kernels::function(Source source, Type type, const char* name) {
     static constexpr const char* files[n_sources] = {
         "norm.cu",   "matvec.cu", "matmul.cu",      "ffn.cu",        "down.cu",   "rows.cu",
         "append.cu", "attend.cu", "attend_tile.cu", "attend_mma.cu", "select.cu", "logits.cu"};
+    const std::lock_guard lock(units_mutex_);
     Unit& unit = units_[{source, type}];
     for (const auto& [known, found] : unit.functions)
         if (known == name) return found;

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <vector>
@@ -358,7 +359,8 @@ class Kernels {
     };
     static constexpr size_t n_sources = 12;
 
-    const Function& function(Source source, Type type, const char* name);
+    // From any thread, as contexts share their accelerator's kernels.
+    Function function(Source source, Type type, const char* name);
     void load(Source source, Type type, std::initializer_list<const char*> names);
     void attend_mma(const Stream& stream, const AttendArgs& args);
     void launch_product(const Stream& stream, const Input& in, std::span<const Product> products,
@@ -369,6 +371,7 @@ class Kernels {
     int64_t resident_warps() const;
 
     std::shared_ptr<Gpu> gpu_;
+    std::mutex units_mutex_;
     std::map<std::pair<Source, Type>, Unit> units_;
 };
 

@@ -4,6 +4,7 @@
 #include <bit>
 #include <chrono>
 #include <cstring>
+#include <utility>
 
 #include "base/error.h"
 #include "base/log.h"
@@ -73,6 +74,11 @@ NeuronMover::NeuronMover(std::shared_ptr<Gpu> gpu, std::shared_ptr<Kernels> kern
 }
 
 NeuronMover::~NeuronMover() {
+    // A forked process has no such thread, and the lock may be held for good.
+    if (!driver_if_usable()) {
+        thread_.detach();
+        return;
+    }
     {
         const std::lock_guard lock(mutex_);
         stopping_ = true;
@@ -92,6 +98,7 @@ NeuronMover::Member::Member(std::shared_ptr<NeuronMover> mover)
 }
 
 NeuronMover::Member::~Member() {
+    if (!driver_if_usable()) return;  // see ~NeuronMover
     const std::lock_guard lock(mover_->mutex_);
     std::erase(mover_->members_, this);
 }
@@ -120,15 +127,12 @@ void NeuronMover::take_counts(Member& member) {
     {
         const std::lock_guard lock(mutex_);
         if (handed_.size() >= handed_max) return;
+        // All that may fail comes first.
+        if (zeroed_.empty()) zeroed_.emplace_back(member.counts_.size());
+        handed_.emplace_back();
+        handed_.back() = std::exchange(member.counts_, std::move(zeroed_.back()));
+        zeroed_.pop_back();
         tokens_handed_ += std::exchange(member.n_tokens_, 0);
-        const size_t size = member.counts_.size();
-        handed_.push_back(std::move(member.counts_));
-        if (zeroed_.empty()) {
-            member.counts_.assign(size, 0);
-        } else {
-            member.counts_ = std::move(zeroed_.back());
-            zeroed_.pop_back();
-        }
     }
     changed_.notify_all();
 }

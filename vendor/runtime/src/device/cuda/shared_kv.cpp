@@ -19,7 +19,6 @@ SharedKv::SharedKv(const GpuShare& share, const DeviceNeeds& needs)
     : needs_(needs),
       slots_(needs.n_pages, needs.kv_share.n_pages),
       boundaries_(needs.kv.n_layer, needs.kv_share.host_share, needs.kv_share.step),
-      heads_(size_t(needs.kv.n_layer)),
       device_seconds_(size_t(needs.kv.n_layer)),
       host_seconds_(size_t(needs.kv.n_layer)) {
     // The device does not wait for the host to have stored a layer's before it sends the next.
@@ -61,19 +60,18 @@ Exchange::Rows SharedKv::sending(int64_t layer, const Heads& heads) {
             ? 0
             : size_t(layer * std::min(needs_.n_batch, few_tokens) * heads_floats(needs_));
     auto* const q = reinterpret_cast<float*>(sent_.data()) + offset;
-    Heads& here = heads_[size_t(layer)] = heads;
-    here.q = q;
-    here.k = q + (heads.k - heads.q);
-    here.v = q + (heads.v - heads.q);
+    heads_ = heads;
+    heads_.q = q;
+    heads_.k = q + (heads.k - heads.q);
+    heads_.v = q + (heads.v - heads.q);
     const int64_t n_words =
         heads.v - heads.q + (n - 1) * heads.kv_stride + needs_.kv.n_head_kv * needs_.kv.head_dim;
     return {reinterpret_cast<CUdeviceptr>(heads.q), sent_.device_address() + offset * sizeof(float),
             n_words};
 }
 
-void SharedKv::answer(int64_t layer, const AttentionShape& shape) {
+void SharedKv::answer(int64_t layer, const AttentionShape& shape, Heads heads) {
     const auto start = std::chrono::steady_clock::now();
-    Heads heads = heads_[size_t(layer)];
     if (form_ == Form::device_alone) heads.n_head = 0;
     host_.append(batch_, layer, heads);
     auto* const out = reinterpret_cast<float*>(answer_.data());

@@ -44,7 +44,10 @@ class SharedKv {
     Exchange::Rows sending(int64_t layer, const Heads& heads);
     // What the host does with them: it stores keys and values, and unless the device is alone it
     // attends to its part.
-    void answer(int64_t layer, const AttentionShape& shape);
+    // `heads` are those of sent_heads(), taken when they were sent: a replay sends what it
+    // recorded.
+    void answer(int64_t layer, const AttentionShape& shape, Heads heads);
+    const Heads& sent_heads() const { return heads_; }
     CUdeviceptr answered() const { return answer_.device_address(); }
 
     // ---- times ----
@@ -63,7 +66,7 @@ class SharedKv {
     KvBoundaries boundaries_;
     PinnedMemory sent_;    // by layer [few_tokens] rows of queries, keys and values, or [n_batch]
     PinnedMemory answer_;  // part_floats
-    std::vector<Heads> heads_;  // [n_layer], in sent_
+    Heads heads_{};        // last sent, in sent_
     Form form_ = Form::both;
     BatchInputs batch_{};
     std::vector<int64_t> first_;  // [n_segments] position that is the host's, of a layer
