@@ -36,7 +36,10 @@ def _line(layer: LayerStats, n_ff: int, n_computed: int, is_shared: bool) -> str
     times = [layer.seconds, layer.predict_seconds]
     if is_shared:
         times += [layer.device_seconds, layer.host_seconds, layer.wait_seconds]
-    milliseconds = "".join(f"{t / max(n_computed, 1) * 1e3:>9.3f}" for t in times)
+    # Nobody times a layer that a GPU computes as a part of a recorded whole.
+    milliseconds = "".join(
+        f"{t / max(n_computed, 1) * 1e3:>9.3f}" if t > 0 else f"{'-':>9}" for t in times
+    )
     return f"{active:>16}{predicted:>16}{missed:>9}{milliseconds}"
 
 
