@@ -116,7 +116,7 @@ def test_a_wrong_kernel_is_found(tmp_path: Path) -> None:
     done = run_check("--word", "add 3", "--parts", "kernels", variables=variables)
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(
-        r"^FAILED kernels add 31: error inf of 1, 372 values", done.stdout, re.MULTILINE
+        r"^FAILED kernels add 31: error inf of 1, \d+ values", done.stdout, re.MULTILINE
     )
     assert re.search(r"^kernels +0 +1 +0$", done.stdout, re.MULTILINE)
 
