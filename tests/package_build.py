@@ -51,6 +51,13 @@ def build() -> Build:
     with tarfile.open(sdist) as archive:
         archive.extractall(output, filter="data")
     project = output / sdist.name.removesuffix(".tar.gz")
-    wheel = _built(project, "build_wheel", output, {"build-dir": str(output / "tree")})
-    objects = sorted((output / "tree").rglob("*.o"))
-    return Build(sdist, wheel, objects, folder)
+    # As far from the sources as the presets' folders, so that a compiler cache knows the objects.
+    tree = project / "build" / "tree"
+    wheel = _built(project, "build_wheel", output, {"build-dir": str(tree)})
+    return Build(sdist, wheel, sorted(tree.rglob("*.o")), folder)
+
+
+def symbols(path: Path, *options: str) -> set[str]:
+    """The names in a library or an object file, as `nm` with these options lists them."""
+    lines = subprocess.check_output(["nm", *options, str(path)], text=True).splitlines()
+    return {line.split()[-1].partition("@")[0] for line in lines}

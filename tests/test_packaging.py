@@ -1,7 +1,8 @@
-"""What is built and installed: the sdist, the wheel and its contents, the import, refusals."""
+"""What is built and installed: sdist, wheel, object files, the import, refusals."""
 
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -12,9 +13,22 @@ from pathlib import Path
 
 import pytest
 
-from package_build import ROOT, build, call_backend
+from package_build import ROOT, build, call_backend, symbols
 
 MODEL = "qinfer/data/relu-stories-15M.gguf"
+
+# Ends the process, prints or touches its standard streams; formatting into memory is fine.
+FORBIDDEN = re.compile(
+    r"(_*abort|_*exit|_Exit|quick_exit|raise|kill|signal|sigaction|__assert_\w+|"
+    r"(__)?v?(f|d)?printf(_chk)?|f?puts|f?putc|putchar|fwrite|perror|syslog|"
+    r"stdout|stderr|stdin|_ZSt(4cout|4cerr|4clog)|_ZSt9terminatev|_ZNSt8ios_base4InitC[12]Ev)"
+)
+
+# The destructor of std::thread names it, for a thread that is neither joined nor detached.
+STANDARD_LIBRARY = {
+    ("thread_pool.cpp.o", "_ZSt9terminatev"),
+    ("neuron_mover.cpp.o", "_ZSt9terminatev"),
+}
 
 # What `import qinfer` leaves to the moment it is needed.
 LATE = ["click", "huggingface_hub", "jinja2", "pycparser", "rich", "sentencepiece", "tokenizers"]
@@ -99,6 +113,15 @@ def test_the_wheel_from_the_sdist_runs_and_knows_its_commit(tmp_path: Path) -> N
         assert version == f"{release}+{head.strip()}"
     else:
         assert version.startswith(f"{release}+")
+
+
+def test_our_objects_neither_end_the_process_nor_print() -> None:
+    objects = build().objects
+    assert len(objects) > 20
+    imported = {(path.name, name) for path in objects for name in symbols(path, "--undefined-only")}
+    assert "memcpy" in {name for _, name in imported}
+    found = {(path, name) for path, name in imported if FORBIDDEN.fullmatch(name)}
+    assert found <= STANDARD_LIBRARY
 
 
 def test_import_costs_at_most_40_ms_beyond_numpy(tmp_path: Path) -> None:

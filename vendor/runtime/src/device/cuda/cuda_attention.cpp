@@ -155,6 +155,7 @@ void CudaDevice::attend(int64_t layer, const AttentionShape& shape, const float*
     args.window = shape.sliding_window;
     args.out = address(out);
     args.room = attend_room_;
+    args.tickets = attend_tickets_;
     args.n_tokens = batch_.n_tokens;
     if (!shared_kv_) return attend_here(args);
 

@@ -43,6 +43,8 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     if (sizes.list) list_ = NeuronList::at(take(sizes.list, "predictions"), needs.n_ff);
     partial_ = take(sizes.partial, "activations");
     attend_room_ = take(sizes.attend, "attention");
+    attend_tickets_ = take(sizes.attend_tickets, "attention");
+    stream_.fill(attend_tickets_, 0, sizes.attend_tickets);
     terms_ = take(sizes.terms, "log-probabilities");
     tickets_ = take(sizes.tickets, "logits");
     if (tickets_) stream_.fill(tickets_, 0, sizes.tickets);
@@ -66,11 +68,6 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     kv_terms_ = take(sizes.kv_terms, "attention");
     kv_other_ = take(sizes.kv_other, "attention");
     kv_.pool = take(sizes.kv, "keys and values");
-    AttendArgs tickets;
-    tickets.kv = kv_;
-    tickets.n_head = needs.n_head;
-    tickets.n_tokens = std::min(needs.n_batch, few_tokens);
-    stream_.fill(attend_room_, 0, Kernels::attend_ticket_bytes(tickets));
     for (const size_t n : needs.arrays)
         spare_.emplace_back(share_.gpu, share_.budget, n * sizeof(float), "activations");
     spare_.emplace_back(share_.gpu, share_.budget,

@@ -156,7 +156,7 @@ class CudaDevice final : public Device {
 
     // Addresses of the arrays that WorkingSizes lists.
     CUdeviceptr inputs_, q8_, hidden_, lifted_, low_, predictions_, masks_, named_, partial_,
-        attend_room_, terms_, tickets_, partial_best_, best_, kv_terms_, kv_other_;
+        attend_room_, attend_tickets_, terms_, tickets_, partial_best_, best_, kv_terms_, kv_other_;
     NeuronList list_;
     KvArgs kv_;
 

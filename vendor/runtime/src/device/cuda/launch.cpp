@@ -452,12 +452,13 @@ void Kernels::append(const Stream& stream, const AppendArgs& args) {
 }
 
 size_t Kernels::attend_ticket_bytes(const AttendArgs& args) {
-    return round256(size_t(args.n_tokens * attend_blocks_y(args)) * sizeof(uint32_t));
+    return size_t(args.n_tokens * attend_blocks_y(args)) * sizeof(uint32_t);
 }
 
-size_t Kernels::attend_room_bytes(const AttendArgs& args) const {
-    const auto n_partials = size_t(args.n_tokens * args.n_head * attend_runs(args));
-    return attend_ticket_bytes(args) + n_partials * size_t(args.kv.head_dim + 2) * sizeof(float);
+size_t Kernels::attend_room_bytes(const AttendArgs& args) {
+    // One run more, for a window that begins inside one.
+    const auto n_partials = size_t(args.n_tokens * args.n_head * (attend_runs(args) + 1));
+    return n_partials * size_t(args.kv.head_dim + 2) * sizeof(float);
 }
 
 void Kernels::attend(const Stream& stream, const AttendArgs& args) {
@@ -474,10 +475,9 @@ void Kernels::attend(const Stream& stream, const AttendArgs& args) {
         .launch(stream, {unsigned(runs), unsigned(attend_blocks_y(args)), unsigned(args.n_tokens)},
                 {attend_threads}, unsigned(shared), args.q, (long long)args.q_stride, args.out,
                 int(args.n_head), int(kv.n_head_kv), int(kv.head_dim), args.scale, int(args.window),
-                int(runs), args.room + attend_ticket_bytes(args), args.room, kv.positions,
-                kv.tables, kv.pool, (long long)kv.page_stride, (long long)kv.layer_offset,
-                (long long)kv.head_bytes, kv.pages, args.q8.codes, args.q8.scales, args.q8.sums,
-                kv.bounds, args.terms);
+                int(runs), args.room, args.tickets, kv.positions, kv.tables, kv.pool,
+                (long long)kv.page_stride, (long long)kv.layer_offset, (long long)kv.head_bytes,
+                kv.pages, args.q8.codes, args.q8.scales, args.q8.sums, kv.bounds, args.terms);
 }
 
 void Kernels::attend_merge(const Stream& stream, const AttendArgs& args, CUdeviceptr other,

@@ -156,9 +156,11 @@ struct AttendArgs {
     CUdeviceptr terms = 0;
     int64_t n_tokens = 0;
     // Few tokens: no position is at or beyond this, which fixes the launch; room of
-    // attend_room_bytes, whose first attend_ticket_bytes were zeroed once.
+    // attend_room_bytes; and attend_ticket_bytes that were zeroed once, that every launch leaves
+    // zeroed, and that launches of other numbers of tokens may share.
     int64_t max_positions = 0;
     CUdeviceptr room = 0;
+    CUdeviceptr tickets = 0;
     // Many tokens: int32 [n_tiles][2], first token and number of tokens of each tile, all of one
     // sequence and at most attend_tile_tokens of them.
     CUdeviceptr tiles = 0;
@@ -252,7 +254,8 @@ class Kernels {
     void append(const Stream& stream, const AppendArgs& args);
     // By runs of pages, for few tokens.
     void attend(const Stream& stream, const AttendArgs& args);
-    size_t attend_room_bytes(const AttendArgs& args) const;
+    // Of args whose window is not known yet, too.
+    static size_t attend_room_bytes(const AttendArgs& args);
     static size_t attend_ticket_bytes(const AttendArgs& args);
     // By tiles of tokens, for prompts: by tensor cores where heads are multiples of 16 up to 128,
     // else by plain arithmetic. 0 tokens per tile: heads too wide, use attend.

@@ -304,7 +304,8 @@ void test_attend(Bench& bench, const AttendCase& c) {
         args.n_tiles = int64_t(tiles.size() / 2);
     } else {
         args.max_positions = n_stored;
-        args.room = bench.zeros(bench.kernels.attend_room_bytes(args));
+        args.room = bench.room(Kernels::attend_room_bytes(args));
+        args.tickets = bench.zeros(Kernels::attend_ticket_bytes(args));
         if (head_dim % 32 == 0) args.q8 = Q8::at(bench.room(Q8::n_bytes(n, width)), n, width);
     }
     const auto attend = [&](const AttendArgs& asked) {
@@ -317,8 +318,14 @@ void test_attend(Bench& bench, const AttendCase& c) {
         args.q8 = {};
         attend_in_parts(bench, c, cache, tokens, q, args, attend);
     } else {
-        // Twice: tickets must be as they were.
+        // Twice, and fewer tokens between: tickets must be as they were.
         attend(args);
+        if (!c.tiled) {
+            AttendArgs fewer = args;
+            fewer.n_tokens = 1;
+            fewer.q8 = {};
+            attend(fewer);
+        }
         bench.stream.fill(args.out, 0xff, size_t(n * width) * sizeof(float));
         attend(args);
     }
@@ -418,7 +425,8 @@ void add_attention_tests(std::vector<SelfTest>& tests) {
         add({{type, 1, 1, 32}, {2047, 2048, 2500}, 0, false});  // a page per run, then four
         add({{type, 1, 1, 32}, {8191, 8192, 9000}, 0, false});  // then sixteen
         add({{type, 1, 1, 32}, {2600}, 2100, false});
-        add({{type, 40, 1, 32}, run, 0, true});  // a group larger than a tile
+        add({{type, 40, 1, 32}, run, 0, true});               // a group larger than a tile
+        add({{type, 32, 32, 32}, {70, 129, 130}, 0, false});  // as many tickets as a step has
         // Parts: of nothing, of one page, of all; one beyond all that a window sees.
         for (const int64_t bound : {0, 1, 3, 11}) {
             add({{type, 4, 2, 64}, few, 0, false, bound});

@@ -38,7 +38,8 @@ WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, cons
     attend_args.n_head = needs.n_head;
     attend_args.n_tokens = few;
     attend_args.max_positions = device_pages(needs) * kernels::page_size;
-    attend = share.kernels->attend_room_bytes(attend_args);
+    attend = Kernels::attend_room_bytes(attend_args);
+    attend_tickets = Kernels::attend_ticket_bytes(attend_args);
     terms = size_t(n) * (sizeof(Kernels::LogTerms) + sizeof(int32_t));
     tickets = size_t(needs.n_logits) * sizeof(uint32_t);
     partial_best = Kernels::argmax_partial_bytes(needs.n_logits, needs.n_vocab);
@@ -81,17 +82,29 @@ KvArgs kv_args_for(const DeviceNeeds& needs) {
 size_t working_bytes(const GpuShare& share, const DeviceNeeds& needs) {
     const WorkingSizes s(share, needs, kv_args_for(needs));
     size_t bytes = 0;
-    for (const size_t n : {s.inputs,       s.q8,
-                           s.hidden,       s.lifted,
-                           s.low,          s.predictions,
-                           s.masks,        s.named,
-                           s.list,         s.partial,
-                           s.exchange,     s.attend,
-                           s.terms,        s.tickets,
-                           s.partial_best, s.best,
-                           s.totals,       s.counts,
-                           s.kv_terms,     s.kv_other,
-                           s.kv,           size_t(needs.n_logits * needs.n_vocab) * sizeof(float)})
+    for (const size_t n : {s.inputs,
+                           s.q8,
+                           s.hidden,
+                           s.lifted,
+                           s.low,
+                           s.predictions,
+                           s.masks,
+                           s.named,
+                           s.list,
+                           s.partial,
+                           s.exchange,
+                           s.attend,
+                           s.attend_tickets,
+                           s.terms,
+                           s.tickets,
+                           s.partial_best,
+                           s.best,
+                           s.totals,
+                           s.counts,
+                           s.kv_terms,
+                           s.kv_other,
+                           s.kv,
+                           size_t(needs.n_logits * needs.n_vocab) * sizeof(float)})
         if (n > 0) bytes += DeviceMemory::counted_bytes(n);
     for (const size_t n : {s.narrowed, s.widened, s.panels})
         if (n > 0) bytes += DeviceMemory::counted_bytes(n);

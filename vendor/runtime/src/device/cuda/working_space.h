@@ -45,8 +45,9 @@ struct InputLayout {
 
 // Arrays in device memory that a context has beside those it allocates, and their bytes.
 struct WorkingSizes {
-    size_t inputs, q8, hidden, lifted, low, predictions, masks, named, list, partial, attend, terms,
-        tickets, partial_best, best, totals, counts, exchange, kv_terms, kv_other, kv;
+    size_t inputs, q8, hidden, lifted, low, predictions, masks, named, list, partial, attend,
+        attend_tickets, terms, tickets, partial_best, best, totals, counts, exchange, kv_terms,
+        kv_other, kv;
     // Of prompts through cuBLAS; 0 where it is not used.
     size_t narrowed, widened, cublas;
     size_t panels;  // two, for neurons that the host keeps; 0: none are brought
