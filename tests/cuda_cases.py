@@ -115,6 +115,21 @@ def compare(
     return found
 
 
+def changing_steps(path: str, steps: list[int]) -> list[float]:
+    """Relative errors of the GPU's logits where steps of several lengths follow one another."""
+    tokens = np.random.default_rng(6).integers(0, 301, sum(steps)).tolist()
+    found = []
+    for device in ("cpu", "cuda"):
+        with Model(path, device=device, n_ctx=len(tokens), sparsity="off") as model:
+            context, rows, begin = model.context(), [], 0
+            for step in steps:
+                context.feed(tokens[begin : begin + step], logits="all", generated=True)
+                rows.append(context.all_logits.copy())
+                begin += step
+            found.append(np.concatenate(rows))
+    return _errors(found[1], found[0])
+
+
 def replayed(path: str, share: str) -> dict[str, Any]:
     """Steps that are computed, recorded and replayed: their logits, and the graphs there are."""
     counts = (ctypes.c_uint64 * 7)()

@@ -94,6 +94,14 @@ def test_one_layer(tmp_path: Path) -> None:
     assert max(found["half"]["off"]["1"]) < 2e-5
 
 
+def test_steps_of_changing_length(tmp_path: Path) -> None:
+    """With as many heads as a step has most room of; beyond the first page, where runs are added."""
+    sizes = {"n_embd": 256, "n_head": 32, "n_head_kv": 32, "n_ff": 64, "n_layer": 1}
+    path = Case("llama", sizes=sizes).write(tmp_path)
+    found = on_gpu("changing_steps", path, [70, 1, 5, 8, 1, 3, 8, 2])
+    assert max(found) < 1e-4
+
+
 @pytest.mark.parametrize("name", QUANTISED)
 def test_quantised_weights(name: str, tmp_path: Path) -> None:
     """A sum that differs in its last bit may fall on the other side of an int8 code."""
