@@ -74,11 +74,16 @@ class Probe {
         h_ = weights_.allocate(size_t(n_ff) * sizeof(float));
         y_ = weights_.allocate(size_t(n_embd) * sizeof(float));
         partial_ = weights_.allocate(size_t(n_partitions * n_embd) * sizeof(float));
-        named_ = weights_.allocate(size_t(name_words(n_ff)) * sizeof(uint32_t));
+        named_ = weights_.allocate(one_in * n_name_bytes(n_ff));
         stream_.emplace(share.gpu);
         stream_->copy_to_device(x_, x.data(), x.size() * sizeof(float));
         if (wants_q8(ffn.up.weight.type)) kernels_.quantise(*stream_, x_, 1, n_embd, q8_);
         stream_->fill(y_, 0, size_t(n_embd) * sizeof(float));
+        std::vector<uint32_t> names(one_in * n_name_bytes(n_ff) / sizeof(uint32_t), 0);
+        for (int64_t first = 0; first < one_in; ++first)
+            for (const int32_t j : some_neurons(n, first))
+                names[size_t(first * name_words(n_ff) + j / 32)] |= 1u << j % 32;
+        stream_->copy_to_device(named_, names.data(), names.size() * sizeof(uint32_t));
         stream_->synchronize();
     }
 
@@ -87,32 +92,38 @@ class Probe {
         const auto n_ff = size_t(ffn.up.weight.n_rows), n_embd = size_t(ffn.up.weight.n_cols);
         return Weights::bytes_of(ffn, n) + NeuronList::n_bytes(int64_t(n_ff)) +
                Q8::n_bytes(1, int64_t(n_embd)) +
-               ((2 + n_partitions) * n_embd + 2 * n_ff) * sizeof(float) + 8 * 256;
+               ((2 + n_partitions) * n_embd + n_ff) * sizeof(float) +
+               one_in * n_name_bytes(int64_t(n_ff)) + 8 * 256;
     }
 
+    // As steps are replayed: networks of a graph, each with other neurons, which are in no cache.
     double seconds() {
         const DeviceFfn& kept = weights_.find(ffn_);
+        launch(kept, 0);  // loads the kernels
+        const Graph networks(*stream_, [&] {
+            for (int64_t first = 0; first < one_in; ++first)
+                launch(kept, first);
+        });
         const Event begin(stream_->gpu(), true), end(stream_->gpu(), true);
         std::vector<double> seconds;
         for (int round = 0; round < n_rounds; ++round) {
-            const auto n_ff = ffn_.up.weight.n_rows;
-            std::vector<uint32_t> named(size_t(name_words(n_ff)), 0);
-            for (const int32_t j : some_neurons(kept.n_slots(), round % one_in))
-                named[size_t(j / 32)] |= 1u << j % 32;
-            stream_->copy_to_device(named_, named.data(), named.size() * sizeof(uint32_t));
             begin.record(*stream_);
-            launch(kept);
+            networks.launch(*stream_);
             end.record(*stream_);
             stream_->synchronize();
-            seconds.push_back(Event::seconds_between(begin, end));
+            seconds.push_back(Event::seconds_between(begin, end) / one_in);
         }
         return median(seconds);
     }
 
   private:
-    void launch(const DeviceFfn& kept) {
-        const int64_t n_embd = ffn_.up.weight.n_cols;
-        kernels_.compact(*stream_, named_, kept.slot_of_neuron, ffn_.up.weight.n_rows, list_);
+    static size_t n_name_bytes(int64_t n_ff) { return size_t(name_words(n_ff)) * sizeof(uint32_t); }
+
+    // Of every tenth neuron from `first` on.
+    void launch(const DeviceFfn& kept, int64_t first) {
+        const int64_t n_embd = ffn_.up.weight.n_cols, n_ff = ffn_.up.weight.n_rows;
+        const CUdeviceptr named = named_ + size_t(first) * n_name_bytes(n_ff);
+        kernels_.compact(*stream_, named, kept.slot_of_neuron, n_ff, list_);
         FfnArgs rows;
         rows.w = kept.weights;
         // Gates of another type cost about what these do.
