@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "base/log.h"
+#include "base/signal_mask.h"
 
 namespace qi::cuda {
 
@@ -70,6 +71,7 @@ NeuronMover::NeuronMover(std::shared_ptr<Gpu> gpu, std::shared_ptr<Kernels> kern
     slots_ = PinnedMemory(gpu_, slots_bytes, "moving neurons");
     for (PinnedMemory& staging : staging_)
         staging = PinnedMemory(gpu_, std::max(chunk_bytes, largest), "moving neurons");
+    const FaultSignalsOnly mask;
     thread_ = std::thread([this] { work(); });
 }
 
