@@ -302,6 +302,52 @@ def budgets(path: str, sizes: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def placed_again(path: str, cache: str) -> dict[str, Any]:
+    """What is kept for contexts made one after the other, and for each as a model's first.
+
+    `first` is of a model whose sparsity is timed before, `second` of one that finds the times.
+    """
+    import os
+
+    from qinfer import sparsity
+    from qinfer._cuda import configure
+
+    configure()
+    sparsity._STEPS = 8  # enough for neurons to move
+    os.environ["QINFER_CACHE_DIR"] = cache  # of times alone: kernels stay where they are
+    options: dict[str, Any] = {"device": "cuda", "vram_budget": "8MiB", "sparsity": "off"}
+
+    def kept(model: Model, sizes: dict[str, Any]) -> list[Any]:
+        with model.context(**sizes):
+            share, placement = model._weights.offload, model.placement
+            assert share is not None
+            assert placement is not None
+            ids = [share.neurons(layer).tolist() for layer in range(model.info.n_layer)]
+            return [ids, placement.used_bytes, placement.summary, placement.n_moved]
+
+    contexts: list[dict[str, Any]] = [
+        {"n_ctx": 64, "n_batch": 32},
+        {"n_ctx": 512, "n_batch": 32},
+        {"n_ctx": 64, "n_batch": 32},
+        {"n_ctx": 64, "n_batch": 128},
+        {"n_ctx": 64, "n_batch": 32, "kv_mode": "host"},
+    ]
+    with Model(path, n_ctx=128, **options) as model:
+        in_turn = [kept(model, sizes) for sizes in contexts]
+    alone = []
+    for sizes in contexts:
+        with Model(path, n_ctx=128, **options) as model:
+            alone.append(kept(model, sizes))
+    found: dict[str, Any] = {"in_turn": in_turn, "alone": alone}
+    for name in ("first", "second"):
+        found[f"{name} has times"] = (Path(cache) / "sparsity.json").exists()
+        options |= {"vram_budget": "18MiB", "sparsity": "auto", "neuron_cache": "frequency"}
+        with Model(path, n_ctx=64, **options) as model:
+            found[name] = kept(model, {})
+    found["left"] = int(_cuda().standin_allocated())
+    return found
+
+
 def early(path: str, sizes: list[str]) -> list[dict[str, Any]]:
     """Errors of logits whose predictions are made one layer early, by what a budget keeps."""
     rows = []

@@ -159,6 +159,16 @@ def test_budgets() -> None:
     assert any(0 < row["n_neurons"] < 6 * 768 for row in kept)
 
 
+def test_what_is_kept_does_not_depend_on_contexts_before(tmp_path: Path) -> None:
+    """Nor on whether the modes of sparsity had to be timed first."""
+    found = on_gpu("placed_again", STORIES, tmp_path)
+    assert found["in_turn"] == found["alone"]
+    assert len({str(ids) for ids, *_ in found["alone"]}) > 3
+    assert (found["first has times"], found["second has times"]) == (False, True)
+    assert found["first"] == found["second"]
+    assert found["left"] == 0
+
+
 def test_predictions_one_layer_early() -> None:
     """On the GPU, and where the layer before is on another device."""
     rows = on_gpu("early", STORIES, ["5MiB", "8MiB", "60MiB"])
@@ -268,7 +278,7 @@ def test_contexts_beyond_the_first() -> None:
     assert "takes " in first and " of 8.0 MiB are left beside the model" in first
     kept = found["kept"]
     assert 0 < kept["larger"] < kept["first"] == kept["third"] == kept["after a call"]
-    assert kept["at last"] == kept["last"] == kept["larger"]
+    assert kept["at last"] == kept["last"] == kept["first"]
     assert "one layer's attention" in found["why"]
     assert found["left"] == 0
 
