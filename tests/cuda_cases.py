@@ -167,6 +167,32 @@ def cancelled(path: str, share: str, options: dict[str, Any] | None = None) -> d
     }
 
 
+def waits_in_vain(path: str) -> dict[str, Any]:
+    """Steps of a model whose neurons are the processor's, while a minute is a microsecond.
+
+    What the first that failed says, and whether the others' logits are right; before, and after.
+    """
+    cuda = _cuda()
+    cuda.standin_set.restype = ctypes.c_bool
+    found: dict[str, Any] = {"said": []}
+    with _shared(path, "none") as model, model.context() as context:
+        expected = _logits(context, 1)
+        found["before"] = max(_errors(_logits(context, 1), expected))
+        length = context.length()
+        assert cuda.standin_set(b"clock_rate", ctypes.c_uint64(60_000_000))
+        for token in TOKENS:
+            try:
+                context.feed([token], generated=True)
+                length += 1
+            except QInferError as error:
+                found["said"].append(f"{type(error).__name__}: {error}")
+                assert context.length() == length
+        assert cuda.standin_set(b"clock_rate", ctypes.c_uint64(1))
+        found["after"] = max(_errors(_logits(context, 1), expected))
+    found["left"] = int(cuda.standin_allocated())
+    return found
+
+
 def counted(path: str) -> dict[str, list[Any]]:
     """What one context counts, on the processor, on the GPU, and on both together."""
     found: dict[str, list[Any]] = {}

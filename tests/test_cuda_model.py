@@ -265,6 +265,15 @@ def test_logits_that_are_not_numbers(tmp_path: Path) -> None:
         assert "output.weight" in message
 
 
+def test_a_gpu_does_not_wait_for_ever() -> None:
+    """A wait that comes to its limit is an error; then nothing waits any more."""
+    found = on_gpu("waits_in_vain", DATA / "stories260K.F32.gguf")
+    (said,) = found["said"]
+    assert said.startswith("DeviceError: the GPU waited 60 s for the processor's part of a layer")
+    assert max(found["before"], found["after"]) < 1e-5
+    assert found["left"] == 0
+
+
 def test_contexts_beyond_the_first() -> None:
     """The processor alone computes those that find no room, and says so once."""
     found = on_gpu("contexts", STORIES)

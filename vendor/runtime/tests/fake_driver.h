@@ -69,7 +69,10 @@ inline Driver make_driver() {
         return std::strcpy(name, "fake"), CUDA_SUCCESS;
     };
     d.cuDeviceGetUuid = [](CUuuid*, CUdevice) { return CUDA_SUCCESS; };
-    d.cuDeviceGetAttribute = [](int* value, int, CUdevice) { return *value = 9, CUDA_SUCCESS; };
+    d.cuDeviceGetAttribute = [](int* value, int which, CUdevice) {
+        *value = which == CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT ? 0 : 9;
+        return CUDA_SUCCESS;
+    };
     d.cuDeviceTotalMem = [](size_t* n, CUdevice) { return *n = gib, CUDA_SUCCESS; };
     d.cuDevicePrimaryCtxRetain = [](CUcontext* context, CUdevice) {
         return *context = any<CUcontext>(), CUDA_SUCCESS;
@@ -97,6 +100,10 @@ inline Driver make_driver() {
     d.cuStreamCreateWithPriority = [](CUstream* stream, unsigned, int) {
         return *stream = any<CUstream>(), CUDA_SUCCESS;
     };
+    d.cuMemsetD8Async = [](CUdeviceptr at, unsigned char value, size_t n, CUstream) {
+        return std::memset(pointer(at), value, n), CUDA_SUCCESS;
+    };
+    d.cuStreamQuery = [](CUstream) { return CUDA_SUCCESS; };
     d.cuStreamDestroy = [](CUstream) { return CUDA_SUCCESS; };
     d.cuStreamSynchronize = [](CUstream) { return CUDA_SUCCESS; };
     d.cuStreamWaitEvent = [](CUstream, CUevent, unsigned) { return CUDA_SUCCESS; };
@@ -120,11 +127,16 @@ inline Driver make_driver() {
     return d;
 }
 
+// For tests that have an entry of their own.
+inline Driver& made() {
+    static Driver driver = make_driver();
+    return driver;
+}
+
 }  // namespace fake
 
 const Driver& driver() {
-    static const Driver made = fake::make_driver();
-    return made;
+    return fake::made();
 }
 
 const Driver* driver_if_usable() noexcept {
