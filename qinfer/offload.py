@@ -126,6 +126,14 @@ class Offload:
         policy = _POLICIES[neuron_cache]
         check(lib.qi_offload_set_neuron_cache(self.pointer, policy, error), error)
 
+    def reset(self) -> None:
+        """As if no context had been made yet: the next one decides what is kept.
+
+        Does nothing while a context is alive.
+        """
+        error = new_error()
+        check(lib.qi_offload_reset(self.pointer, error), error)
+
     def neurons(self, layer: int) -> NDArray[np.int32]:
         """The neurons of a layer that are kept now, ascending ids of shape (k,)."""
         error = new_error()

@@ -249,8 +249,12 @@ def _seconds_per_token(
         return found
     known = known if isinstance(known, dict) else {}
     seconds = known[key] = _measure(weights, candidates, policy, make_context)
-    if weights.offload is not None and not weights.offload.placement.is_placed:
-        return seconds  # of the processor: the GPU may have room another time
+    if weights.offload is not None:
+        has_run = weights.offload.placement.is_placed
+        # What is kept is to be the same in a run that finds these times in the cache.
+        weights.offload.reset()
+        if not has_run:
+            return seconds  # of the processor: the GPU may have room another time
     # Another process may lose its entry to ours; it is measured again then.
     with suppress(OSError, FileError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -182,6 +182,32 @@ def cancelled(path: str, share: str, options: dict[str, Any] | None = None) -> d
     }
 
 
+def waits_in_vain(path: str) -> dict[str, Any]:
+    """Steps of a model whose neurons are the processor's, while a minute is a microsecond.
+
+    What the first that failed says, and whether the others' logits are right; before, and after.
+    """
+    cuda = _cuda()
+    cuda.standin_set.restype = ctypes.c_bool
+    found: dict[str, Any] = {"said": []}
+    with _shared(path, "none") as model, model.context() as context:
+        expected = _logits(context, 1)
+        found["before"] = max(_errors(_logits(context, 1), expected))
+        length = context.length()
+        assert cuda.standin_set(b"clock_rate", ctypes.c_uint64(60_000_000))
+        for token in TOKENS:
+            try:
+                context.feed([token], generated=True)
+                length += 1
+            except QInferError as error:
+                found["said"].append(f"{type(error).__name__}: {error}")
+                assert context.length() == length
+        assert cuda.standin_set(b"clock_rate", ctypes.c_uint64(1))
+        found["after"] = max(_errors(_logits(context, 1), expected))
+    found["left"] = int(cuda.standin_allocated())
+    return found
+
+
 def counted(path: str) -> dict[str, list[Any]]:
     """What one context counts, on the processor, on the GPU, and on both together."""
     found: dict[str, list[Any]] = {}
@@ -315,6 +341,52 @@ def budgets(path: str, sizes: list[str]) -> list[dict[str, Any]]:
         except QInferError as error:
             rows.append({"refused": type(error).__name__, "message": str(error)})
     return rows
+
+
+def placed_again(path: str, cache: str) -> dict[str, Any]:
+    """What is kept for contexts made one after the other, and for each as a model's first.
+
+    `first` is of a model whose sparsity is timed before, `second` of one that finds the times.
+    """
+    import os
+
+    from qinfer import sparsity
+    from qinfer._cuda import configure
+
+    configure()
+    sparsity._STEPS = 8  # enough for neurons to move
+    os.environ["QINFER_CACHE_DIR"] = cache  # of times alone: kernels stay where they are
+    options: dict[str, Any] = {"device": "cuda", "vram_budget": "8MiB", "sparsity": "off"}
+
+    def kept(model: Model, sizes: dict[str, Any]) -> list[Any]:
+        with model.context(**sizes):
+            share, placement = model._weights.offload, model.placement
+            assert share is not None
+            assert placement is not None
+            ids = [share.neurons(layer).tolist() for layer in range(model.info.n_layer)]
+            return [ids, placement.used_bytes, placement.summary, placement.n_moved]
+
+    contexts: list[dict[str, Any]] = [
+        {"n_ctx": 64, "n_batch": 32},
+        {"n_ctx": 512, "n_batch": 32},
+        {"n_ctx": 64, "n_batch": 32},
+        {"n_ctx": 64, "n_batch": 128},
+        {"n_ctx": 64, "n_batch": 32, "kv_mode": "host"},
+    ]
+    with Model(path, n_ctx=128, **options) as model:
+        in_turn = [kept(model, sizes) for sizes in contexts]
+    alone = []
+    for sizes in contexts:
+        with Model(path, n_ctx=128, **options) as model:
+            alone.append(kept(model, sizes))
+    found: dict[str, Any] = {"in_turn": in_turn, "alone": alone}
+    for name in ("first", "second"):
+        found[f"{name} has times"] = (Path(cache) / "sparsity.json").exists()
+        options |= {"vram_budget": "18MiB", "sparsity": "auto", "neuron_cache": "frequency"}
+        with Model(path, n_ctx=64, **options) as model:
+            found[name] = kept(model, {})
+    found["left"] = int(_cuda().standin_allocated())
+    return found
 
 
 def early(path: str, sizes: list[str]) -> list[dict[str, Any]]:

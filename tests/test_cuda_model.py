@@ -95,7 +95,7 @@ def test_one_layer(tmp_path: Path) -> None:
 
 
 def test_steps_of_changing_length(tmp_path: Path) -> None:
-    """With as many heads as a step has most room of; beyond the first page, where runs are added."""
+    """Many heads, beyond the first page: runs of every step's own number are added."""
     sizes = {"n_embd": 256, "n_head": 32, "n_head_kv": 32, "n_ff": 64, "n_layer": 1}
     path = Case("llama", sizes=sizes).write(tmp_path)
     found = on_gpu("changing_steps", path, [70, 1, 5, 8, 1, 3, 8, 2])
@@ -165,6 +165,16 @@ def test_budgets() -> None:
     assert kept[-1]["has_head"]
     assert kept[-1]["n_neurons"] == 6 * 768
     assert any(0 < row["n_neurons"] < 6 * 768 for row in kept)
+
+
+def test_what_is_kept_does_not_depend_on_contexts_before(tmp_path: Path) -> None:
+    """Nor on whether the modes of sparsity had to be timed first."""
+    found = on_gpu("placed_again", STORIES, tmp_path)
+    assert found["in_turn"] == found["alone"]
+    assert len({str(ids) for ids, *_ in found["alone"]}) > 3
+    assert (found["first has times"], found["second has times"]) == (False, True)
+    assert found["first"] == found["second"]
+    assert found["left"] == 0
 
 
 def test_predictions_one_layer_early() -> None:
@@ -263,6 +273,15 @@ def test_logits_that_are_not_numbers(tmp_path: Path) -> None:
         assert "output.weight" in message
 
 
+def test_a_gpu_does_not_wait_for_ever() -> None:
+    """A wait that comes to its limit is an error; then nothing waits any more."""
+    found = on_gpu("waits_in_vain", DATA / "stories260K.F32.gguf")
+    (said,) = found["said"]
+    assert said.startswith("DeviceError: the GPU waited 60 s for the processor's part of a layer")
+    assert max(found["before"], found["after"]) < 1e-5
+    assert found["left"] == 0
+
+
 def test_contexts_beyond_the_first() -> None:
     """The processor alone computes those that find no room, and says so once."""
     found = on_gpu("contexts", STORIES)
@@ -276,7 +295,7 @@ def test_contexts_beyond_the_first() -> None:
     assert "takes " in first and " of 8.0 MiB are left beside the model" in first
     kept = found["kept"]
     assert 0 < kept["larger"] < kept["first"] == kept["third"] == kept["after a call"]
-    assert kept["at last"] == kept["last"] == kept["larger"]
+    assert kept["at last"] == kept["last"] == kept["first"]
     assert "one layer's attention" in found["why"]
     assert found["left"] == 0
 

@@ -191,6 +191,29 @@ def test_a_program_can_make_its_streams_late() -> None:
     cu.synchronize(lane)
 
 
+@on_standin()
+def test_a_program_can_make_clocks_run_faster() -> None:
+    import client as cu
+    import numpy as np
+
+    cu.start()
+    module = cu.Module(
+        """
+        extern "C" __global__ void doze(long long* taken) {
+            const long long start = clock64();
+            for (int i = 0; i < 1000; ++i) __nanosleep(1000);
+            *taken = clock64() - start;
+        }"""
+    )
+    out = cu.allocate(8)
+    taken = []
+    for rate in (1, 10**6, 1):
+        assert cu.CUDA.standin_set(b"clock_rate", cu.c_uint64(rate))
+        module.launch("doze", out)
+        taken.append(int(cu.download(out, np.zeros(1, np.int64))[0]))
+    assert taken[1] > 100 * max(taken[0], taken[2]) > 0
+
+
 def test_visible_devices_are_chosen_as_the_driver_does() -> None:
     code = """
 import client as cu

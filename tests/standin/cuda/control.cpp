@@ -211,6 +211,8 @@ STANDIN_API bool standin_set(const char* name, uint64_t value) {
         d.settings.delay_us = value;
     } else if (std::strcmp(name, "seed") == 0) {
         d.settings.seed = value;
+    } else if (std::strcmp(name, "clock_rate") == 0) {
+        d.settings.clock_rate = value;
     } else {
         return false;
     }

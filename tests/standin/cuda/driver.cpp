@@ -152,7 +152,11 @@ uint32_t Driver::take_slot() {
 void Driver::configure_gpu() {
     if (!gpu.started()) return;
     const Configuration configuration = {
-        settings.delay_us, settings.seed, settings.watchdog_ms, settings.multiprocessors,
+        settings.delay_us,
+        settings.seed,
+        settings.watchdog_ms,
+        settings.clock_rate,
+        settings.multiprocessors,
         static_cast<uint64_t>(threads_per_multiprocessor(settings.capability))};
     gpu.send(Kind::configure, 0, 0, {{&configuration, sizeof configuration}});
 }

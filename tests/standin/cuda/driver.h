@@ -37,6 +37,7 @@ struct Settings {
     uint64_t delay_us = 0;
     uint64_t seed = 0;
     uint64_t watchdog_ms = 120000;
+    uint64_t clock_rate = 1;
 };
 
 inline constexpr uint64_t context_bytes = 24ull << 20;  // device memory that a context takes

@@ -109,6 +109,7 @@ class Worker {
 };
 
 thread_local Worker* worker = nullptr;
+std::atomic<uint64_t> clock_rate{1};
 
 Worker& this_worker() {
     thread_local std::unique_ptr<Worker> mine;
@@ -551,6 +552,10 @@ void install_signal_stack() {
     sigaltstack(&stack, nullptr);
 }
 
+void set_clock_rate(uint64_t rate) {
+    clock_rate = rate;
+}
+
 }  // namespace standin
 
 // ---- called by kernels ----
@@ -579,8 +584,9 @@ char* qi_standin_dynamic_shared() {
 unsigned long long qi_standin_time() {
     timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return static_cast<unsigned long long>(now.tv_sec) * 1000000000ull +
-           static_cast<unsigned long long>(now.tv_nsec);
+    return (static_cast<unsigned long long>(now.tv_sec) * 1000000000ull +
+            static_cast<unsigned long long>(now.tv_nsec)) *
+           standin::clock_rate.load(std::memory_order_relaxed);
 }
 
 void qi_standin_sleep(unsigned) {

@@ -49,6 +49,9 @@ struct Grid {
 // Comes back when every block has ended. Ends the process with a report if the kernel goes wrong.
 void run_grid(const Grid& grid, const Configuration& configuration, uint64_t seed);
 
+// Kernels' clocks run so many times faster from now on.
+void set_clock_rate(uint64_t rate);
+
 // What the calling OS thread is executing, for a report: "kernel f, block (1,0,0), thread (3,0,0)".
 std::string whereabouts();
 

@@ -42,6 +42,7 @@ void fill(const Fill& fill) {
 void Streams::configure(const Configuration& configuration) {
     std::lock_guard lock(mutex_);
     configuration_ = configuration;
+    set_clock_rate(configuration.clock_rate);
 }
 
 void Streams::watch() {

@@ -79,6 +79,7 @@ struct Configuration {
     uint64_t delay_us;  // an operation waits up to this long before it starts
     uint64_t seed;      // shuffles blocks, threads and delays; 0: everything in order
     uint64_t watchdog_ms;
+    uint64_t clock_rate;  // kernels' clocks run so many times faster
     uint64_t multiprocessors;
     uint64_t threads_per_multiprocessor;
 };

@@ -49,6 +49,7 @@ int standin_process();
 // What the last crash or misuse was. Valid until the thread's next call.
 const char* standin_report();
 
-// Changes "delay_us" or "seed" from now on; false for other names.
+// Changes "delay_us", "seed" or "clock_rate" (kernels' clocks run so many times faster; else 1)
+// from now on; false for other names.
 bool standin_set(const char* name, uint64_t value);
 }

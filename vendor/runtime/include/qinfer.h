@@ -29,7 +29,7 @@ extern "C" {
 
 /* --- declarations begin --- */
 
-#define QI_ABI_VERSION 5
+#define QI_ABI_VERSION 6
 
 typedef enum qi_status {
     QI_OK = 0,
@@ -342,7 +342,7 @@ typedef struct qi_offload_info {
 
 /* device: "cuda" or "cuda:N". budget_bytes: of its memory, everything counted; below 0: all that is
  * free less a reserve. What is kept there is decided when the first context with it is made, and
- * again when one finds no room and no other is alive. */
+ * again for one of other sizes when no other is alive. */
 int32_t qi_offload_create(qi_model* model, const char* device, int64_t budget_bytes,
                           qi_offload** out, qi_error* error);
 void qi_offload_close(qi_offload* offload); /* contexts keep it alive */
@@ -364,6 +364,9 @@ int32_t qi_offload_balance_layers(qi_offload* offload, qi_error* error);
 #define QI_CACHE_FREQUENCY 2 /* those active most often, of late above all */
 /* Before the first context. */
 int32_t qi_offload_set_neuron_cache(qi_offload* offload, int32_t policy, qi_error* error);
+/* As if no context had been made yet: the next one decides what is kept, and neurons that move
+ * begin where it puts them. Does nothing while a context is alive. */
+int32_t qi_offload_reset(qi_offload* offload, qi_error* error);
 int32_t qi_offload_get_info(const qi_offload* offload, qi_offload_info* out);
 /* The neurons of a layer that are kept there now: their number, and with out not NULL their ids. */
 int32_t qi_offload_get_neurons(const qi_offload* offload, int32_t layer, int32_t* out,

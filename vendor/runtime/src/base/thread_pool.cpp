@@ -4,7 +4,6 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
-#include <signal.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -20,6 +19,7 @@
 #include "base/cpu.h"
 #include "base/error.h"
 #include "base/log.h"
+#include "base/signal_mask.h"
 
 namespace qi {
 
@@ -133,24 +133,6 @@ struct Worker {
     int index = 0;
     int last_slot = 0;
     bool displaced_caller = false;
-};
-
-// Threads started meanwhile leave signals to the program's own threads, but for their own faults.
-class FaultSignalsOnly {
-  public:
-    FaultSignalsOnly() {
-        sigset_t blocked;
-        sigfillset(&blocked);
-        for (int fault : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP, SIGABRT})
-            sigdelset(&blocked, fault);
-        pthread_sigmask(SIG_SETMASK, &blocked, &before_);
-    }
-    ~FaultSignalsOnly() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-    FaultSignalsOnly(const FaultSignalsOnly&) = delete;
-    FaultSignalsOnly& operator=(const FaultSignalsOnly&) = delete;
-
-  private:
-    sigset_t before_;
 };
 
 class Pool {

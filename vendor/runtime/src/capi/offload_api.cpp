@@ -67,6 +67,13 @@ int32_t qi_offload_set_neuron_cache(qi_offload* offload, int32_t policy, qi_erro
     });
 }
 
+int32_t qi_offload_reset(qi_offload* offload, qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(offload, "offload");
+        offload->offload->reset();
+    });
+}
+
 int32_t qi_offload_get_info(const qi_offload* offload, qi_offload_info* out) {
     if (!offload || !out) return QI_ARGUMENT;
     return guard(nullptr, [&] {

@@ -33,6 +33,8 @@ struct DeviceNeeds {
     int64_t predictor_rank = 0;  // 0: no predictors
     // A token's results depend on nothing else in its batch, nor on how a text is cut into batches.
     bool deterministic = false;
+
+    bool operator==(const DeviceNeeds&) const = default;
 };
 
 // How neurons move between an accelerator and the host.

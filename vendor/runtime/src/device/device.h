@@ -109,6 +109,8 @@ struct KvLayout {
     int64_t n_layer = 0;
     int64_t n_head_kv = 0;
     int64_t head_dim = 0;
+
+    bool operator==(const KvLayout&) const = default;
 };
 
 // The tokens of one sequence in a batch: rows [row, row + n) at positions [position, position + n).
@@ -152,6 +154,8 @@ struct KvShare {
     int64_t n_pages = 0;     // that the device has room for, if so
     double host_share = 0;   // of the positions, that the host attends to at first
     double step = 0;         // of them, that one adaptation moves; 0: none does
+
+    bool operator==(const KvShare&) const = default;
 };
 
 struct AttentionShape {

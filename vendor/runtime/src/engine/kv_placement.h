@@ -16,6 +16,11 @@ struct KvWish {
     double step = 0;     // of one adaptation; 0: none
 
     bool by_default() const { return mode == KvMode::automatic && std::isnan(ratio) && step == 0; }
+    bool operator==(const KvWish& other) const {
+        const bool same_ratio =
+            ratio == other.ratio || (std::isnan(ratio) && std::isnan(other.ratio));
+        return mode == other.mode && same_ratio && step == other.step;
+    }
 };
 
 // QI_ARGUMENT for ratios and steps that are none, or of a mode that knows none.

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <set>
+#include <tuple>
+#include <utility>
 
 #include "base/error.h"
 #include "base/log.h"
@@ -125,6 +127,18 @@ std::vector<Type> weight_types(const Model& model) {
 
 }  // namespace
 
+namespace {
+
+// Whether the same is kept; contexts may differ.
+bool keeps_the_same(const Placement& a, const Placement& b) {
+    const auto kept = [](const Placement& p) {
+        return std::tie(p.n_layers, p.predictors, p.head, p.moving_bytes, p.resident);
+    };
+    return kept(a) == kept(b);
+}
+
+}  // namespace
+
 // Where nobody computes: what is kept by now makes room.
 void Offload::place_anew(const DeviceNeeds& needs, const KvWish& kv, Device& host) {
     accelerator_->prepare(weight_types(*model_), needs.kv.type);
@@ -134,18 +148,34 @@ void Offload::place_anew(const DeviceNeeds& needs, const KvWish& kv, Device& hos
     if (is_balanced_) split.speed_ratio = speeds_->device / speeds_->host;
     // With all that is known to fit: what is kept is only given up for something.
     Placement placement = place(*model_, *accelerator_, needs, kv, split);
+    if (!kept_ || !keeps_the_same(*kept_, placement)) make_copies(placement, split.cache);
+    placement_ = std::move(placement);
+    needs_ = needs;
+    kv_ = kv;
+}
+
+void Offload::make_copies(const Placement& placement, NeuronCache cache) {
     accelerator_->drop();
     placement_.reset();
+    kept_.reset();
     keep(*model_, placement, *accelerator_);
     const bool is_whole = std::all_of(placement.rest.begin(), placement.rest.end(),
                                       [](const auto& rest) { return rest.neurons().empty(); });
-    if (split_.cache != NeuronCache::fixed && placement.moving_bytes == 0 && !is_whole)
+    if (split_.cache != NeuronCache::fixed && placement.moving_bytes == 0 && !is_whole &&
+        !std::exchange(has_warned_, true))
         log(LogLevel::warning,
             format("neurons do not move: of %s the budget leaves no room to keep some and to "
                    "bring others",
                    size_text(accelerator_->budget()).c_str()));
-    if (placement.moving_bytes > 0) move_neurons(split.cache, placement.moving_bytes);
-    placement_ = std::move(placement);
+    if (placement.moving_bytes > 0) move_neurons(cache, placement.moving_bytes);
+    kept_ = placement;
+}
+
+void Offload::reset() {
+    const std::lock_guard lock(mutex_);
+    if (alive_.use_count() > 1) return;
+    placement_.reset();
+    if (kept_ && kept_->moving_bytes > 0) kept_.reset();
 }
 
 void Offload::move_neurons(NeuronCache cache, size_t room_bytes) {
@@ -167,28 +197,20 @@ Offload::Part Offload::make_part(const DeviceNeeds& needs, const KvWish& kv, Dev
         part.kv_share = placement_->kv_share;
         return part;
     };
-    bool is_new = !placement_;
+    const bool alone = alive_.use_count() == 1;
+    const bool is_new = !placement_ || (alone && !(needs == needs_ && kv == kv_));
     if (is_new) place_anew(needs, kv, host);
     DeviceNeeds part = of_part();
-    if (!is_new) {
+    if (!alone) {
         const size_t left = accelerator_->budget() - accelerator_->used();
         part = share_kv(*accelerator_, part, kv, left);
         const size_t wanted = accelerator_->bytes_of(part);
-        const bool alone = alive_.use_count() == 1;
-        if (wanted > left && !alone)
+        if (wanted > left)
             fail(QI_MEMORY,
                  "a context of these sizes takes %s of the device's memory, %s of %s are left "
                  "beside the model and its other contexts",
                  size_text(wanted).c_str(), size_text(left).c_str(),
                  size_text(accelerator_->budget()).c_str());
-        // Keys and values come before neurons; where they were shared before, they will be again.
-        const bool may_gain =
-            kv.by_default() && part.kv_share.with_host && !placement_->kv_share.with_host;
-        if (wanted > left || (alone && may_gain)) {
-            place_anew(needs, kv, host);
-            part = of_part();
-            is_new = true;
-        }
     }
     auto device = accelerator_->make_device(part, host);
     if (is_new)

@@ -1,6 +1,7 @@
 // A model's share on an accelerator: what is kept there is decided when its first context is made,
-// because only then is known what keys, values and working space will take. A later context finds
-// what room there is; when none is alive, the neurons make room for it.
+// because only then is known what keys, values and working space will take. A context made beside
+// others finds what room there is; one of other sizes that is made when none is alive has it
+// decided anew, so that it gets what it would have got as the first.
 #pragma once
 
 #include <memory>
@@ -44,10 +45,14 @@ class Offload {
     // QI_MEMORY when the device cannot hold another context of these needs.
     Part make_part(const DeviceNeeds& needs, const KvWish& kv, Device& host);
 
+    // As if no context had been made yet: the next one decides what is kept, and neurons that move
+    // begin where it puts them. Does nothing while a context is alive.
+    void reset();
+
     struct Report {
         std::string device;
         size_t budget, used;
-        std::optional<Placement> placement;  // none before the first context
+        std::optional<Placement> placement;  // none before the first context, and after reset()
         std::string text;                    // of the placement, one line
         uint64_t n_moved;                    // neurons that took another's place since
     };
@@ -64,6 +69,7 @@ class Offload {
     void measure_speeds(Device& host);  // once
     void move_neurons(NeuronCache cache, size_t room_bytes);
     void place_anew(const DeviceNeeds& needs, const KvWish& kv, Device& host);
+    void make_copies(const Placement& placement, NeuronCache cache);
 
     std::shared_ptr<const Model> model_;
     std::unique_ptr<Accelerator> accelerator_;
@@ -71,6 +77,11 @@ class Offload {
     bool is_balanced_ = false;
     std::optional<Speeds> speeds_;
     std::optional<Placement> placement_;
+    // What it was decided for.
+    std::optional<DeviceNeeds> needs_;
+    KvWish kv_;
+    bool has_warned_ = false;                                       // that no neuron can move
+    std::optional<Placement> kept_;                                 // by which there are copies
     std::shared_ptr<const void> alive_ = std::make_shared<char>();  // held by each context, too
     mutable std::mutex mutex_;
 };

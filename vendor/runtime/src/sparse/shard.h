@@ -16,6 +16,8 @@ class NeuronShard {
     // neurons: ascending, below n_ff.
     NeuronShard(std::vector<int32_t> neurons, int64_t n_ff);
 
+    bool operator==(const NeuronShard&) const = default;
+
     std::span<const int32_t> neurons() const { return neurons_; }
     // Those of one partition of all n_ff neurons.
     std::span<const int32_t> partition(int64_t p) const {

@@ -31,43 +31,44 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
       embedded_(share.gpu, size_t(needs.n_batch * needs.n_embd) * sizeof(float), "embeddings"),
       embedded_sent_(share.gpu) {
     const Current current(*share_.gpu);
+    using enum WorkingSizes::Array;
     const WorkingSizes sizes(share_, needs_, kv_);
-    inputs_ = take(sizes.inputs, "the inputs of a batch");
-    q8_ = take(sizes.q8, "quantised activations");
-    hidden_ = take(sizes.hidden, "activations");
-    lifted_ = take(sizes.lifted, "activations");
-    low_ = take(sizes.low, "predictions");
-    predictions_ = take(sizes.predictions, "predictions");
-    masks_ = take(sizes.masks, "predictions");
-    named_ = take(sizes.named, "predictions");
-    if (sizes.list) list_ = NeuronList::at(take(sizes.list, "predictions"), needs.n_ff);
-    partial_ = take(sizes.partial, "activations");
-    attend_room_ = take(sizes.attend, "attention");
-    attend_tickets_ = take(sizes.attend_tickets, "attention");
-    stream_.fill(attend_tickets_, 0, sizes.attend_tickets);
-    terms_ = take(sizes.terms, "log-probabilities");
-    tickets_ = take(sizes.tickets, "logits");
-    if (tickets_) stream_.fill(tickets_, 0, sizes.tickets);
-    partial_best_ = take(sizes.partial_best, "logits");
-    best_ = take(sizes.best, "logits");
-    totals_ = take(sizes.totals, "counters");
-    counts_ = take(sizes.counts, "counters");
+    inputs_ = take(sizes[inputs], "the inputs of a batch");
+    q8_ = take(sizes[q8], "quantised activations");
+    hidden_ = take(sizes[hidden], "activations");
+    lifted_ = take(sizes[lifted], "activations");
+    low_ = take(sizes[low], "predictions");
+    predictions_ = take(sizes[predictions], "predictions");
+    masks_ = take(sizes[masks], "predictions");
+    named_ = take(sizes[named], "predictions");
+    if (sizes[list]) list_ = NeuronList::at(take(sizes[list], "predictions"), needs.n_ff);
+    partial_ = take(sizes[partial], "activations");
+    attend_room_ = take(sizes[attend], "attention");
+    attend_tickets_ = take(sizes[attend_tickets], "attention");
+    stream_.fill(attend_tickets_, 0, sizes[attend_tickets]);
+    terms_ = take(sizes[terms], "log-probabilities");
+    tickets_ = take(sizes[tickets], "logits");
+    if (tickets_) stream_.fill(tickets_, 0, sizes[tickets]);
+    partial_best_ = take(sizes[partial_best], "logits");
+    best_ = take(sizes[best], "logits");
+    totals_ = take(sizes[totals], "counters");
+    counts_ = take(sizes[counts], "counters");
     tallies_.resize(share_.weights->n_ffns());
-    stream_.fill(totals_, 0, sizes.totals);
-    stream_.fill(counts_, 0, sizes.counts);
-    if (sizes.cublas) {
-        const CUdeviceptr narrowed = take(sizes.narrowed, "activations");
-        const CUdeviceptr widened = take(sizes.widened, "weights of prompts");
+    stream_.fill(totals_, 0, sizes[totals]);
+    stream_.fill(counts_, 0, sizes[counts]);
+    if (sizes.cublas()) {
+        const CUdeviceptr narrow = take(sizes[narrowed], "activations");
+        const CUdeviceptr wide = take(sizes[widened], "weights of prompts");
         halves_.emplace(stream_, share_.budget, *share_.kernels,
-                        HalfProducts::Room{narrowed, widened, sizes.widened});
-        scratch_bytes_ += sizes.cublas;
+                        HalfProducts::Room{narrow, wide, sizes[widened]});
+        scratch_bytes_ += sizes.cublas();
     }
-    if (sizes.panels && !share_.weights->all_resident())
-        panels_.emplace(share_.gpu, take(sizes.panels, "neurons of the host"), sizes.panels / 2);
-    const CUdeviceptr exchange_room = take(sizes.exchange, "counters");
-    kv_terms_ = take(sizes.kv_terms, "attention");
-    kv_other_ = take(sizes.kv_other, "attention");
-    kv_.pool = take(sizes.kv, "keys and values");
+    if (sizes[panels] && !share_.weights->all_resident())
+        panels_.emplace(share_.gpu, take(sizes[panels], "neurons of the host"), sizes[panels] / 2);
+    const CUdeviceptr exchange_room = take(sizes[exchange], "counters");
+    kv_terms_ = take(sizes[kv_terms], "attention");
+    kv_other_ = take(sizes[kv_other], "attention");
+    kv_.pool = take(sizes[kv], "keys and values");
     for (const size_t n : needs.arrays)
         spare_.emplace_back(share_.gpu, share_.budget, n * sizeof(float), "activations");
     spare_.emplace_back(share_.gpu, share_.budget,

@@ -39,6 +39,7 @@ void CudaDevice::best(const float* logits, int64_t n, int64_t n_vocab, int64_t k
 void CudaDevice::finish() {
     const Current current(*share_.gpu);
     stream_.synchronize();
+    if (exchange_) exchange_->check();
 }
 
 }  // namespace qi::cuda

@@ -4,10 +4,13 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <system_error>
 #include <thread>
+#include <utility>
 
 #include "base/error.h"
 #include "base/log.h"
+#include "base/signal_mask.h"
 
 namespace qi::cuda {
 
@@ -27,8 +30,8 @@ constexpr size_t line = 128;
 constexpr size_t to_host = 0, to_device = line, given_up = 2 * line, late = 3 * line;
 constexpr size_t flags_bytes = 4 * line;
 
-// Asking the driver takes its lock, which another thread may hold until the GPU comes to rest;
-// while kernels wait for the host, it is asked only when something is likely to be wrong.
+// While kernels may wait for the host, the driver is asked only when something is likely to be
+// wrong.
 constexpr milliseconds patience{1}, patience_of_replays{2000};
 
 constexpr int n_trials = 9;
@@ -56,7 +59,7 @@ size_t Exchange::room_bytes(int64_t n_kinds) {
 }
 
 Exchange::Exchange(std::shared_ptr<Gpu> gpu, const Stream& stream, CUdeviceptr room,
-                   int64_t n_kinds)
+                   int64_t n_kinds, std::chrono::nanoseconds wait_limit)
     : gpu_(std::move(gpu)),
       module_(gpu_->module("exchange.cu")),
       send_(module_->function("qi_send")),
@@ -65,7 +68,8 @@ Exchange::Exchange(std::shared_ptr<Gpu> gpu, const Stream& stream, CUdeviceptr r
       ticket_(room),
       trial_base_(room + sizeof(uint32_t)),
       times_(room + aligned(2 * sizeof(uint32_t))),
-      n_kinds_(n_kinds) {
+      n_kinds_(n_kinds),
+      wait_limit_ns_(wait_limit.count()) {
     const Current current(*gpu_);
     std::memset(flags_.data(), 0, flags_bytes);
     stream.fill(room, 0, room_bytes(n_kinds));
@@ -82,7 +86,7 @@ void Exchange::try_out(const Stream& stream) {
             "driver ends kernels that wait");
         return;
     }
-    limit_ns_ = trial_limit_ns;
+    limit_ns_ = std::min(trial_limit_ns, wait_limit_ns_);
     std::vector<double> seconds;
     int n_unasked = 0;
     bool was_late = false;
@@ -100,8 +104,9 @@ void Exchange::try_out(const Stream& stream) {
         flag(flags_, to_device).store(0);
         if (was_late) break;
     }
-    limit_ns_ = 0;
+    limit_ns_ = wait_limit_ns_;
     n_rounds_ = 0;
+    flag(flags_, late).store(0);
     // A GPU that is busy for others may be slow to begin.
     if (was_late || n_unasked == 0) {
         log(LogLevel::warning,
@@ -162,8 +167,7 @@ bool Exchange::wait_for(const Stream& stream, uint32_t number, bool replaying) {
     const auto has_come = [&] {
         return int32_t(sent.load(std::memory_order_acquire) - number) >= 0;
     };
-    const Clock::duration interval = replaying ? patience_of_replays : Clock::duration(patience);
-    bool was_asked = false;
+    bool was_asked = false, is_stale = question_.valid();
     auto asked = Clock::now();
     while (true) {
         for (int i = 0; i < 64; ++i)
@@ -171,13 +175,42 @@ bool Exchange::wait_for(const Stream& stream, uint32_t number, bool replaying) {
         const auto waited = Clock::now() - asked;
         // The GPU's own work may be long; then the processor is better left to others.
         if (waited > microseconds(200)) std::this_thread::yield();
-        if (waited < interval) continue;
-        // Throws when the GPU is lost.
-        if (stream.idle() && !has_come())
+        const bool is_new_question = replaying && !question_.valid();
+        if (waited < (is_new_question ? patience_of_replays : patience)) continue;
+        if (has_come_to_rest(stream, replaying, is_stale) && !has_come())
             fail(QI_INTERNAL, "the GPU has come to rest and not sent what the host waits for");
         asked = Clock::now();
         was_asked = true;
     }
+}
+
+// Throws when the GPU is lost. The driver answers under a lock that another thread may hold until
+// the GPU comes to rest, which in a replay it does not before the host has answered: there a thread
+// of its own asks, and "no" is what is known until it comes back. is_stale: it was asked for an
+// earlier round.
+bool Exchange::has_come_to_rest(const Stream& stream, bool replaying, bool& is_stale) {
+    if (!replaying) return stream.idle();
+    using std::chrono::seconds;
+    if (question_.valid()) {
+        if (question_.wait_for(seconds(0)) != std::future_status::ready) return false;
+        const bool answer = question_.get();
+        if (!std::exchange(is_stale, false)) return answer;
+    }
+    const FaultSignalsOnly mask;
+    try {
+        question_ = std::async(std::launch::async, [this, &stream] {
+            const Current current(*gpu_);
+            return stream.idle();
+        });
+    } catch (const std::system_error&) {
+        return stream.idle();  // there are no more threads
+    }
+    return false;
+}
+
+Exchange::~Exchange() {
+    // A forked process does not have the thread that asks.
+    if (question_.valid() && !driver_if_usable()) new std::future(std::move(question_));
 }
 
 void Exchange::finish(uint32_t number) {
@@ -211,8 +244,19 @@ void Exchange::replay(const Stream& stream, const Answers& answers) {
             // A lost device; the first failure says it.
         }
         flag(flags_, given_up).store(0, std::memory_order_release);
+        flag(flags_, late).store(0, std::memory_order_release);
         throw;
     }
+}
+
+void Exchange::check() {
+    if (flag(flags_, late).exchange(0) == 0) return;
+    can_be_recorded_ = false;
+    fail(QI_DEVICE,
+         "the GPU waited %.3g s for the processor's part of a layer, in vain: the process was "
+         "stopped, or the driver starts nothing while a kernel waits; from now on this context "
+         "launches such layers anew for every token, which is slower",
+         double(wait_limit_ns_) * 1e-9);
 }
 
 std::vector<Exchange::Times> Exchange::take_times(const Stream& stream) {

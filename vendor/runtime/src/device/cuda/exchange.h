@@ -7,8 +7,10 @@
 // recordings the host does its work between sending and receiving, and no kernel waits.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
+#include <future>
 #include <memory>
 #include <span>
 #include <vector>
@@ -20,8 +22,14 @@ namespace qi::cuda {
 class Exchange {
   public:
     // Kinds of rounds whose times are kept apart: `n_kinds`. room: room_bytes(n_kinds) of device
-    // memory, zeroed here.
-    Exchange(std::shared_ptr<Gpu> gpu, const Stream& stream, CUdeviceptr room, int64_t n_kinds);
+    // memory, zeroed here. A kernel of a replay waits for the host no longer than wait_limit: far
+    // longer than a layer takes on any processor, and an end where the host cannot answer, because
+    // it was stopped or the driver does not return from launching what waits.
+    Exchange(std::shared_ptr<Gpu> gpu, const Stream& stream, CUdeviceptr room, int64_t n_kinds,
+             std::chrono::nanoseconds wait_limit = std::chrono::seconds(60));
+    ~Exchange();
+    Exchange(const Exchange&) = delete;
+    Exchange& operator=(const Exchange&) = delete;
     static size_t room_bytes(int64_t n_kinds);
 
     // Whether kernels may wait for the host, so that rounds can be recorded: neither where a
@@ -65,6 +73,9 @@ class Exchange {
     // Does a recording's work while the GPU replays it. Whatever work throws is thrown once the GPU
     // has come to rest; what it computed is then without meaning.
     void replay(const Stream& stream, const Answers& answers);
+    // Once the stream is at rest: throws QI_DEVICE when a kernel has waited in vain since the last
+    // call. What was computed is then without meaning, and rounds are not recorded any more.
+    void check();
 
     // ---- times ----
 
@@ -79,6 +90,7 @@ class Exchange {
 
   private:
     bool wait_for(const Stream& stream, uint32_t number, bool replaying);
+    bool has_come_to_rest(const Stream& stream, bool replaying, bool& is_stale);
     void finish(uint32_t number);
     void try_out(const Stream& stream);
 
@@ -88,11 +100,12 @@ class Exchange {
     PinnedMemory flags_;
     CUdeviceptr ticket_, trial_base_, times_;
     int64_t n_kinds_;
-    int64_t limit_ns_ = 0;  // of waits
+    int64_t wait_limit_ns_, limit_ns_ = 0;  // of waits in replays, and of those enqueued now
     uint32_t base_ = 0, n_rounds_ = 0;
     bool can_be_recorded_ = false, recording_ = false;
     double round_trip_seconds_ = 0;
     Answers kept_;
+    std::future<bool> question_;  // to the driver, see has_come_to_rest
 };
 
 }  // namespace qi::cuda

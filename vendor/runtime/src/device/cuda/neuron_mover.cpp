@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "base/log.h"
+#include "base/signal_mask.h"
 
 namespace qi::cuda {
 
@@ -22,6 +23,8 @@ constexpr int64_t tokens_of_first_counts = 64;
 constexpr size_t networks_at_once = 8;
 // Steps' counts that wait for the thread at most; those of later steps wait with their context.
 constexpr size_t handed_max = 4;
+// Steps that find another one under way before one of them waits to place what has landed.
+constexpr int refusals_max = 8;
 
 size_t aligned(size_t n_bytes) {
     return (n_bytes + 255) / 256 * 256;
@@ -70,6 +73,7 @@ NeuronMover::NeuronMover(std::shared_ptr<Gpu> gpu, std::shared_ptr<Kernels> kern
     slots_ = PinnedMemory(gpu_, slots_bytes, "moving neurons");
     for (PinnedMemory& staging : staging_)
         staging = PinnedMemory(gpu_, std::max(chunk_bytes, largest), "moving neurons");
+    const FaultSignalsOnly mask;
     thread_ = std::thread([this] { work(); });
 }
 
@@ -144,7 +148,10 @@ NeuronMover::Step::Step(Member& member, const Stream& stream, bool may_place)
     NeuronMover& mover = *member.mover_;
     while (true) {
         mover.place_if_landed(stream, may_place);
-        lock_.lock();
+        {
+            const std::lock_guard turn(mover.turnstile_);
+            lock_.lock();
+        }
         if (mover.state_ != State::half_placed) break;
         lock_.unlock();
     }
@@ -181,15 +188,20 @@ bool NeuronMover::Step::at_rest() const {
     }
 }
 
-// Places what has landed, unless another step is being computed: then the next one will.
+// Places what has landed, unless another step is being computed: then the next one will. Where
+// steps of several contexts overlap all the time, there is no such next one: after some refusals it
+// waits for those under way, and no other begins meanwhile.
 void NeuronMover::place_if_landed(const Stream& stream, bool may_place) {
     const State seen = state_;
     if (seen != State::half_placed && !(seen == State::landed && may_place)) return;
-    std::unique_lock steps(steps_, std::defer_lock);
-    if (seen == State::half_placed)
+    std::unique_lock turn(turnstile_, std::defer_lock);
+    std::unique_lock steps(steps_, std::try_to_lock);
+    if (!steps.owns_lock()) {
+        if (seen != State::half_placed && ++n_refused_ < refusals_max) return;
+        turn.lock();
         steps.lock();
-    else if (!steps.try_lock())
-        return;
+    }
+    n_refused_ = 0;
     if (state_ == State::landed) {
         try {
             if (!landed_.done()) return;

@@ -147,8 +147,10 @@ class NeuronMover {
     size_t next_ = 0;              // network to be planned for first
     bool has_planned_ = false;
 
+    std::mutex turnstile_;     // that steps pass; held by who waits to place
     std::shared_mutex steps_;  // held by steps; alone by who places
-    uint64_t n_placed_ = 0;    // under steps_
+    std::atomic<int> n_refused_{0};
+    uint64_t n_placed_ = 0;  // under steps_
 
     std::mutex mutex_;  // of what follows
     std::condition_variable changed_;

@@ -12,11 +12,11 @@ constexpr int n_rounds = 3;
 
 class Step {
   public:
-    Step(Bench& bench, int64_t n)
+    Step(Bench& bench, int64_t n, std::chrono::nanoseconds wait_limit)
         : bench_(bench),
           n_(n),
           exchange_(bench.stream.gpu(), bench.stream, bench.room(Exchange::room_bytes(n_rounds)),
-                    n_rounds),
+                    n_rounds, wait_limit),
           x_(bench.stream.gpu(), size_t(n) * sizeof(float), "a self-test"),
           marks_(bench.stream.gpu(), sizeof(uint32_t), "a self-test"),
           answer_(bench.stream.gpu(), size_t(n) * sizeof(float), "a self-test"),
@@ -42,6 +42,8 @@ class Step {
         }
         graph_.launch(bench_.stream);
         exchange_.replay(bench_.stream, answers_);
+        bench_.stream.synchronize();
+        exchange_.check();
         check();
     }
     // The host fails in its second round; the GPU comes to rest all the same.
@@ -57,6 +59,27 @@ class Step {
             has_failed = error.status() == QI_CANCELLED;
         }
         bench_.expect(has_failed && bench_.stream.idle());
+        values_ = bench_.download<float>(y_, size_t(n_));
+    }
+    // The host takes longer than the GPU waits; the GPU comes to rest before it has answered.
+    void be_late() {
+        begin();
+        exchange_.begin_recording();
+        graph_ = Graph(bench_.stream, [&] { enqueue(); });
+        Exchange::Answers answers = exchange_.end_recording();
+        graph_.launch(bench_.stream);
+        for (Exchange::Answer& answer : answers)
+            answer.work = [&] { bench_.stream.synchronize(); };
+        exchange_.replay(bench_.stream, answers);
+        bench_.stream.synchronize();
+        bool has_failed = false;
+        try {
+            exchange_.check();
+        } catch (const Error& error) {
+            has_failed = error.status() == QI_DEVICE;
+        }
+        bench_.expect(has_failed && !can_be_recorded());
+        exchange_.check();
         values_ = bench_.download<float>(y_, size_t(n_));
     }
     bool can_be_recorded() const { return exchange_.can_be_recorded(); }
@@ -112,7 +135,7 @@ class Step {
 };
 
 void test_exchange(Bench& bench, int64_t n) {
-    Step step(bench, n);
+    Step step(bench, n, std::chrono::seconds(60));
     step.compute();
     step.compute();
     if (step.can_be_recorded()) {
@@ -125,12 +148,19 @@ void test_exchange(Bench& bench, int64_t n) {
     step.check_times();
 }
 
+void test_limit(Bench& bench) {
+    Step step(bench, 67, std::chrono::milliseconds(100));
+    if (step.can_be_recorded()) step.be_late();
+    step.compute();
+}
+
 }  // namespace
 
 void add_exchange_tests(std::vector<SelfTest>& tests) {
     for (const int64_t n : {1, 67, 4096, 40000})
         tests.push_back({format("rounds with the host, %lld values", (long long)n),
                          [=](Bench& bench) { test_exchange(bench, n); }});
+    tests.push_back({"rounds with a host that is late", test_limit});
 }
 
 }  // namespace qi::cuda

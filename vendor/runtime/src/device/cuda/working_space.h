@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <memory>
 
@@ -44,15 +45,46 @@ struct InputLayout {
 };
 
 // Arrays in device memory that a context has beside those it allocates, and their bytes.
-struct WorkingSizes {
-    size_t inputs, q8, hidden, lifted, low, predictions, masks, named, list, partial, attend,
-        attend_tickets, terms, tickets, partial_best, best, totals, counts, exchange, kv_terms,
-        kv_other, kv;
-    // Of prompts through cuBLAS; 0 where it is not used.
-    size_t narrowed, widened, cublas;
-    size_t panels;  // two, for neurons that the host keeps; 0: none are brought
+class WorkingSizes {
+  public:
+    enum Array {
+        inputs,
+        q8,
+        hidden,
+        lifted,
+        low,
+        predictions,
+        masks,
+        named,
+        list,
+        partial,
+        attend,
+        attend_tickets,
+        terms,
+        tickets,
+        partial_best,
+        best,
+        totals,
+        counts,
+        exchange,
+        kv_terms,
+        kv_other,
+        kv,
+        narrowed,  // of prompts through cuBLAS, as `widened`; 0 where it is not used
+        widened,
+        panels,  // two, for neurons that the host keeps; 0: none are brought
+        n_arrays
+    };
 
     WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, const KvArgs& kv_args);
+
+    size_t operator[](Array array) const { return bytes_[array]; }
+    size_t cublas() const { return cublas_; }  // its own, where it is used
+    size_t counted_bytes() const;              // of the budget, all of it
+
+  private:
+    std::array<size_t, n_arrays> bytes_{};
+    size_t cublas_ = 0;
 };
 
 // What is counted of each feed-forward network: neurons that were active, predicted, and, of

@@ -73,8 +73,8 @@ QI_KERNEL qi_send(const u32* a, u32* to_a, i64 n_a, const u32* b, u32* to_b, i64
 }
 
 // Waits until the host has raised the flag to round `place` of the step, or given the step up; then
-// y = from, or y += from with accumulate. A limit above 0 ends the wait after so many nanoseconds
-// and says so in `late`. grid: any.
+// y = from, or y += from with accumulate. The limit ends the wait after so many nanoseconds and
+// says so in `late`; with that said nobody waits any more, and y stays as it is. grid: any.
 QI_KERNEL qi_receive(const u32* from, i64 n, int accumulate, f32* y, const u32* base, u32 place,
                      const u32* flag, const u32* given_up, i64 limit, u32* late, u64* times) {
     __shared__ u32 has_come;
@@ -87,8 +87,10 @@ QI_KERNEL qi_receive(const u32* from, i64 n, int accumulate, f32* y, const u32* 
                 has_come = 1;
                 break;
             }
-            if (*reinterpret_cast<const volatile u32*>(given_up)) break;
-            if (limit > 0 && now() - start > u64(limit)) {
+            if (*reinterpret_cast<const volatile u32*>(given_up) ||
+                *reinterpret_cast<const volatile u32*>(late))
+                break;
+            if (now() - start > u64(limit)) {
                 *reinterpret_cast<volatile u32*>(late) = 1;
                 break;
             }
