@@ -93,6 +93,7 @@ class Weights:
         self._handle = self._load()
         self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self.offload: Offload | None = None
+        self.why_no_gpu = ""  # where there is no share on one
         self.pool: weakref.ref[ContextPool] | None = None  # it keeps the weights, not they it
         self.info = self._read_info()
 

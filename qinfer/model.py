@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _machine
+from ._checks import flag
 from ._files import StrPath
 from ._generate import Answer, GenerateOptions, Settings, run
 from ._gguf import Progress
@@ -161,10 +162,12 @@ class Model:
             "cross_layer_from": cross_layer_from,
             "deterministic": deterministic,
         }
+        flag("mmap", mmap)
+        flag("deterministic", deterministic)
         positive("n_ctx", n_ctx)
         positive("threads", threads)
         kv_type_number(kv_type)
-        kv_place = self._kv_place = KvPlace(kv_mode, kv_ratio, kv_step)
+        kv_place = KvPlace(kv_mode, kv_ratio, kv_step)
         if deterministic and neuron_cache != "static":
             raise ArgumentError(
                 f"neuron_cache={neuron_cache!r} moves neurons, which shows in the last bits of "
@@ -181,8 +184,12 @@ class Model:
         weights = self._weights = Weights(path, mmap=mmap, hidden_act=hidden_act, progress=progress)
         _check_heads(weights.info, kv_type)
         self.n_ctx = _n_ctx(weights.info, n_ctx, kv_type)
-        weights.offload = offload(weights, device, vram_budget, gpu_split, kv_type, neuron_cache)
-        kv_place.check_device(weights)
+        weights.offload = offload(
+            weights, device, vram_budget, gpu_split, kv_type, neuron_cache, kv_place
+        )
+        if weights.offload is None:
+            kv_place = KvPlace()  # the log has said so
+        self._kv_place = kv_place
         # Of the kind that calls share. No method: the pool keeps it, and must not keep the model.
         self._make_context = partial(
             _shared_context,
@@ -197,6 +204,12 @@ class Model:
             weights, sparsity, prefill, sparse_threshold, threads, self._make_context,
             cross_layer_from,
         )  # fmt: skip
+        if neuron_cache != "static" and weights.offload is not None and self.policy.mode == "off":
+            logger.warning(
+                "neuron_cache=%r has no effect while sparsity is 'off': neurons move by how often "
+                "they are active, and all are computed",
+                neuron_cache,
+            )
         self._pool = ContextPool(partial(self._make_context, self.policy))
         weights.pool = weakref.ref(self._pool)
 
@@ -518,16 +531,20 @@ class Model:
             _beyond_training(self.info, positive("n_ctx", n_ctx))
         kv_place = self._kv_place
         if (kv_mode, kv_ratio, kv_step) != (None, None, None):
-            kv_place = KvPlace(kv_mode or "auto", kv_ratio, kv_step)
+            kv_place = KvPlace("auto" if kv_mode is None else kv_mode, kv_ratio, kv_step)
         own = self.policy
+        mode = own.mode if sparsity is None else sparsity
+        early = None if cross_layer_from is False else cross_layer_from
+        if cross_layer_from is None and mode in ("auto", "predict"):
+            early = own.cross_layer_from
         policy = choose(
             self._weights,
-            own.mode if sparsity is None else sparsity,
+            mode,
             own.prefill if prefill is None else prefill,
             own.threshold if sparse_threshold is None else sparse_threshold,
             self._threads if threads is None else threads,
             self._make_context,
-            (own.cross_layer_from if cross_layer_from is None else cross_layer_from) or None,
+            early,
         )
         return Context(
             self._weights,

@@ -609,10 +609,10 @@ def side_by_side(path: str) -> list[bool]:
     return same
 
 
-def automatic(path: str) -> dict[str, Any]:
+def automatic(path: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
     """What device="auto" does here."""
     lines = _log()
-    with Model(path, n_ctx=64) as model:
+    with Model(path, n_ctx=64, **options or {}) as model:
         placement = model.placement
         found = {"log": list(lines), "device": None if placement is None else placement.device}
     if placement is not None:
@@ -620,6 +620,102 @@ def automatic(path: str) -> dict[str, Any]:
         with Model(path, n_ctx=64, vram_budget="100KiB") as model, model.context() as context:
             context.feed(TOKENS[:1])
             found |= {"small": list(lines), "on_gpu": context.info.on_gpu}
+    return found
+
+
+def without_gpu(path: str, options: dict[str, Any]) -> list[Any]:
+    """What "auto" logs without and with options for GPUs, by level, and what contexts say."""
+    lines: list[list[Any]] = []
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append([record.levelno, record.getMessage()])
+
+    logger = logging.getLogger("qinfer")
+    logger.addHandler(Lines())
+    logger.setLevel(logging.INFO)
+    Model(path, n_ctx=64).close()
+    plain = list(lines)
+    lines.clear()
+    with Model(path, **options) as model:
+        with model.context() as context:
+            context.feed(TOKENS)
+        try:
+            model.context(kv_mode="host")
+        except QInferError as error:
+            return [plain, lines, str(error)]
+    raise AssertionError("nothing was refused")
+
+
+def caches(path: str) -> list[Any]:
+    """What is said of neurons that are to move in models that leave none out and that do."""
+    lines = _log()
+    found: list[Any] = []
+    options: dict[str, Any] = {"device": "cuda", "n_ctx": 256, "neuron_cache": "frequency"}
+    share = {"vram_budget": "8MiB"}
+    n_moved = 0
+    for mode in ("off", "predict"):
+        lines.clear()
+        with Model(path, sparsity=mode, **share, **options) as model:
+            if mode == "off":
+                with model.context(n_batch=32) as context:
+                    for token in TOKENS * 5:
+                        context.feed([token], generated=True)
+                assert model.placement is not None
+                n_moved = model.placement.n_moved
+            found.append(list(lines))
+    return [*found, n_moved]
+
+
+def kept_without_room(path: str) -> dict[str, str]:
+    """The error of a context whose keys and values are to be where there is no room."""
+    with Model(path, device="cuda", vram_budget="300KiB", n_ctx=512, sparsity="off") as model:
+        try:
+            model.context(kv_mode="device")
+        except QInferError as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+    return {"error": ""}
+
+
+def automatic_in_want(path: str, notes: str) -> list[Any]:
+    """What "auto" does where a test of a kernel finds no memory, and where contexts fail.
+
+    With what is noted of the tests.
+    """
+    import os
+
+    from qinfer import _cuda_check
+
+    kernels = os.environ["QINFER_CACHE_DIR"]
+    cuda = _cuda()
+    lines = _log()
+    found: list[Any] = []
+    with Model(path, device="cuda", n_ctx=64, sparsity="off") as model:
+        model.context().close()  # the kernels are compiled, where "auto" will look for them
+        true_tests = _cuda_check._cuda.self_tests
+
+        def in_want(number: int, numbers: list[int]) -> Any:
+            cuda.standin_fail_at(1, 2)
+            yield from true_tests(number, numbers)
+
+        _cuda_check._cuda.self_tests = in_want  # type: ignore[assignment]
+        os.environ["QINFER_CACHE_DIR"] = notes
+        lines.clear()
+        with Model(path, n_ctx=64, sparsity="off") as other:
+            found.append({"used": other.placement is not None, "log": list(lines)})
+        cuda.standin_fail_at(0, 0)
+        found.append(_cuda_check.notes().exists())
+        _cuda_check._cuda.self_tests = true_tests
+        os.environ["QINFER_CACHE_DIR"] = kernels
+    lines.clear()
+    with Model(path, n_ctx=64, sparsity="off") as model:
+        cuda.standin_fail_at(20, 999)
+        with model.context() as context:
+            cuda.standin_fail_at(0, 0)
+            context.feed(TOKENS)
+            found.append({"on_gpu": context.info.on_gpu, "log": list(lines)})
+        with model.context() as context:
+            found.append(context.info.on_gpu)
     return found
 
 

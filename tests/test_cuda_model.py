@@ -332,6 +332,27 @@ def test_auto_uses_a_gpu_that_is_there(tmp_path: Path) -> None:
     assert sum("no GPU is used" in line for line in hidden["log"]) == 1
 
 
+def test_auto_uses_no_gpu_whose_memory_is_full() -> None:
+    full = on_gpu("automatic", DATA / "stories260K.F32.gguf", {"vram_budget": 6}, memory=1000)
+    assert full["device"] is None
+    (line,) = [line for line in full["log"] if "no GPU is used" in line]
+    assert line.startswith("no GPU is used, and vram_budget=6 has no effect: ")
+    assert "out of memory" in line
+
+
+def test_auto_does_without_a_gpu_that_fails(tmp_path: Path) -> None:
+    """Want of memory says nothing about kernels, and is not kept."""
+    tests, noted, failed, again = on_gpu(
+        "automatic_in_want", DATA / "stories260K.F32.gguf", tmp_path
+    )
+    assert tests["used"] is False
+    assert sum("its kernels could not be tested: " in line for line in tests["log"]) == 1
+    assert not noted
+    assert failed["on_gpu"] is False
+    assert sum("the processor alone computes this" in line for line in failed["log"]) == 1
+    assert again is True
+
+
 def test_auto_uses_no_gpu_that_computes_wrong(tmp_path: Path) -> None:
     """It is found out once, and remembered for the card."""
     broken, again, explicit = on_gpu("distrusted", DATA / "stories260K.F32.gguf", tmp_path)
