@@ -292,8 +292,10 @@ def budgets(path: str, sizes: list[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with Model(path, device="cpu", n_ctx=64, sparsity="off") as cpu, cpu.context() as context:
         expected = _logits(context, 7)
+    lines = _log()
     for size in sizes:
         before = int(_cuda().standin_allocated())
+        lines.clear()
         try:
             with Model(path, device="cuda", vram_budget=size, n_ctx=64, sparsity="off") as model:
                 with model.context(n_batch=32) as context:
@@ -310,11 +312,26 @@ def budgets(path: str, sizes: list[str]) -> list[dict[str, Any]]:
                         "used": placement.used_bytes,
                         "budget": placement.budget_bytes,
                         "held": held,
+                        "log": list(lines),
                     }
                 )
         except QInferError as error:
             rows.append({"refused": type(error).__name__, "message": str(error)})
     return rows
+
+
+def too_large(path: str) -> str:
+    """The error of a list of neurons that no budget of this size holds."""
+    with Model(path, device="cuda", vram_budget="8MiB", n_ctx=64, sparsity="off") as model:
+        share = model._weights.offload
+        assert share is not None
+        for layer in range(model.info.n_layer):
+            share.choose_neurons(layer, np.arange(model.info.n_ff))
+        try:
+            model.context(n_batch=32)
+        except QInferError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def early(path: str, sizes: list[str]) -> list[dict[str, Any]]:
@@ -647,24 +664,15 @@ def without_gpu(path: str, options: dict[str, Any]) -> list[Any]:
     raise AssertionError("nothing was refused")
 
 
-def caches(path: str) -> list[Any]:
+def caches(path: str) -> list[list[str]]:
     """What is said of neurons that are to move in models that leave none out and that do."""
     lines = _log()
-    found: list[Any] = []
-    options: dict[str, Any] = {"device": "cuda", "n_ctx": 256, "neuron_cache": "frequency"}
-    share = {"vram_budget": "8MiB"}
-    n_moved = 0
+    found = []
     for mode in ("off", "predict"):
         lines.clear()
-        with Model(path, sparsity=mode, **share, **options) as model:
-            if mode == "off":
-                with model.context(n_batch=32) as context:
-                    for token in TOKENS * 5:
-                        context.feed([token], generated=True)
-                assert model.placement is not None
-                n_moved = model.placement.n_moved
+        with Model(path, device="cuda", n_ctx=64, sparsity=mode, neuron_cache="frequency"):  # type: ignore[arg-type]
             found.append(list(lines))
-    return [*found, n_moved]
+    return found
 
 
 def kept_without_room(path: str) -> dict[str, str]:

@@ -167,6 +167,22 @@ def test_budgets() -> None:
     assert any(0 < row["n_neurons"] < 6 * 768 for row in kept)
 
 
+def test_a_budget_beyond_the_cards_memory_is_what_is_free() -> None:
+    memory = (24 + 9) << 20  # of which the driver takes 24
+    (row,) = on_gpu("budgets", STORIES, ["6GiB"], memory=memory)
+    assert row["used"] <= row["budget"] <= 9 << 20
+    assert row["error"] < 0.03
+    assert 0 < row["n_neurons"] < 6 * 768
+    (line,) = [line for line in row["log"] if "is the budget" in line]
+    assert "6.00 GiB of its memory may be used" in line
+
+
+def test_a_split_too_large_says_what_helps() -> None:
+    says = on_gpu("too_large", STORIES)
+    assert says.startswith("OutOfMemory: the given split puts ")
+    assert says.endswith("a larger budget is needed, a split made for less, or a smaller context")
+
+
 def test_predictions_one_layer_early() -> None:
     """On the GPU, and where the layer before is on another device."""
     rows = on_gpu("early", STORIES, ["5MiB", "8MiB", "60MiB"])
