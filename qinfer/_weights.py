@@ -137,10 +137,10 @@ class Weights:
 
     @cached_property
     def fingerprint(self) -> bytes:
-        """32 bytes that tell models apart."""
-        from ._state import fingerprint
+        """32 bytes that tell files apart."""
+        from . import _fingerprint
 
-        return fingerprint(self.file)
+        return _fingerprint.of_file(self.file)
 
     def _read_info(self) -> ModelInfo:
         out = ffi.new("qi_model_info *")

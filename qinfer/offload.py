@@ -24,6 +24,7 @@ from .errors import ArgumentError, DeviceError, OutOfMemory, QInferError
 
 if TYPE_CHECKING:
     from ._weights import Weights
+    from .gpu_index import GpuIndex
 
 logger = logging.getLogger("qinfer")
 
@@ -279,38 +280,60 @@ def _unnamed(weights: Weights, budget: int | None, kv_type: str) -> Offload:
 
 def _split(share: Offload, weights: Weights, gpu_split: GpuSplit) -> None:
     """Tells the runtime which neurons to prefer."""
-    from .activation import read_activations
-    from .gpu_index import GpuIndex
+    from . import _fingerprint
+    from .activation import check_model, read_activations
 
     info = weights.info
     if gpu_split == "none":
         for layer in range(info.n_layer):
             share.choose_neurons(layer, np.empty(0, np.int32))
         return
-    if gpu_split in ("auto", "counts", "balance"):
-        beside = Path(weights.path + ".generated.gpuidx")
-        folder = Path(weights.path).parent / "activation"
-        if gpu_split == "auto" and beside.is_file():
-            index = GpuIndex.read(beside)
-            index.check(info.n_layer, info.n_ff, name=str(beside))
-            # Made for some budget, perhaps another: its neurons are taken first, as many as fit.
-            for layer in range(info.n_layer):
-                counts = np.zeros(info.n_ff, np.float32)
-                counts[index.neurons(layer)] = 1.0
-                share.count_neurons(layer, counts)
-        elif folder.is_dir():
-            counted = read_activations(folder, n_layers=info.n_layer, n_ff=info.n_ff)
-            for layer, counts in enumerate(counted):
-                share.count_neurons(layer, counts)
-            if gpu_split == "balance":
-                share.balance_layers()
-        elif gpu_split != "auto":
-            raise ArgumentError(
-                f"gpu_split={gpu_split!r} goes by counts of activations, and there is no folder "
-                f"{folder}: qinfer profile MODEL -f TEXT -o {folder.parent} writes it"
-            )
+    if not (isinstance(gpu_split, str) and gpu_split in _SPLITS):
+        index = _index(gpu_split, weights)
+        for layer in range(info.n_layer):
+            try:
+                share.choose_neurons(layer, index.neurons(layer))
+            except ArgumentError as error:
+                raise ArgumentError(f"{os.fsdecode(gpu_split)}: {error}") from None
         return
-    index = GpuIndex.read(gpu_split)
-    index.check(info.n_layer, info.n_ff, name=os.fsdecode(gpu_split))
-    for layer in range(info.n_layer):
-        share.choose_neurons(layer, index.neurons(layer))
+    beside = Path(weights.path + ".generated.gpuidx")
+    folder = Path(weights.path).parent / "activation"
+    if gpu_split == "auto" and beside.is_file():
+        index = _index(beside, weights)
+        # Made for some budget, perhaps another: its neurons are taken first, as many as fit.
+        for layer in range(info.n_layer):
+            counts = np.zeros(info.n_ff, np.float32)
+            counts[index.neurons(layer)] = 1.0
+            share.count_neurons(layer, counts)
+    elif folder.is_dir():
+        counted = read_activations(folder, n_layers=info.n_layer, n_ff=info.n_ff)
+        if not check_model(folder, _fingerprint.of_model(weights.file)):
+            _say_unchecked(folder, "which model it is of")
+        for layer, counts in enumerate(counted):
+            share.count_neurons(layer, counts)
+        if gpu_split == "balance":
+            share.balance_layers()
+    elif gpu_split != "auto":
+        raise ArgumentError(
+            f"gpu_split={gpu_split!r} goes by counts of activations, and there is no folder "
+            f"{folder}: qinfer profile MODEL -f TEXT -o {folder.parent} writes it"
+        )
+
+
+def _index(path: StrPath, weights: Weights) -> GpuIndex:
+    """The split in a file, which must be one for this model file."""
+    from .gpu_index import GpuIndex
+
+    index = GpuIndex.read(path)
+    name = os.fsdecode(path)
+    fingerprint = weights.fingerprint if index.fingerprint else b""
+    index.check(weights.info.n_layer, weights.info.n_ff, fingerprint, name=name)
+    if not fingerprint:
+        _say_unchecked(name, "which model file it was made for")
+    return index
+
+
+def _say_unchecked(path: StrPath, what: str) -> None:
+    logger.info(
+        "%s does not say %s: only its numbers of layers and neurons are checked", path, what
+    )

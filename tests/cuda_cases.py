@@ -334,6 +334,21 @@ def too_large(path: str) -> str:
     return ""
 
 
+def splits(path: str, choices: list[str]) -> list[str]:
+    """The error of each choice of neurons, or what is said of its being checked."""
+    lines = _log()
+    answers = []
+    for choice in choices:
+        lines.clear()
+        try:
+            Model(path, device="cuda", gpu_split=choice, n_ctx=64, sparsity="off").close()
+        except QInferError as error:
+            answers.append(f"{type(error).__name__}: {error}")
+        else:
+            answers.append("".join(line for line in lines if "does not say" in line))
+    return answers
+
+
 def early(path: str, sizes: list[str]) -> list[dict[str, Any]]:
     """Errors of logits whose predictions are made one layer early, by what a budget keeps."""
     rows = []
