@@ -179,7 +179,10 @@ def budget_bytes(vram_budget: float | str | None) -> int | None:
     if isinstance(vram_budget, str):
         from ._sizes import parse_size
 
-        return parse_size(vram_budget, bare="GiB")
+        try:
+            return parse_size(vram_budget, bare="GiB")
+        except ArgumentError as error:
+            raise ArgumentError(f"vram_budget: {error}") from None
     if not is_number(vram_budget):
         raise ArgumentError(
             f"vram_budget={vram_budget!r:.80} is neither a number of GiB nor a size"

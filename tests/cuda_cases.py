@@ -334,6 +334,26 @@ def too_large(path: str) -> str:
     return ""
 
 
+def files_called(path: str, names: list[str]) -> dict[str, str]:
+    """What the command line says where --gpu-index names such a file, which is not there."""
+    import os
+    import tempfile
+
+    from click.testing import CliRunner
+
+    from qinfer.cli import cli
+
+    answers = {}
+    with tempfile.TemporaryDirectory() as empty:
+        os.chdir(empty)
+        for name in names:
+            words = ["run", path, "-p", "a", "--device", "cuda", "--gpu-index", name]
+            error = CliRunner().invoke(cli, words).exception
+            answers[name] = f"{type(error).__name__}: {error}"
+        os.chdir("/")
+    return answers
+
+
 def splits(path: str, choices: list[str]) -> list[str]:
     """The error of each choice of neurons, or what is said of its being checked."""
     lines = _log()

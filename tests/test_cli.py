@@ -206,7 +206,7 @@ def test_ctrl_c_ends_a_run_quietly(stories260k: Path) -> None:
 def test_warnings_are_lines_on_standard_error(stories260k: Path) -> None:
     done = run("run", stories260k, "-p", PROMPT, "-n", "1", "-c", "600")
     assert done.returncode == 0
-    assert done.stderr == "warning: n_ctx=600 is more than the 512 the model was trained for\n"
+    assert done.stderr == "warning: --ctx-size 600 is more than the 512 the model was trained for\n"
 
 
 def test_help_and_version() -> None:

@@ -148,9 +148,7 @@ def test_the_file_it_is_made_for_is_a_key_more(tmp_path: Path) -> None:
     assert read.fingerprint == fingerprint
     for accepted in (fingerprint, b""):
         read.check(1, 4, accepted)
-    with pytest.raises(
-        ArgumentError, match=r"x\.gpuidx is for another model or "
-    ):
+    with pytest.raises(ArgumentError, match=r"x\.gpuidx is for another model or "):
         read.check(1, 4, bytes(32))
 
 

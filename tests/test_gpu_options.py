@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 from qinfer import ArgumentError, Model
+from qinfer._option_names import spoken
 from qinfer.offload import budget_bytes
+from test_cli import run
 from test_cuda_model import DATA, on_gpu
 from test_sparsity import CASES
 
@@ -171,3 +174,56 @@ def test_advice_for_a_place_without_room() -> None:
     assert found["error"].endswith(
         "without kv_mode, kv_ratio and kv_step the processor takes what does not fit"
     )
+
+
+# ---- on the command line ----
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ("kv_ratio=0.5 and kv_step=1e-05 are", "--kv-ratio 0.5 and --kv-step 1e-05 are"),
+        ("neuron_cache='balance' moves", "--neuron-cache balance moves"),
+        ("gpu_split='counts' goes by", "--reset-gpu-index goes by"),
+        ("gpu_split='balance': no", "--balance-gpu-index: no"),
+        ("and gpu_split='none' keeps none", "and --disable-gpu-index keeps none"),
+        ("gpu_split=PosixPath('a b.idx'), so", "--gpu-index a b.idx, so"),
+        ("n_ctx=5 is; n_ctx= overrides this", "--ctx-size 5 is; --ctx-size overrides this"),
+        ("not with deterministic=True", "not with --deterministic"),
+        ("vram_budget: 'six' is not a size", "--vram-budget: 'six' is not a size"),
+        ("vram_budget=-1.5 is", "--vram-budget -1.5 is"),
+        ("the sparsity of a device with threads", "the sparsity of a device with threads"),
+        ("/a/kv_mode=x/kv_mode.gguf: the 'n_ctx'", "/a/kv_mode=x/kv_mode.gguf: the 'n_ctx'"),
+    ],
+)
+def test_messages_have_the_words_of_the_command_line(message: str, says: str) -> None:
+    assert spoken(message) == says
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--device", "cpu", "--balance-gpu-index"], "--balance-gpu-index is for GPUs"),
+        (["--device", "cpu", "--gpu-index", "auto"], "--gpu-index auto is for GPUs"),
+        (["--device", "cpu", "--disable-gpu-index"], "--disable-gpu-index is for GPUs"),
+        (["--vram-budget", "six"], "--vram-budget: 'six' is not a size"),
+    ],
+)
+def test_errors_name_options(words: list[str], says: str) -> None:
+    done = run("run", SMALL, "-p", "a", *words)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {says}")
+
+
+def test_a_files_name_is_no_keyword(tmp_path: Path) -> None:
+    """On the command line, where there are options for these."""
+    texts = on_gpu("files_called", SMALL, ["auto", "none", "counts"])
+    for name, text in texts.items():
+        assert text == f"FileError: {name}: cannot read: No such file or directory"
+
+
+def test_counts_that_are_not_there_say_what_writes_them(tmp_path: Path) -> None:
+    path = shutil.copy(SMALL, tmp_path)
+    (says,) = on_gpu("splits", path, ["counts"])
+    assert says.startswith("ArgumentError: gpu_split='counts' goes by counts of activations, and ")
+    assert says.endswith(f"qinfer profile MODEL -f TEXT -o {tmp_path} writes it")
