@@ -86,8 +86,8 @@ _DEVICE_OPTIONS = [
                  help="GPU memory that may be used, e.g. 6 or 900MiB; default: all that is free."),
     click.option("--gpu-index", metavar="FILE", type=click.Path(path_type=Path),
                  expose_value=False, callback=_keep_for_load,
-                 help="Which neurons the GPU keeps, as export_gpu_split writes it; default: "
-                 "MODEL.generated.gpuidx, else by activation/ beside the model."),
+                 help="Which neurons the GPU keeps, as export_gpu_split writes it for this MODEL; "
+                 "default: MODEL.generated.gpuidx, else by activation/ beside the model."),
     click.option("--reset-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
                  help="Choose by activation/ even if there is such a file."),
     click.option("--balance-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
@@ -108,8 +108,8 @@ _DEVICE_OPTIONS = [
                  "does not fit on the GPU."),
     click.option("--kv-step", type=click.FloatRange(0, 1), metavar="SHARE", expose_value=False,
                  callback=_keep_for_load,
-                 help="With split, by how much a layer's share adapts after a token, e.g. 0.025; "
-                 "default: not at all."),
+                 help="With split, by how much a layer's share adapts after a token, e.g. 0.01; "
+                 "default: 0, not at all."),
     click.option("--deterministic", is_flag=True, expose_value=False, callback=_keep_for_load,
                  help="Same logits however a prompt is cut into batches, on a GPU, too; slower "
                  "prompts there."),
@@ -159,7 +159,8 @@ _CONTEXT_OPTIONS = [
 _CROSS_LAYER_FROM = click.option(
     "--cross-layer-from", metavar="LAYER", type=click.IntRange(1), expose_value=False,
     callback=_keep_for_load,
-    help="From this layer on, predict one layer early, at some cost of accuracy; Q-Infer: 5.",
+    help="With predict: from this layer on, predict one layer early, at some cost of accuracy; "
+    "Q-Infer: 5.",
 )  # fmt: skip
 _SPARSITY_OPTIONS = [
     click.option("--sparsity", type=click.Choice(["auto", "off", "exact", "predict"]),

@@ -85,8 +85,9 @@ class Model:
             they fit beside the attention, else "split".
         kv_ratio: with "split", the processor's share of the positions at first; None: what does
             not fit on the GPU.
-        kv_step: with "split", by how much of the positions the boundary of a layer moves after
-            each token, towards where both take as long; 0.025 is the most that makes sense, None
+        kv_step: with "split", by how much of the positions, a share from 0 to 1, the boundary of a
+            layer moves after each token, towards where both take as long; at least by a page. It
+            moves by all of that each time, so small shares such as 0.01 make sense. None or 0
             leaves it where it is.
         mmap: False reads the file into memory, for files that others may truncate meanwhile.
         progress: called while a file is so read, as `progress(done, total)`, in bytes.
@@ -102,7 +103,8 @@ class Model:
         prefill: "dense" computes all neurons of prompt tokens, "sparse" treats them as generated.
         cross_layer_from: layers from this one on predict from what the predictor of the layer
             before looked at, as Q-Infer does from layer 5, so that their neurons are known one
-            layer early; it costs accuracy. None: every layer looks at its own.
+            layer early; it costs accuracy, and is for "predict" alone. None: every layer looks at
+            its own.
         deterministic: on a GPU, too, a token's logits are the same bits however the text before it
             was cut into batches and whatever else is computed beside it. Prompts are slower so:
             cuBLAS is not used, nor are tiles of tokens, and neurons stay where they are. The

@@ -215,7 +215,7 @@ def choose(
             if seconds[mode] < _WORTH_IT * seconds[best]:
                 best = mode
         figures = ", ".join(f"{mode} {1 / seconds[mode]:.1f}" for mode in candidates)
-        logger.info("sparsity: %s, by tokens per second of each mode here: %s", best, figures)
+        logger.info("sparsity='auto' is '%s' here; tokens per second: %s", best, figures)
     if early is not None and best != "predict":
         logger.warning(
             "cross_layer_from=%d has no effect: sparsity='auto' chose '%s', which asks no "

@@ -157,7 +157,7 @@ def test_errors_are_one_line_and_a_status(stories260k: Path, tmp_path: Path) -> 
         (("run", broken, "-p", "a"), 1, "broken.gguf"),
         (("run", tmp_path, "-p", "a", "-c", "9"), 1, str(tmp_path)),
         (("run", stories260k, "-p", "a b c d e f g h", "-c", "4"), 1, "4"),
-        (("run", stories260k, "-p", "a", "--top-p", "3"), 1, "top_p"),
+        (("run", stories260k, "-p", "a", "--top-p", "3"), 1, "--top-p 3"),
         (("run", stories260k), 2, "-p TEXT or -f FILE"),
         (("run", stories260k, "-p", "a", "-f", stories260k), 2, "-p TEXT or -f FILE"),
         (("run", "-p", "a"), 2, "one MODEL"),

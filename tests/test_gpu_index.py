@@ -334,11 +334,17 @@ def test_inspect_shows_where_neurons_are(tmp_path: Path) -> None:
             "n_layers": 2,
             "n_ff": 2000,
             "vram_capacity": 12345,
+            "model_fingerprint": None,
             "n_gate_up": [1500, 0],
             "n_down": None,
             "n_whole": [1500, 0],
         },
     }
+    assert "\nit does not say for which model\n" in text
+    GpuIndex(3, (ids(0, 2),), fingerprint=bytes(range(32))).write(path)
+    assert "\nit says for which model file\n" in inspect.render(path)
+    found = inspect.describe(path)["gpu_split"]["model_fingerprint"]
+    assert found == bytes(range(32)).hex()
 
 
 def test_inspect_shows_qinfers_form(tmp_path: Path) -> None:

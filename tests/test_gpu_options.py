@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from qinfer import ArgumentError, Model
+from qinfer._kv_place import KvPlace
 from qinfer._option_names import spoken
 from qinfer.offload import budget_bytes
 from test_cli import run
@@ -166,6 +167,13 @@ def test_neurons_that_cannot_move_are_said(predicting: Path) -> None:
     still, moving = on_gpu("caches", predicting)
     assert sum("neuron_cache='frequency' has no effect" in line for line in still) == 1
     assert not any("has no effect" in line for line in moving)
+
+
+def test_a_step_of_nothing_goes_with_every_place() -> None:
+    for mode in ("auto", "device", "host", "split"):
+        place = KvPlace(mode, None, 0)  # type: ignore[arg-type]
+        assert place.step == 0.0
+        assert place.is_default == (mode == "auto")
 
 
 def test_advice_for_a_place_without_room() -> None:

@@ -436,9 +436,10 @@ typedef struct qi_context_params {
     int32_t cross_layer_from;
     int32_t kv_mode; /* QI_KV_*; without an offload QI_KV_AUTO */
     /* Of split keys and values: which share of the positions the processor attends to at first, 0
-     * to 1, NaN: what does not fit on the device; and by which share the boundary of a layer moves
-     * after a token, towards where both take as long, 0: not. With QI_KV_AUTO either means split.
-     */
+     * to 1, NaN: what does not fit on the device; and by which share, 0 to 1, but a page at least,
+     * the boundary of a layer moves after a token, towards where both take as long, 0: not. With
+     * QI_KV_AUTO a ratio or a step above 0 means split, with QI_KV_DEVICE and QI_KV_HOST both are
+     * refused. */
     float kv_ratio;
     float kv_step;
     /* Anything but 0: an accelerator, too, computes each token the same whatever else is in its
