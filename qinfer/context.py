@@ -162,12 +162,12 @@ class Context:
                         f"{error}; without kv_mode, kv_ratio and kv_step the processor takes "
                         "what does not fit"
                     ) from None
-                if not (share.optional or share.placement.is_placed):
+                if not (share.optional or share.is_placed):
                     raise
                 share.warn_of_context(error)
                 break
             except DeviceError as error:
-                if not share.optional or share.placement.is_placed:
+                if not share.optional or share.is_placed:
                     raise
                 share.warn_of_context(error)
                 break

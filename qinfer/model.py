@@ -64,7 +64,8 @@ class Model:
         path: the file, or the folder it is alone in; of a split model, its first part.
         device: "cpu", "cuda", or "cuda:N" for the N-th GPU; "auto" uses a GPU if it can.
         vram_budget: how much of its memory may be taken, everything counted: a number of GiB, a
-            text such as "6GiB", or None for all that is free but a reserve.
+            text such as "6GiB", or None for all that is free but a reserve, which is also what a
+            larger one comes to.
         gpu_split: which neurons the GPU keeps where not all fit: a `.generated.gpuidx` file,
             "auto" (that file, or the folder `activation/`, beside the model), "counts" (that folder
             alone), "balance" (the same, but a layer keeps only so many that GPU and processor need

@@ -158,6 +158,14 @@ class Offload:
             },
         )
 
+    @property
+    def is_placed(self) -> bool:
+        """Whether it holds something of the model."""
+        try:
+            return self.placement.is_placed
+        except DeviceError:  # lost, before there was a budget to tell of
+            return False
+
     def warn_of_context(self, error: QInferError) -> None:
         """Says why a context is computed without the GPU; once aloud."""
         level = logging.INFO if self._has_warned else logging.WARNING

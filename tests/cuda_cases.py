@@ -759,6 +759,12 @@ def automatic_in_want(path: str, notes: str) -> list[Any]:
             found.append({"on_gpu": context.info.on_gpu, "log": list(lines)})
         with model.context() as context:
             found.append(context.info.on_gpu)
+    lines.clear()
+    with Model(path, n_ctx=64, sparsity="off") as model:
+        cuda.standin_kill()
+        with model.context() as context:
+            context.feed(TOKENS)
+            found.append({"on_gpu": context.info.on_gpu, "log": list(lines)})
     return found
 
 
