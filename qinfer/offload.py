@@ -212,7 +212,8 @@ def offload(
     """A model's share on the device asked for; None where it is the processor's alone.
 
     With "auto" a GPU is used when one can be and its kernels agree with the processor's, and the
-    log says why one is not: as a warning where something was asked of it.
+    log says why one is not: as a warning where something was asked of it, and where it is full or
+    computes wrong.
 
     Raises:
         ArgumentError: the device or the policy is not known, the budget is not a size, something is
@@ -255,7 +256,7 @@ def offload(
             if given:
                 have = "has" if len(given) == 1 else "have"
                 without = f", and {' and '.join(given)} {have} no effect"
-            aloud = given or isinstance(error, _ComputesWrongError)
+            aloud = given or isinstance(error, (_ComputesWrongError, OutOfMemory))
             level = logging.WARNING if aloud else logging.INFO
             logger.log(level, "no GPU is used%s: %s", without, error)
             return None

@@ -6,6 +6,7 @@ What it cannot show is speed, and the rounding of a card's own instructions.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -354,6 +355,9 @@ def test_auto_uses_no_gpu_whose_memory_is_full() -> None:
     (line,) = [line for line in full["log"] if "no GPU is used" in line]
     assert line.startswith("no GPU is used, and vram_budget=6 has no effect: ")
     assert "out of memory" in line
+    plain, _, _ = on_gpu("without_gpu", DATA / "stories260K.F32.gguf", {"n_ctx": 64}, memory=1000)
+    assert plain[0][0] == logging.WARNING
+    assert plain[0][1].startswith("no GPU is used: the GPU ran out of memory")
 
 
 def test_auto_does_without_a_gpu_that_fails(tmp_path: Path) -> None:
