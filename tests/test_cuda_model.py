@@ -355,7 +355,9 @@ def test_auto_uses_no_gpu_whose_memory_is_full() -> None:
     (line,) = [line for line in full["log"] if "no GPU is used" in line]
     assert line.startswith("no GPU is used, and vram_budget=6 has no effect: ")
     assert "out of memory" in line
-    plain, _, _ = on_gpu("without_gpu", DATA / "stories260K.F32.gguf", {"n_ctx": 64}, memory=1000)
+    plain, _, _ = on_gpu(
+        "gpu_option_cases.without_gpu", DATA / "stories260K.F32.gguf", {"n_ctx": 64}, memory=1000
+    )
     assert plain[0][0] == logging.WARNING
     assert plain[0][1].startswith("no GPU is used: the GPU ran out of memory")
 
@@ -363,7 +365,7 @@ def test_auto_uses_no_gpu_whose_memory_is_full() -> None:
 def test_auto_does_without_a_gpu_that_fails(tmp_path: Path) -> None:
     """Want of memory says nothing about kernels, and is not kept."""
     tests, noted, failed, again, lost = on_gpu(
-        "automatic_in_want", DATA / "stories260K.F32.gguf", tmp_path
+        "gpu_option_cases.automatic_in_want", DATA / "stories260K.F32.gguf", tmp_path
     )
     assert tests["used"] is False
     assert sum("its kernels could not be tested: " in line for line in tests["log"]) == 1

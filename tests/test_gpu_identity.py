@@ -85,7 +85,7 @@ def test_counts_of_a_text_are_of_their_model(tmp_path: Path) -> None:
         path = Path(shutil.copy(demo.path, tmp_path))
         result = profile(demo, "Once upon a time there was a dog.")
     write(result, tmp_path, plot=False)
-    assert on_gpu("splits", path, ["counts"]) == [""]
+    assert on_gpu("gpu_option_cases.splits", path, ["counts"]) == [""]
 
 
 def test_other_files_splits_are_refused(model: Path, tmp_path: Path) -> None:
@@ -104,7 +104,9 @@ def test_other_files_splits_are_refused(model: Path, tmp_path: Path) -> None:
         beside = path.with_name(path.name + ".generated.gpuidx")
         shutil.copy(tmp_path / "known", beside)
         by_name, unsaid, found = on_gpu(
-            "splits", path, [str(tmp_path / "known"), str(tmp_path / "unknown"), "auto"]
+            "gpu_option_cases.splits",
+            path,
+            [str(tmp_path / "known"), str(tmp_path / "unknown"), "auto"],
         )
         for answer in (by_name, found):
             assert says in answer
@@ -121,7 +123,7 @@ def test_other_models_counts_are_refused(model: Path, tmp_path: Path) -> None:
     says = []
     for fingerprint in (of_model, b"", bytes(32)):
         write_activations(tmp_path / "activation", counts, fingerprint)
-        says += on_gpu("splits", own, ["counts"])
+        says += on_gpu("gpu_option_cases.splits", own, ["counts"])
     assert says[0] == ""
     assert "does not say which model it is of" in says[1]
     assert "holds activation counts of another model" in says[2]

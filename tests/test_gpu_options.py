@@ -119,7 +119,7 @@ def test_the_processor_takes_none_of_them(options: dict[str, Any], says: str) ->
 
 def test_auto_says_which_have_no_effect_without_a_gpu() -> None:
     given = {"gpu_split": "counts", "neuron_cache": "balance", "kv_mode": "split", "n_ctx": 64}
-    plain, aloud, refused = on_gpu("without_gpu", SMALL, given, devices=0)
+    plain, aloud, refused = on_gpu("gpu_option_cases.without_gpu", SMALL, given, devices=0)
     reason = "the NVIDIA driver finds no GPU"
     assert [line for line in plain if line[1].startswith(f"no GPU is used: {reason}")] == [
         [logging.INFO, plain[0][1]]
@@ -164,7 +164,7 @@ def test_auto_says_that_nothing_is_predicted_early(
 
 
 def test_neurons_that_cannot_move_are_said(predicting: Path) -> None:
-    still, moving = on_gpu("caches", predicting)
+    still, moving = on_gpu("gpu_option_cases.caches", predicting)
     assert sum("neuron_cache='frequency' has no effect" in line for line in still) == 1
     assert not any("has no effect" in line for line in moving)
 
@@ -177,7 +177,7 @@ def test_a_step_of_nothing_goes_with_every_place() -> None:
 
 
 def test_advice_for_a_place_without_room() -> None:
-    found = on_gpu("kept_without_room", SMALL)
+    found = on_gpu("gpu_option_cases.kept_without_room", SMALL)
     assert found["error"].startswith("OutOfMemory: ")
     assert found["error"].endswith(
         "without kv_mode, kv_ratio and kv_step the processor takes what does not fit"
@@ -225,13 +225,13 @@ def test_errors_name_options(words: list[str], says: str) -> None:
 
 def test_a_files_name_is_no_keyword(tmp_path: Path) -> None:
     """On the command line, where there are options for these."""
-    texts = on_gpu("files_called", SMALL, ["auto", "none", "counts"])
+    texts = on_gpu("gpu_option_cases.files_called", SMALL, ["auto", "none", "counts"])
     for name, text in texts.items():
         assert text == f"FileError: {name}: cannot read: No such file or directory"
 
 
 def test_counts_that_are_not_there_say_what_writes_them(tmp_path: Path) -> None:
     path = shutil.copy(SMALL, tmp_path)
-    (says,) = on_gpu("splits", path, ["counts"])
+    (says,) = on_gpu("gpu_option_cases.splits", path, ["counts"])
     assert says.startswith("ArgumentError: gpu_split='counts' goes by counts of activations, and ")
     assert says.endswith(f"qinfer profile MODEL -f TEXT -o {tmp_path} writes it")
