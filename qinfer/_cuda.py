@@ -81,6 +81,7 @@ class SelfTest:
     passed: bool
     seconds: float
     problem: str  # what kept the kernel from running; empty where nothing did
+    lacked_memory: bool = False  # which is what kept it
 
 
 def library_folders() -> list[Path]:
@@ -194,7 +195,8 @@ def self_tests(device: int = 0, numbers: Iterable[int] | None = None) -> Iterato
             check(lib.qi_cuda_run_self_test(gpu.pointer, number, out, error), error)
         except (DeviceError, OutOfMemory) as problem:
             name = self_test_names()[number]
-            yield SelfTest(name, math.inf, 0.0, 0, False, 0.0, str(problem))
+            lacked_memory = isinstance(problem, OutOfMemory)
+            yield SelfTest(name, math.inf, 0.0, 0, False, 0.0, str(problem), lacked_memory)
         else:
             yield SelfTest(
                 name=text(out.name),

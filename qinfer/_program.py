@@ -6,24 +6,30 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
 import click
 
-from .errors import QInferError
+from .errors import ArgumentError, OutOfMemory, QInferError
 
 # What shells report of a program that a signal ended is this and its number.
 _SIGNALLED = 128
 _INTERRUPTED = _SIGNALLED + signal.SIGINT
 
 
-def run(command: click.Command, name: str) -> NoReturn:
-    """Runs a command with the program's arguments; `name` is how it was called."""
+def run(
+    command: click.Command, name: str, spoken: Callable[[str], str] = lambda message: message
+) -> NoReturn:
+    """Runs a command with the program's arguments; `name` is how it was called.
+
+    `spoken` words the package's messages for whoever calls it by a command line.
+    """
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character must not end the program.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    _show_warnings()
+    _show_warnings(spoken)
     _end_orderly()
     try:
         command.main(sys.argv[1:] or ["--help"], prog_name=name, standalone_mode=False)
@@ -39,6 +45,8 @@ def run(command: click.Command, name: str) -> NoReturn:
         # Whoever read our output has seen enough; what is still buffered must not complain either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (ArgumentError, OutOfMemory) as error:
+        _fail(spoken(str(error)), 1)
     except (QInferError, OSError, UnicodeDecodeError) as error:
         _fail(str(error), 1)
     sys.exit(0)
@@ -64,13 +72,17 @@ def _end_orderly() -> None:
 class _Format(logging.Formatter):
     """ "warning: text", as errors look."""
 
+    def __init__(self, spoken: Callable[[str], str]) -> None:
+        super().__init__()
+        self._spoken = spoken
+
     def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {record.getMessage()}"
+        return f"{record.levelname.lower()}: {self._spoken(record.getMessage())}"
 
 
-def _show_warnings() -> None:
+def _show_warnings(spoken: Callable[[str], str]) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(_Format())
+    handler.setFormatter(_Format(spoken))
     logger = logging.getLogger("qinfer")
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING)

@@ -16,24 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._files import StrPath, whole_file
-from ._gguf import GGUF, path_bytes
+from ._gguf import path_bytes
 from .errors import FileError, FormatError
 
 _MAGIC = b"QINFSEQ\0"
 _VERSION = 2
 _HEADER = struct.Struct("<8sIIQ32s32s")
-# Bytes looked at where a tensor begins and where its middle is.
-_SAMPLE = 1024
-
-
-def fingerprint(file: GGUF) -> bytes:
-    """32 bytes that tell models apart: of the header, and of samples of every tensor's data."""
-    digest = hashlib.sha256(file.header)
-    for tensor in file.tensors:
-        middle = tensor.n_bytes // 2
-        digest.update(tensor.data[:_SAMPLE].data)
-        digest.update(tensor.data[middle : middle + _SAMPLE].data)
-    return digest.digest()
 
 
 def write(

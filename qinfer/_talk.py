@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from ._option_names import spoken
 from ._progress import Bar
 from .errors import ArgumentError, ContextFull
 from .model import Model
@@ -86,7 +87,7 @@ class Talk:
             _say("\n(stopped)")
         except (ContextFull, ArgumentError) as error:  # too long, or not to the template's taste
             del self._messages[-1]
-            _say(f"error: {error}; /reset starts over")
+            _say(f"error: {spoken(str(error))}; /reset starts over")
             return
         else:
             print(flush=True)

@@ -56,6 +56,9 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 # torch aligns the data of its archives so, for files that are mapped.
 _ALIGNMENT = 64
+# An entry of ours, and the most that it holds.
+_NOTE = "qinfer/note"
+_MAX_NOTE = 1024
 
 
 def load(path: StrPath) -> Any:
@@ -106,11 +109,28 @@ def load_tensor(path: StrPath) -> FileTensor:
     return tensor
 
 
-def save_tensor(path: StrPath, values: ArrayLike) -> None:
+def load_note(path: StrPath) -> bytes:
+    """What `save_tensor` noted in a file beside its tensor; empty where nothing is.
+
+    Raises FileError when the file cannot be read, FormatError when it is a damaged archive.
+    """
+    source = os.fsdecode(path)
+    with _readable(source) as file:
+        if not zipfile.is_zipfile(file):
+            return b""
+        with _well_formed(source), zipfile.ZipFile(file) as archive:
+            notes = [e for e in archive.infolist() if e.filename.partition("/")[2] == _NOTE]
+            if not notes or notes[0].file_size > _MAX_NOTE:
+                return b""
+            return archive.read(notes[0])
+
+
+def save_tensor(path: StrPath, values: ArrayLike, note: bytes = b"") -> None:
     """Writes one bare tensor, of any shape, as a file that `torch.load` reads.
 
-    The file appears under its name when complete. Raises ArgumentError for an element type that
-    torch has not, FileError when the file cannot be written.
+    A note is kept in an entry of its own, which torch does not look at. The file appears under its
+    name when complete. Raises ArgumentError for an element type that torch has not, FileError when
+    the file cannot be written.
     """
     array = np.asarray(values, order="C")
     names = {DTYPES[dtype]: name for name, dtype in _STORAGES.items() if dtype != "BF16"}
@@ -126,6 +146,8 @@ def save_tensor(path: StrPath, values: ArrayLike) -> None:
         _store(archive, f"{name}/byteorder", b"little")
         _store(archive, f"{name}/data/0", array.tobytes())
         _store(archive, f"{name}/version", b"3\n")
+        if note:
+            _store(archive, f"{name}/{_NOTE}", note)
 
 
 # ---- reading ----

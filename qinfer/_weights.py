@@ -93,6 +93,7 @@ class Weights:
         self._handle = self._load()
         self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self.offload: Offload | None = None
+        self.why_no_gpu = ""  # where there is no share on one
         self.pool: weakref.ref[ContextPool] | None = None  # it keeps the weights, not they it
         self.info = self._read_info()
 
@@ -136,10 +137,10 @@ class Weights:
 
     @cached_property
     def fingerprint(self) -> bytes:
-        """32 bytes that tell models apart."""
-        from ._state import fingerprint
+        """32 bytes that tell files apart."""
+        from . import _fingerprint
 
-        return fingerprint(self.file)
+        return _fingerprint.of_file(self.file)
 
     def _read_info(self) -> ModelInfo:
         out = ffi.new("qi_model_info *")

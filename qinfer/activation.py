@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._files import StrPath
-from ._torch_file import load_tensor, save_tensor
+from ._torch_file import load_note, load_tensor, save_tensor
 from .errors import ArgumentError, FileError, FormatError
 
 _NAME = re.compile(r"activation_(\d+)\.pt")
@@ -92,7 +92,28 @@ def _read(path: Path) -> NDArray[Any]:
     return counts
 
 
-def write_activations(folder: StrPath, counts: Sequence[NDArray[Any]]) -> None:
+def check_model(folder: StrPath, model: bytes) -> bool:
+    """Refuses the counts of another model; whether the folder says which model they are of.
+
+    Args:
+        folder: as of `read_activations`.
+        model: what tells the model apart, the same for its files in all types.
+
+    Raises:
+        FileError, FormatError: the folder or its first file cannot be read.
+        ArgumentError: the counts are those of another model.
+    """
+    first = _paths(Path(folder))[0]
+    found = load_note(first)
+    if found and found != model:
+        raise ArgumentError(
+            f"{first}: holds activation counts of another model; qinfer profile MODEL counts those "
+            "of this one"
+        )
+    return bool(found)
+
+
+def write_activations(folder: StrPath, counts: Sequence[NDArray[Any]], model: bytes = b"") -> None:
     """Writes one file per layer, in the form that `read_activations` and `torch.load` read.
 
     The folder is made when it is not there. Files of layers that these counts do not have are
@@ -102,6 +123,8 @@ def write_activations(folder: StrPath, counts: Sequence[NDArray[Any]]) -> None:
         folder: where to.
         counts: per layer, how often each neuron was active: shape (n_ff,), any type of number that
             torch has; unsigned integers are written as int64.
+        model: what tells the model apart that they are of; kept in the files, where neither torch
+            nor PowerInfer looks at it.
 
     Raises:
         ArgumentError: the arrays are not counts of layers of one length.
@@ -118,7 +141,7 @@ def write_activations(folder: StrPath, counts: Sequence[NDArray[Any]]) -> None:
             for name, array in zip(names, layers, strict=True):
                 hidden = Path(temporary) / name
                 try:
-                    save_tensor(hidden, array)
+                    save_tensor(hidden, array, model)
                 except FileError as error:
                     reason = str(error).removeprefix(f"{hidden}: ")
                     raise FileError(f"{target / name}: {reason}") from error

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import chain
+from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
 
 import click
 
 from . import __version__
+from ._option_names import spoken
 from ._program import run as run_program
 from ._progress import Bar
 from .model import Model
@@ -29,7 +31,7 @@ _MODEL_HELP = (
 
 def main() -> NoReturn:
     """Runs the command line."""
-    run_program(cli, "qinfer")
+    run_program(cli, "qinfer", spoken)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -82,9 +84,10 @@ _DEVICE_OPTIONS = [
                  callback=_keep_for_load, help="What computes; default: a GPU if one can be used."),
     click.option("--vram-budget", metavar="GIB", expose_value=False, callback=_keep_for_load,
                  help="GPU memory that may be used, e.g. 6 or 900MiB; default: all that is free."),
-    click.option("--gpu-index", metavar="FILE", expose_value=False, callback=_keep_for_load,
-                 help="Which neurons the GPU keeps, as export_gpu_split writes it; default: "
-                 "MODEL.generated.gpuidx, else by activation/ beside the model."),
+    click.option("--gpu-index", metavar="FILE", type=click.Path(path_type=Path),
+                 expose_value=False, callback=_keep_for_load,
+                 help="Which neurons the GPU keeps, as export_gpu_split writes it for this MODEL; "
+                 "default: MODEL.generated.gpuidx, else by activation/ beside the model."),
     click.option("--reset-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
                  help="Choose by activation/ even if there is such a file."),
     click.option("--balance-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
@@ -105,8 +108,8 @@ _DEVICE_OPTIONS = [
                  "does not fit on the GPU."),
     click.option("--kv-step", type=click.FloatRange(0, 1), metavar="SHARE", expose_value=False,
                  callback=_keep_for_load,
-                 help="With split, by how much a layer's share adapts after a token, e.g. 0.025; "
-                 "default: not at all."),
+                 help="With split, by how much a layer's share adapts after a token, e.g. 0.01; "
+                 "default: 0, not at all."),
     click.option("--deterministic", is_flag=True, expose_value=False, callback=_keep_for_load,
                  help="Same logits however a prompt is cut into batches, on a GPU, too; slower "
                  "prompts there."),
@@ -119,7 +122,7 @@ def _device_arguments() -> dict[str, Any]:
     if "qinfer.device" not in meta:
         return {}
     splits = {
-        "--gpu-index": meta["qinfer.gpu_index"],
+        "--gpu-index": meta["qinfer.gpu_index"],  # a Path: no word for `Model`
         "--reset-gpu-index": "counts" if meta["qinfer.reset_gpu_index"] else None,
         "--balance-gpu-index": "balance" if meta["qinfer.balance_gpu_index"] else None,
         "--disable-gpu-index": "none" if meta["qinfer.disable_gpu_index"] else None,
@@ -156,7 +159,8 @@ _CONTEXT_OPTIONS = [
 _CROSS_LAYER_FROM = click.option(
     "--cross-layer-from", metavar="LAYER", type=click.IntRange(1), expose_value=False,
     callback=_keep_for_load,
-    help="From this layer on, predict one layer early, at some cost of accuracy; Q-Infer: 5.",
+    help="With predict: from this layer on, predict one layer early, at some cost of accuracy; "
+    "Q-Infer: 5.",
 )  # fmt: skip
 _SPARSITY_OPTIONS = [
     click.option("--sparsity", type=click.Choice(["auto", "off", "exact", "predict"]),

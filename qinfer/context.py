@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ._checks import flag, is_integer
 from ._files import StrPath
 from ._interrupt import run_interruptibly
 from ._kv_place import KvPlace, mode_name
@@ -21,7 +22,7 @@ from ._native import Handle, check, ffi, lib, new_error
 from ._types import tensor_type, type_name
 from ._weights import Weights
 from .completion import Stats
-from .errors import ArgumentError, Busy, FormatError, OutOfMemory
+from .errors import ArgumentError, Busy, DeviceError, FormatError, OutOfMemory
 from .sampling import Sampler, token_array
 from .sparsity import LayerStats, Policy
 
@@ -64,7 +65,7 @@ def positive(name: str, value: int | None) -> int:
     """A size for the runtime: 0 for None, else the value, which must be positive."""
     if value is None:
         return 0
-    if not isinstance(value, (int, np.integer)) or not 1 <= value <= _INT32_MAX:
+    if not is_integer(value) or not 1 <= value <= _INT32_MAX:
         raise ArgumentError(f"{name}={value!r} is not a positive integer")
     return int(value)
 
@@ -119,7 +120,7 @@ class Context:
         params.kv_mode = kv_place.number
         params.kv_ratio = math.nan if kv_place.ratio is None else kv_place.ratio
         params.kv_step = kv_place.step or 0.0
-        params.deterministic = deterministic
+        params.deterministic = flag("deterministic", deterministic)
         self.on_gpu = weights.offload is not None
         on_gpu = partial(self._create_on_gpu, may_do_without=kv_place.is_default)
         pointer = self._create(params) if weights.offload is None else on_gpu(params)
@@ -143,8 +144,9 @@ class Context:
     def _create_on_gpu(self, params: Any, *, may_do_without: bool) -> Any:
         """The C context, computed by the GPU if its memory can hold it beside those that are there.
 
-        What keeps it from that is an error where the GPU was asked for by name and holds nothing of
-        the model yet, and where it was said what it is to keep of keys and values.
+        Want of room is an error where the GPU was asked for by name and holds nothing of the model
+        yet, and where it was said what it is to keep of keys and values. Any other failure is one
+        where the GPU was asked for by name, or holds something of the model.
         """
         share = self._weights.offload
         assert share is not None
@@ -155,7 +157,17 @@ class Context:
             except OutOfMemory as error:
                 if may_free and self._weights.free_idle():
                     continue
-                if not may_do_without or not (share.optional or share.placement.is_placed):
+                if not may_do_without:
+                    raise OutOfMemory(
+                        f"{error}; without kv_mode, kv_ratio and kv_step the processor takes "
+                        "what does not fit"
+                    ) from None
+                if not (share.optional or share.is_placed):
+                    raise
+                share.warn_of_context(error)
+                break
+            except DeviceError as error:
+                if not share.optional or share.is_placed:
                     raise
                 share.warn_of_context(error)
                 break

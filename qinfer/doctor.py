@@ -7,7 +7,7 @@ import platform
 import sys
 from pathlib import Path
 
-from . import __version__, _cuda, _machine
+from . import __version__, _cuda, _cuda_check, _machine
 from .errors import QInferError
 
 _PACKAGES = {
@@ -22,6 +22,8 @@ _PACKAGES = {
     "rich": "progress bars",
 }
 _GIB = 2**30
+# The GPU that a model takes whose device nobody names.
+_AUTO = 0
 
 
 def findings() -> list[tuple[str, str]]:
@@ -64,12 +66,13 @@ def _cuda_findings() -> list[tuple[str, str]]:
     if found.driver.problem:
         return [("CUDA", f"not used: {found.driver.problem}")]
     rows = [("  driver", f"for CUDA {found.driver.version}")]
-    verdict = ""
+    working = []
     for number in range(found.n_devices):
-        working, finding = _gpu(number)
+        computes, finding = _gpu(number)
         rows.append((f"  GPU {number}", finding))
-        if working and not verdict:
-            verdict = f"GPU {number} computes"
+        if computes:
+            working.append(number)
+    verdict = _verdict(working)
     rows.append(("  NVRTC", _library(found.nvrtc)))
     if found.n_embedded_cubins:
         rows.append(("  kernels", f"{found.n_embedded_cubins} came compiled with this package"))
@@ -77,6 +80,35 @@ def _cuda_findings() -> list[tuple[str, str]]:
     if verdict and found.cublas.problem:
         verdict += "; prompts go faster with cuBLAS, which is missing (see below)"
     return [("CUDA", verdict or "not used: no GPU computes (see below)"), *rows]
+
+
+def _verdict(working: list[int]) -> str:
+    """Which of the GPUs that compute `device="auto"` takes; empty where none computes."""
+    if not working:
+        return ""
+    if _AUTO not in working:
+        return (
+            f"GPU {working[0]} computes, for --device cuda:{working[0]}; without the option GPU "
+            f"{_AUTO} alone would be used, which does not (see below)"
+        )
+    verdict = f"GPU {_AUTO} computes and is used"
+    known = _cuda_check.verdicts(_AUTO)
+    if any(known.values()):
+        verdict = f"GPU {_AUTO} computes, but not all of it right (see below)"
+    elif not known:
+        verdict += ", after its kernels have been tested with the first model"
+    return verdict
+
+
+def _tests(number: int) -> str:
+    """What is known of the tests of a GPU's kernels, as far as it keeps the GPU from use."""
+    failed = [f"of {types}: {why}" for types, why in _cuda_check.verdicts(number).items() if why]
+    if not failed:
+        return ""
+    return (
+        f"; not used without --device for weights {'; '.join(failed)} (as {_cuda_check.notes()} "
+        "says; without that file the kernels are tested again)"
+    )
 
 
 def _gpu(number: int) -> tuple[bool, str]:
@@ -88,8 +120,9 @@ def _gpu(number: int) -> tuple[bool, str]:
         probe = _cuda.probe(number)
     except QInferError as error:
         return False, str(error)
+    tests = _tests(number) if number == _AUTO else ""
     memory = f"{probe.free_bytes / _GIB:.1f} GiB free of {gpu.memory_bytes / _GIB:.1f} GiB"
-    return True, f"{name}, {memory}; computes with a kernel that was {probe.kernel_origin}"
+    return True, f"{name}, {memory}; computes with a kernel that was {probe.kernel_origin}{tests}"
 
 
 def _library(component: _cuda.Component) -> str:

@@ -6,6 +6,7 @@ CPU has an empty tensor, which model files never have, so these files have a rea
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ _KEY_ARCHITECTURE = "general.architecture"
 _KEY_LAYERS = f"{_ARCHITECTURE}.block_count"
 _KEY_CAPACITY = "split.vram_capacity"
 _KEY_ALIGNMENT = "general.alignment"
+# Ours: the fingerprint of the model file it was made for, 64 hexadecimal digits. PowerInfer's
+# loader looks for its own keys alone.
+_KEY_FILE = "qinfer.model_fingerprint"
+_FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 # GGUF's numbers of value types.
 _U32, _STRING, _U64 = 4, 8, 10
@@ -66,6 +71,8 @@ class GpuIndex:
         vram_capacity: bytes of GPU memory the split was made for. PowerInfer uses a file as long
             as it may use at least as many.
         path: the file it was read from, for messages; empty when it was made otherwise.
+        fingerprint: 32 bytes that tell which model file it was made for; empty where nothing does,
+            as in files of other programs.
 
     Raises:
         ArgumentError: a layer's ids are not ascending, or not ids of its neurons.
@@ -76,6 +83,7 @@ class GpuIndex:
     down: tuple[Ids, ...] | None = None
     vram_capacity: int = 0
     path: str = ""
+    fingerprint: bytes = b""
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_ff < 2**31:
@@ -103,15 +111,18 @@ class GpuIndex:
             return self.gate_up[layer]
         return np.intersect1d(self.gate_up[layer], self.down[layer], assume_unique=True)
 
-    def check(self, n_layers: int, n_ff: int, *, name: str | None = None) -> None:
-        """Refuses the split of another model.
+    def check(
+        self, n_layers: int, n_ff: int, fingerprint: bytes = b"", *, name: str | None = None
+    ) -> None:
+        """Refuses the split of another model, or of another file.
 
         Args:
             n_layers, n_ff: of the model it is to be used with.
+            fingerprint: of its file; compared where both sides have one.
             name: what to call this split in the message; None takes its path, if it has one.
 
         Raises:
-            ArgumentError: the numbers differ; the message names the tensor.
+            ArgumentError: they differ; the message names the tensor or the key.
         """
         name = name or self.path or "the GPU split"
         if self.n_layers != n_layers:
@@ -124,11 +135,18 @@ class GpuIndex:
                 f"{name} is for another model: tensor 'blk.0.{_GATE_UP[0]}' is of {self.n_ff} "
                 f"neurons, a layer of this model has {n_ff}"
             )
+        if self.fingerprint and fingerprint and self.fingerprint != fingerprint:
+            raise ArgumentError(
+                f"{name} is for another model or another file of it: its key {_KEY_FILE!r} is not "
+                "that of this file; qinfer.tools.export_gpu_split --model makes one for it"
+            )
 
     # ---- files ----
 
     def write(self, path: StrPath) -> None:
         """Writes a file: PowerInfer's two tensors a layer, or Q-Infer's four when `down` is given.
+
+        The fingerprint is a key of its own, which they do not look at.
 
         The file takes its name when it is complete. Raises FileError when it cannot be written.
         """
@@ -138,11 +156,14 @@ class GpuIndex:
             if self.down is not None:
                 tensors += self._tensors(layer, _DOWN, self.down[layer])
         head = [
-            struct.pack("<4sIQQ", _MAGIC, _VERSION, len(tensors), 3),
+            struct.pack("<4sIQQ", _MAGIC, _VERSION, len(tensors), 4 if self.fingerprint else 3),
             _text(_KEY_ARCHITECTURE) + struct.pack("<I", _STRING) + _text(_ARCHITECTURE),
             _text(_KEY_LAYERS) + struct.pack("<II", _U32, self.n_layers),
             _text(_KEY_CAPACITY) + struct.pack("<IQ", _U64, self.vram_capacity),
         ]
+        if self.fingerprint:
+            value = _text(self.fingerprint.hex())
+            head.append(_text(_KEY_FILE) + struct.pack("<I", _STRING) + value)
         offset = 0
         for name, values in tensors:
             head.append(_text(name) + struct.pack("<IQIQ", 1, len(values), _I32, offset))
@@ -196,6 +217,13 @@ class GpuIndex:
         for (name, _), wanted in zip(tensors, expected, strict=True):
             if name != wanted:
                 raise reader.error(f"tensor {name!r} stands where {wanted!r} should")
+        fingerprint = keys.get(_KEY_FILE, "")
+        known = isinstance(fingerprint, str) and _FINGERPRINT.fullmatch(fingerprint)
+        if _KEY_FILE in keys and not known:
+            raise reader.error(
+                f"key {_KEY_FILE!r} is {fingerprint!r:.80}, it should be 64 hexadecimal digits"
+            )
+        made_for = bytes.fromhex(str(fingerprint))
         n_ff = len(tensors[0][1])
         if n_ff == 0:
             raise reader.error(f"tensor {expected[0]!r} is empty")
@@ -204,8 +232,8 @@ class GpuIndex:
             for first in range(0, len(tensors), 2)
         ]
         if names == _GATE_UP:
-            return cls(n_ff, tuple(sets), None, capacity, path)
-        return cls(n_ff, tuple(sets[0::2]), tuple(sets[1::2]), capacity, path)
+            return cls(n_ff, tuple(sets), None, capacity, path, made_for)
+        return cls(n_ff, tuple(sets[0::2]), tuple(sets[1::2]), capacity, path, made_for)
 
 
 def is_gpu_index(path: StrPath) -> bool:

@@ -82,6 +82,7 @@ def _describe_split(index: GpuIndex) -> dict[str, Any]:
             "n_layers": index.n_layers,
             "n_ff": index.n_ff,
             "vram_capacity": index.vram_capacity,
+            "model_fingerprint": index.fingerprint.hex() or None,
             "n_gate_up": [len(ids) for ids in index.gate_up],
             "n_down": None if index.down is None else [len(ids) for ids in index.down],
             "n_whole": [len(index.neurons(layer)) for layer in range(index.n_layers)],
@@ -95,6 +96,7 @@ def _render_split(index: GpuIndex) -> str:
     lines = [
         f"{index.path}: GPU split in {form} form, {index.n_layers} layers of {index.n_ff:,} "
         f"neurons, made for {index.vram_capacity:,} bytes of GPU memory",
+        "it says for which model file" if index.fingerprint else "it does not say for which model",
         "",
     ]
     for layer in range(index.n_layers):

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _machine
+from ._checks import flag
 from ._files import StrPath
 from ._generate import Answer, GenerateOptions, Settings, run
 from ._gguf import Progress
@@ -63,7 +64,8 @@ class Model:
         path: the file, or the folder it is alone in; of a split model, its first part.
         device: "cpu", "cuda", or "cuda:N" for the N-th GPU; "auto" uses a GPU if it can.
         vram_budget: how much of its memory may be taken, everything counted: a number of GiB, a
-            text such as "6GiB", or None for all that is free but a reserve.
+            text such as "6GiB", or None for all that is free but a reserve, which is also what a
+            larger one comes to.
         gpu_split: which neurons the GPU keeps where not all fit: a `.generated.gpuidx` file,
             "auto" (that file, or the folder `activation/`, beside the model), "counts" (that folder
             alone), "balance" (the same, but a layer keeps only so many that GPU and processor need
@@ -84,8 +86,9 @@ class Model:
             they fit beside the attention, else "split".
         kv_ratio: with "split", the processor's share of the positions at first; None: what does
             not fit on the GPU.
-        kv_step: with "split", by how much of the positions the boundary of a layer moves after
-            each token, towards where both take as long; 0.025 is the most that makes sense, None
+        kv_step: with "split", by how much of the positions, a share from 0 to 1, the boundary of a
+            layer moves after each token, towards where both take as long; at least by a page. It
+            moves by all of that each time, so small shares such as 0.01 make sense. None or 0
             leaves it where it is.
         mmap: False reads the file into memory, for files that others may truncate meanwhile.
         progress: called while a file is so read, as `progress(done, total)`, in bytes.
@@ -101,7 +104,8 @@ class Model:
         prefill: "dense" computes all neurons of prompt tokens, "sparse" treats them as generated.
         cross_layer_from: layers from this one on predict from what the predictor of the layer
             before looked at, as Q-Infer does from layer 5, so that their neurons are known one
-            layer early; it costs accuracy. None: every layer looks at its own.
+            layer early; it costs accuracy, and is for "predict" alone. None: every layer looks at
+            its own.
         deterministic: on a GPU, too, a token's logits are the same bits however the text before it
             was cut into batches and whatever else is computed beside it. Prompts are slower so:
             cuBLAS is not used, nor are tiles of tokens, and neurons stay where they are. The
@@ -161,10 +165,12 @@ class Model:
             "cross_layer_from": cross_layer_from,
             "deterministic": deterministic,
         }
+        flag("mmap", mmap)
+        flag("deterministic", deterministic)
         positive("n_ctx", n_ctx)
         positive("threads", threads)
         kv_type_number(kv_type)
-        kv_place = self._kv_place = KvPlace(kv_mode, kv_ratio, kv_step)
+        kv_place = KvPlace(kv_mode, kv_ratio, kv_step)
         if deterministic and neuron_cache != "static":
             raise ArgumentError(
                 f"neuron_cache={neuron_cache!r} moves neurons, which shows in the last bits of "
@@ -181,8 +187,12 @@ class Model:
         weights = self._weights = Weights(path, mmap=mmap, hidden_act=hidden_act, progress=progress)
         _check_heads(weights.info, kv_type)
         self.n_ctx = _n_ctx(weights.info, n_ctx, kv_type)
-        weights.offload = offload(weights, device, vram_budget, gpu_split, kv_type, neuron_cache)
-        kv_place.check_device(weights)
+        weights.offload = offload(
+            weights, device, vram_budget, gpu_split, kv_type, neuron_cache, kv_place
+        )
+        if weights.offload is None:
+            kv_place = KvPlace()  # the log has said so
+        self._kv_place = kv_place
         # Of the kind that calls share. No method: the pool keeps it, and must not keep the model.
         self._make_context = partial(
             _shared_context,
@@ -197,6 +207,12 @@ class Model:
             weights, sparsity, prefill, sparse_threshold, threads, self._make_context,
             cross_layer_from,
         )  # fmt: skip
+        if neuron_cache != "static" and weights.offload is not None and self.policy.mode == "off":
+            logger.warning(
+                "neuron_cache=%r has no effect while sparsity is 'off': neurons move by how often "
+                "they are active, and all are computed",
+                neuron_cache,
+            )
         self._pool = ContextPool(partial(self._make_context, self.policy))
         weights.pool = weakref.ref(self._pool)
 
@@ -518,16 +534,20 @@ class Model:
             _beyond_training(self.info, positive("n_ctx", n_ctx))
         kv_place = self._kv_place
         if (kv_mode, kv_ratio, kv_step) != (None, None, None):
-            kv_place = KvPlace(kv_mode or "auto", kv_ratio, kv_step)
+            kv_place = KvPlace("auto" if kv_mode is None else kv_mode, kv_ratio, kv_step)
         own = self.policy
+        mode = own.mode if sparsity is None else sparsity
+        early = None if cross_layer_from is False else cross_layer_from
+        if cross_layer_from is None and mode in ("auto", "predict"):
+            early = own.cross_layer_from
         policy = choose(
             self._weights,
-            own.mode if sparsity is None else sparsity,
+            mode,
             own.prefill if prefill is None else prefill,
             own.threshold if sparse_threshold is None else sparse_threshold,
             self._threads if threads is None else threads,
             self._make_context,
-            (own.cross_layer_from if cross_layer_from is None else cross_layer_from) or None,
+            early,
         )
         return Context(
             self._weights,

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ._checks import is_number, one_of
 from ._files import StrPath
+from ._kv_place import KvPlace, for_gpus
 from ._native import Handle, check, ffi, lib, new_error, text
-from .errors import ArgumentError, DeviceError, OutOfMemory
+from .errors import ArgumentError, DeviceError, OutOfMemory, QInferError
 
 if TYPE_CHECKING:
     from ._weights import Weights
+    from .gpu_index import GpuIndex
 
 logger = logging.getLogger("qinfer")
 
@@ -37,7 +40,9 @@ _POLICIES = {
     "frequency": lib.QI_CACHE_FREQUENCY,
 }
 
+_SPLITS = ("auto", "counts", "balance", "none")
 _GIB = 2**30
+_KV_PLACE = KvPlace()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +166,16 @@ class Offload:
             },
         )
 
-    def warn_of_context(self, error: OutOfMemory) -> None:
-        """Says that a context finds no room on the GPU; once aloud."""
+    @property
+    def is_placed(self) -> bool:
+        """Whether it holds something of the model."""
+        try:
+            return self.placement.is_placed
+        except DeviceError:  # lost, before there was a budget to tell of
+            return False
+
+    def warn_of_context(self, error: QInferError) -> None:
+        """Says why a context is computed without the GPU; once aloud."""
         level = logging.INFO if self._has_warned else logging.WARNING
         self._has_warned = True
         logger.log(level, "the processor alone computes this context: %s", error)
@@ -182,14 +195,17 @@ def budget_bytes(vram_budget: float | str | None) -> int | None:
     if isinstance(vram_budget, str):
         from ._sizes import parse_size
 
-        return parse_size(vram_budget, bare="GiB")
-    if isinstance(vram_budget, bool) or not isinstance(vram_budget, int | float):
+        try:
+            return parse_size(vram_budget, bare="GiB")
+        except ArgumentError as error:
+            raise ArgumentError(f"vram_budget: {error}") from None
+    if not is_number(vram_budget):
         raise ArgumentError(
             f"vram_budget={vram_budget!r:.80} is neither a number of GiB nor a size"
         )
     if not math.isfinite(vram_budget) or vram_budget < 0:
         raise ArgumentError(f"vram_budget={vram_budget!r} is not a size")
-    return int(vram_budget * _GIB)
+    return int(float(vram_budget) * _GIB)
 
 
 def offload(
@@ -199,53 +215,58 @@ def offload(
     gpu_split: GpuSplit = "auto",
     kv_type: str = "f16",
     neuron_cache: NeuronCache = "static",
+    kv_place: KvPlace = _KV_PLACE,
 ) -> Offload | None:
     """A model's share on the device asked for; None where it is the processor's alone.
 
     With "auto" a GPU is used when one can be and its kernels agree with the processor's, and the
-    log says why one is not.
+    log says why one is not: as a warning where something was asked of it, and where it is full or
+    computes wrong.
 
     Raises:
-        ArgumentError: the device or the policy is not known, the budget is not a size, the split is
-            that of another model, or neurons cannot move in this one.
-        DeviceError: the device asked for by name cannot be had.
+        ArgumentError: the device or the policy is not known, the budget is not a size, something is
+            asked of a GPU and the device is the processor, the split is that of another model or
+            file, or neurons cannot move in this one.
+        DeviceError, OutOfMemory: the device asked for by name cannot be had.
         FileError, FormatError: the split or the counts cannot be read.
     """
     budget = budget_bytes(vram_budget)
-    kind, _, number = device.partition(":")
+    kind, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")
     if kind not in ("auto", "cpu", "cuda", "cann") or (number and kind != "cuda"):
-        raise ArgumentError(f"device={device!r} is not 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    if neuron_cache not in _POLICIES:
-        raise ArgumentError(
-            f"neuron_cache={neuron_cache!r} is not 'static', 'balance' or 'frequency'"
-        )
+        raise ArgumentError(f"device={device!r:.80} is not 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if not isinstance(gpu_split, str | os.PathLike) or not os.fspath(gpu_split):
+        words = ", ".join(map(repr, _SPLITS))
+        raise ArgumentError(f"gpu_split={gpu_split!r:.80} is neither a file nor one of {words}")
+    one_of("neuron_cache", neuron_cache, _POLICIES)
     if neuron_cache != "static" and gpu_split == "none":
         raise ArgumentError(
             f"neuron_cache={neuron_cache!r} moves neurons, and gpu_split='none' keeps none"
         )
     if kind == "cann":
         raise DeviceError("device='cann': this version of qinfer does not compute on Ascend NPUs")
+    given = [
+        *([f"vram_budget={vram_budget!r}"] if vram_budget is not None else []),
+        *([f"gpu_split={gpu_split!r}"] if gpu_split != "auto" else []),
+        *([f"neuron_cache={neuron_cache!r}"] if neuron_cache != "static" else []),
+        *kv_place.given,
+    ]
     if kind == "cpu":
-        if budget is not None:
-            raise ArgumentError("vram_budget is of a GPU's memory, and device is 'cpu'")
-        if neuron_cache != "static":
-            raise ArgumentError(f"neuron_cache={neuron_cache!r} is for GPUs, and device is 'cpu'")
+        weights.why_no_gpu = "device is 'cpu'"
+        if given:
+            raise ArgumentError(for_gpus(given, weights.why_no_gpu))
         return None
     if kind == "auto":
         try:
-            share = Offload(weights, "cuda", budget, optional=True)
-            from . import _cuda_check
-
-            types = {tensor.type for tensor in weights.file.tensors} | {kv_type}
-            wrong = _cuda_check.problem(types)
-        except DeviceError as error:
-            # Who gives a budget expects a GPU.
-            level = logging.INFO if budget is None else logging.WARNING
-            logger.log(level, "no GPU is used: %s", error)
-            return None
-        if wrong:
-            share.close()
-            logger.warning("no GPU is used, because it computes wrong: %s", wrong)
+            share = _unnamed(weights, budget, kv_type)
+        except (DeviceError, OutOfMemory) as error:
+            weights.why_no_gpu = str(error)
+            without = ""
+            if given:
+                have = "has" if len(given) == 1 else "have"
+                without = f", and {' and '.join(given)} {have} no effect"
+            aloud = given or isinstance(error, (_ComputesWrongError, OutOfMemory))
+            level = logging.WARNING if aloud else logging.INFO
+            logger.log(level, "no GPU is used%s: %s", without, error)
             return None
     else:
         share = Offload(weights, device, budget)
@@ -258,37 +279,81 @@ def offload(
     return share
 
 
+class _ComputesWrongError(DeviceError):
+    """A GPU's kernels do not agree with the processor's."""
+
+
+def _unnamed(weights: Weights, budget: int | None, kv_type: str) -> Offload:
+    """A share on the GPU that "auto" takes."""
+    from . import _cuda_check
+
+    share = Offload(weights, "cuda", budget, optional=True)
+    try:
+        types = {tensor.type for tensor in weights.file.tensors} | {kv_type}
+        if wrong := _cuda_check.problem(types):
+            raise _ComputesWrongError(f"{share.placement.device} computes wrong: {wrong}")
+    except BaseException:
+        share.close()
+        raise
+    return share
+
+
 def _split(share: Offload, weights: Weights, gpu_split: GpuSplit) -> None:
     """Tells the runtime which neurons to prefer."""
-    from .activation import read_activations
-    from .gpu_index import GpuIndex
+    from . import _fingerprint
+    from .activation import check_model, read_activations
 
     info = weights.info
     if gpu_split == "none":
         for layer in range(info.n_layer):
             share.choose_neurons(layer, np.empty(0, np.int32))
         return
-    if gpu_split in ("auto", "counts", "balance"):
-        beside = Path(weights.path + ".generated.gpuidx")
-        folder = Path(weights.path).parent / "activation"
-        if gpu_split == "auto" and beside.is_file():
-            index = GpuIndex.read(beside)
-            index.check(info.n_layer, info.n_ff, name=str(beside))
-            # Made for some budget, perhaps another: its neurons are taken first, as many as fit.
-            for layer in range(info.n_layer):
-                counts = np.zeros(info.n_ff, np.float32)
-                counts[index.neurons(layer)] = 1.0
-                share.count_neurons(layer, counts)
-        elif folder.is_dir():
-            counted = read_activations(folder, n_layers=info.n_layer, n_ff=info.n_ff)
-            for layer, counts in enumerate(counted):
-                share.count_neurons(layer, counts)
-            if gpu_split == "balance":
-                share.balance_layers()
-        elif gpu_split != "auto":
-            raise ArgumentError(f"gpu_split={gpu_split!r}: there is no folder {folder}")
+    if not (isinstance(gpu_split, str) and gpu_split in _SPLITS):
+        index = _index(gpu_split, weights)
+        for layer in range(info.n_layer):
+            try:
+                share.choose_neurons(layer, index.neurons(layer))
+            except ArgumentError as error:
+                raise ArgumentError(f"{os.fsdecode(gpu_split)}: {error}") from None
         return
-    index = GpuIndex.read(gpu_split)
-    index.check(info.n_layer, info.n_ff, name=os.fsdecode(gpu_split))
-    for layer in range(info.n_layer):
-        share.choose_neurons(layer, index.neurons(layer))
+    beside = Path(weights.path + ".generated.gpuidx")
+    folder = Path(weights.path).parent / "activation"
+    if gpu_split == "auto" and beside.is_file():
+        index = _index(beside, weights)
+        # Made for some budget, perhaps another: its neurons are taken first, as many as fit.
+        for layer in range(info.n_layer):
+            counts = np.zeros(info.n_ff, np.float32)
+            counts[index.neurons(layer)] = 1.0
+            share.count_neurons(layer, counts)
+    elif folder.is_dir():
+        counted = read_activations(folder, n_layers=info.n_layer, n_ff=info.n_ff)
+        if not check_model(folder, _fingerprint.of_model(weights.file)):
+            _say_unchecked(folder, "which model it is of")
+        for layer, counts in enumerate(counted):
+            share.count_neurons(layer, counts)
+        if gpu_split == "balance":
+            share.balance_layers()
+    elif gpu_split != "auto":
+        raise ArgumentError(
+            f"gpu_split={gpu_split!r} goes by counts of activations, and there is no folder "
+            f"{folder}: qinfer profile MODEL -f TEXT -o {folder.parent} writes it"
+        )
+
+
+def _index(path: StrPath, weights: Weights) -> GpuIndex:
+    """The split in a file, which must be one for this model file."""
+    from .gpu_index import GpuIndex
+
+    index = GpuIndex.read(path)
+    name = os.fsdecode(path)
+    fingerprint = weights.fingerprint if index.fingerprint else b""
+    index.check(weights.info.n_layer, weights.info.n_ff, fingerprint, name=name)
+    if not fingerprint:
+        _say_unchecked(name, "which model file it was made for")
+    return index
+
+
+def _say_unchecked(path: StrPath, what: str) -> None:
+    logger.info(
+        "%s does not say %s: only its numbers of layers and neurons are checked", path, what
+    )

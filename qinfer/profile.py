@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _fingerprint
 from ._files import StrPath
 from .activation import write_activations
 from .errors import ArgumentError, UnsupportedError
@@ -33,11 +34,13 @@ class Profile:
         model: the name of the model's file.
         counts: for how many tokens each neuron was active: shape (n_layer, n_ff).
         n_tokens: of the text; each count is at most that.
+        fingerprint: what tells the model apart, the same for its files in all types; may be empty.
     """
 
     model: str
     counts: Counts
     n_tokens: int
+    fingerprint: bytes = b""
 
     @property
     def active(self) -> ShareArray:
@@ -130,7 +133,7 @@ def profile(
             context.truncate(0)
             context.feed(chunk, logits="none", generated=True, progress=report)
         counts = np.stack([context.activation_counts(layer) for layer in range(info.n_layer)])
-    return Profile(name, counts, len(tokens))
+    return Profile(name, counts, len(tokens), _fingerprint.of_model(model._weights.file))
 
 
 def check_plots() -> None:
@@ -158,7 +161,7 @@ def write(result: Profile, folder: StrPath, *, plot: bool = True) -> list[Path]:
     target = Path(folder)
     if plot:
         check_plots()  # before anything is written
-    write_activations(target / "activation", list(result.counts))
+    write_activations(target / "activation", list(result.counts), result.fingerprint)
     written = [target / "activation"]
     if plot:
         from ._profile_plots import draw

@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from ._checks import is_integer, is_number, one_of
 from ._native import lib
 from .errors import ArgumentError, FileError
 
@@ -148,12 +149,10 @@ def checked(
     cross_layer_from: int | None = None,
 ) -> None:
     """Raises ArgumentError for settings that are not known or that the model cannot follow."""
-    if sparsity not in ("auto", *MODES):
-        raise ArgumentError(f"sparsity={sparsity!r} is not 'auto', 'off', 'exact' or 'predict'")
-    if prefill not in ("dense", "sparse"):
-        raise ArgumentError(f"prefill={prefill!r} is neither 'dense' nor 'sparse'")
-    if threshold is not None and not math.isfinite(threshold):
-        raise ArgumentError(f"sparse_threshold={threshold!r} is not a finite number")
+    one_of("sparsity", sparsity, ("auto", *MODES))
+    one_of("prefill", prefill, ("dense", "sparse"))
+    if threshold is not None and not (is_number(threshold) and math.isfinite(threshold)):
+        raise ArgumentError(f"sparse_threshold={threshold!r:.80} is not a finite number")
     if sparsity == "exact" and not info.has_sparse_act:
         raise ArgumentError(
             f"sparsity='exact' needs an activation that is zero for many inputs, such as relu; "
@@ -165,9 +164,14 @@ def checked(
         return
     if not info.predictor_rank:
         raise ArgumentError("cross_layer_from needs predictors, which this model does not have")
-    if not isinstance(cross_layer_from, int) or not 1 <= cross_layer_from < info.n_layer:
+    if not is_integer(cross_layer_from) or not 1 <= cross_layer_from < info.n_layer:
         raise ArgumentError(
-            f"cross_layer_from={cross_layer_from!r} is not a layer from 1 to {info.n_layer - 1}"
+            f"cross_layer_from={cross_layer_from!r:.80} is not a layer from 1 to {info.n_layer - 1}"
+        )
+    if sparsity in ("off", "exact"):
+        raise ArgumentError(
+            f"cross_layer_from={cross_layer_from} says what predictors look at, and "
+            f"sparsity={sparsity!r} asks none: it is for sparsity='predict'"
         )
 
 
@@ -192,7 +196,8 @@ def choose(
     info = weights.info
     checked(sparsity, prefill, threshold, info, cross_layer_from)
     mode: Mode = "off" if sparsity == "auto" else sparsity
-    policy = Policy(mode, prefill, threshold, cross_layer_from)
+    early = None if cross_layer_from is None else int(cross_layer_from)
+    policy = Policy(mode, prefill, None if threshold is None else float(threshold), early)
     if sparsity != "auto":
         return policy
     if info.is_powerinfer and info.has_sparse_act and not info.predictor_rank:
@@ -203,15 +208,20 @@ def choose(
         candidates.append("exact")
         if info.predictor_rank:
             candidates.append("predict")
-    if len(candidates) == 1:
-        return policy
-    seconds = _seconds_per_token(weights, candidates, policy, threads, make_context)
     best = candidates[0]
-    for mode in candidates[1:]:
-        if seconds[mode] < _WORTH_IT * seconds[best]:
-            best = mode
-    figures = ", ".join(f"{mode} {1 / seconds[mode]:.1f}" for mode in candidates)
-    logger.info("sparsity: %s, by tokens per second of each mode here: %s", best, figures)
+    if len(candidates) > 1:
+        seconds = _seconds_per_token(weights, candidates, policy, threads, make_context)
+        for mode in candidates[1:]:
+            if seconds[mode] < _WORTH_IT * seconds[best]:
+                best = mode
+        figures = ", ".join(f"{mode} {1 / seconds[mode]:.1f}" for mode in candidates)
+        logger.info("sparsity='auto' is '%s' here; tokens per second: %s", best, figures)
+    if early is not None and best != "predict":
+        logger.warning(
+            "cross_layer_from=%d has no effect: sparsity='auto' chose '%s', which asks no "
+            "predictors",
+            *(early, best),
+        )
     return replace(policy, mode=best)
 
 

@@ -318,8 +318,10 @@ def budgets(path: str, sizes: list[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with Model(path, device="cpu", n_ctx=64, sparsity="off") as cpu, cpu.context() as context:
         expected = _logits(context, 7)
+    lines = _log()
     for size in sizes:
         before = int(_cuda().standin_allocated())
+        lines.clear()
         try:
             with Model(path, device="cuda", vram_budget=size, n_ctx=64, sparsity="off") as model:
                 with model.context(n_batch=32) as context:
@@ -336,6 +338,7 @@ def budgets(path: str, sizes: list[str]) -> list[dict[str, Any]]:
                         "used": placement.used_bytes,
                         "budget": placement.budget_bytes,
                         "held": held,
+                        "log": list(lines),
                     }
                 )
         except QInferError as error:
@@ -387,6 +390,20 @@ def placed_again(path: str, cache: str) -> dict[str, Any]:
             found[name] = kept(model, {})
     found["left"] = int(_cuda().standin_allocated())
     return found
+
+
+def too_large(path: str) -> str:
+    """The error of a list of neurons that no budget of this size holds."""
+    with Model(path, device="cuda", vram_budget="8MiB", n_ctx=64, sparsity="off") as model:
+        share = model._weights.offload
+        assert share is not None
+        for layer in range(model.info.n_layer):
+            share.choose_neurons(layer, np.arange(model.info.n_ff))
+        try:
+            model.context(n_batch=32)
+        except QInferError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def early(path: str, sizes: list[str]) -> list[dict[str, Any]]:
@@ -681,10 +698,10 @@ def side_by_side(path: str) -> list[bool]:
     return same
 
 
-def automatic(path: str) -> dict[str, Any]:
+def automatic(path: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
     """What device="auto" does here."""
     lines = _log()
-    with Model(path, n_ctx=64) as model:
+    with Model(path, n_ctx=64, **options or {}) as model:
         placement = model.placement
         found = {"log": list(lines), "device": None if placement is None else placement.device}
     if placement is not None:

@@ -157,7 +157,7 @@ def test_errors_are_one_line_and_a_status(stories260k: Path, tmp_path: Path) -> 
         (("run", broken, "-p", "a"), 1, "broken.gguf"),
         (("run", tmp_path, "-p", "a", "-c", "9"), 1, str(tmp_path)),
         (("run", stories260k, "-p", "a b c d e f g h", "-c", "4"), 1, "4"),
-        (("run", stories260k, "-p", "a", "--top-p", "3"), 1, "top_p"),
+        (("run", stories260k, "-p", "a", "--top-p", "3"), 1, "--top-p 3"),
         (("run", stories260k), 2, "-p TEXT or -f FILE"),
         (("run", stories260k, "-p", "a", "-f", stories260k), 2, "-p TEXT or -f FILE"),
         (("run", "-p", "a"), 2, "one MODEL"),
@@ -206,7 +206,7 @@ def test_ctrl_c_ends_a_run_quietly(stories260k: Path) -> None:
 def test_warnings_are_lines_on_standard_error(stories260k: Path) -> None:
     done = run("run", stories260k, "-p", PROMPT, "-n", "1", "-c", "600")
     assert done.returncode == 0
-    assert done.stderr == "warning: n_ctx=600 is more than the 512 the model was trained for\n"
+    assert done.stderr == "warning: --ctx-size 600 is more than the 512 the model was trained for\n"
 
 
 def test_help_and_version() -> None:

@@ -155,6 +155,7 @@ def test_the_command_line_passes_them_on(command: str, more: list[str]) -> None:
     done = CliRunner().invoke(cli, [*words, *more, "--kv-mode", "split"])
     assert isinstance(done.exception, ArgumentError), done.output
     assert "no GPU is used" in str(done.exception)
+    assert "kv_mode='split' and kv_ratio=0.5 and kv_step=0.01" in str(done.exception)
     assert CliRunner().invoke(cli, [*words, *more, "--kv-mode", "both"]).exit_code == 2
 
 

@@ -468,11 +468,35 @@ def test_the_doctor_shows_a_gpu_that_computes(standin: Path, tmp_path: Path) -> 
     code = "from qinfer import doctor; result['rows'] = doctor.findings()"
     libraries = ("libnvrtc.so.13", "libcublas.so.13")
     rows = dict(run_on(standin, code, tmp_path, libraries=libraries)["rows"])
-    assert rows["CUDA"] == "GPU 0 computes"
+    after = "after its kernels have been tested with the first model"
+    assert rows["CUDA"] == f"GPU 0 computes and is used, {after}"
     assert re.search(r"compute capability 9\.0, .*GiB free of .*computes", rows["  GPU 0"])
     assert rows["  driver"] == "for CUDA 13.0"
     assert re.match(r"1[23]\.\d+, /", rows["  NVRTC"])
     assert re.match(r"1[23]\.\d+, /", rows["  cuBLAS"])
+
+
+def test_the_doctor_shows_what_auto_found(standin: Path, tmp_path: Path) -> None:
+    """Kernels that failed their test keep it from the GPU, which it takes no other for."""
+    code = textwrap.dedent("""
+        from qinfer import _cuda_check, doctor
+        def note(**verdicts):
+            known = {_cuda_check._of_gpu(0) + name: why for name, why in verdicts.items()}
+            _cuda_check.notes().write_text(json.dumps(known))
+            return dict(doctor.findings())
+        result["right"] = note(Q4_0="")
+        result["wrong"] = note(Q4_0="", F16="2 of 9 kernel tests fail")
+        result["second"] = doctor._verdict([1])
+    """)
+    libraries = ("libnvrtc.so.13", "libcublas.so.13")
+    found = run_on(standin, code, tmp_path, libraries=libraries)
+    assert found["right"]["CUDA"] == "GPU 0 computes and is used"
+    assert "not used" not in found["right"]["  GPU 0"]
+    assert found["wrong"]["CUDA"] == "GPU 0 computes, but not all of it right (see below)"
+    why = "; not used without --device for weights of F16: 2 of 9 kernel tests fail (as "
+    assert why in found["wrong"]["  GPU 0"]
+    assert str(tmp_path / "gpu-checked.json") in found["wrong"]["  GPU 0"]
+    assert found["second"].startswith("GPU 1 computes, for --device cuda:1; without the option")
 
 
 @pytest.mark.parametrize("delay", ["0", "2000"])

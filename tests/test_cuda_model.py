@@ -6,6 +6,7 @@ What it cannot show is speed, and the rounding of a card's own instructions.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -175,6 +176,22 @@ def test_what_is_kept_does_not_depend_on_contexts_before(tmp_path: Path) -> None
     assert (found["first has times"], found["second has times"]) == (False, True)
     assert found["first"] == found["second"]
     assert found["left"] == 0
+
+
+def test_a_budget_beyond_the_cards_memory_is_what_is_free() -> None:
+    memory = (24 + 9) << 20  # of which the driver takes 24
+    (row,) = on_gpu("budgets", STORIES, ["6GiB"], memory=memory)
+    assert row["used"] <= row["budget"] <= 9 << 20
+    assert row["error"] < 0.03
+    assert 0 < row["n_neurons"] < 6 * 768
+    (line,) = [line for line in row["log"] if "is the budget" in line]
+    assert "6.00 GiB of its memory may be used" in line
+
+
+def test_a_split_too_large_says_what_helps() -> None:
+    says = on_gpu("too_large", STORIES)
+    assert says.startswith("OutOfMemory: the given split puts ")
+    assert says.endswith("a larger budget is needed, a split made for less, or a smaller context")
 
 
 def test_predictions_one_layer_early() -> None:
@@ -351,11 +368,40 @@ def test_auto_uses_a_gpu_that_is_there(tmp_path: Path) -> None:
     assert sum("no GPU is used" in line for line in hidden["log"]) == 1
 
 
+def test_auto_uses_no_gpu_whose_memory_is_full() -> None:
+    full = on_gpu("automatic", DATA / "stories260K.F32.gguf", {"vram_budget": 6}, memory=1000)
+    assert full["device"] is None
+    (line,) = [line for line in full["log"] if "no GPU is used" in line]
+    assert line.startswith("no GPU is used, and vram_budget=6 has no effect: ")
+    assert "out of memory" in line
+    plain, _, _ = on_gpu(
+        "gpu_option_cases.without_gpu", DATA / "stories260K.F32.gguf", {"n_ctx": 64}, memory=1000
+    )
+    assert plain[0][0] == logging.WARNING
+    assert plain[0][1].startswith("no GPU is used: the GPU ran out of memory")
+
+
+def test_auto_does_without_a_gpu_that_fails(tmp_path: Path) -> None:
+    """Want of memory says nothing about kernels, and is not kept."""
+    tests, noted, failed, again, lost = on_gpu(
+        "gpu_option_cases.automatic_in_want", DATA / "stories260K.F32.gguf", tmp_path
+    )
+    assert tests["used"] is False
+    assert sum("its kernels could not be tested: " in line for line in tests["log"]) == 1
+    assert not noted
+    assert again is True
+    for found in (failed, lost):
+        assert found["on_gpu"] is False
+        assert sum("the processor alone computes this" in line for line in found["log"]) == 1
+
+
 def test_auto_uses_no_gpu_that_computes_wrong(tmp_path: Path) -> None:
     """It is found out once, and remembered for the card."""
     broken, again, explicit = on_gpu("distrusted", DATA / "stories260K.F32.gguf", tmp_path)
     assert broken["device"] is None
     assert sum("computes wrong: 1 of" in line for line in broken["log"]) == 1
     assert again["device"] is None
-    assert not any("holding its kernels" in line for line in again["log"])
+    compared = "its kernels are compared with the processor's"
+    assert sum(compared in line for line in broken["log"]) == 1
+    assert not any(compared in line for line in again["log"])
     assert explicit == "Stand-in GPU 0 (cuda:0)"

@@ -132,7 +132,7 @@ def test_what_cannot_move_is_refused(tiny: Path, tmp_path: Path) -> None:
     assert balanced.startswith("ArgumentError: layers can be balanced only where down is stored")
     with pytest.raises(ArgumentError, match="neuron_cache='lru' is not 'static', 'balance' or"):
         Model(tiny, neuron_cache="lru")  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="is for GPUs, and device is 'cpu'"):
+    with pytest.raises(ArgumentError, match="is for GPUs, and no GPU is used: device is 'cpu'"):
         Model(tiny, device="cpu", neuron_cache="balance")
     with pytest.raises(ArgumentError, match="gpu_split='none' keeps none"):
         Model(tiny, neuron_cache="balance", gpu_split="none")

@@ -104,6 +104,7 @@ def file_of(
     return head + bytes(-len(head) % 32) + data
 
 
+FINGERPRINT = "qinfer.model_fingerprint"
 SOUND = [("blk.0.gpu_idx", [0, 1, 1]), ("blk.0.gpu_bucket", [1, 2])]
 
 
@@ -132,6 +133,23 @@ def test_powerinfers_form(tmp_path: Path) -> None:
         ("blk.2.gpu_idx", [1, 1, 1, 1]),
         ("blk.2.gpu_bucket", [0, 1, 2, 3]),
     ]
+
+
+def test_the_file_it_is_made_for_is_a_key_more(tmp_path: Path) -> None:
+    """After PowerInfer's, and nothing else changes."""
+    fingerprint = bytes(range(32))
+    index = GpuIndex(4, (ids(1, 3),), vram_capacity=7, fingerprint=fingerprint)
+    index.write(tmp_path / "x.gpuidx")
+    keys, tensors = parse((tmp_path / "x.gpuidx").read_bytes())
+    assert list(keys)[3:] == ["qinfer.model_fingerprint"]
+    assert keys["qinfer.model_fingerprint"] == fingerprint.hex()
+    assert tensors == [("blk.0.gpu_idx", [0, 1, 0, 1]), ("blk.0.gpu_bucket", [1, 3])]
+    read = GpuIndex.read(tmp_path / "x.gpuidx")
+    assert read.fingerprint == fingerprint
+    for accepted in (fingerprint, b""):
+        read.check(1, 4, accepted)
+    with pytest.raises(ArgumentError, match=r"x\.gpuidx is for another model or "):
+        read.check(1, 4, bytes(32))
 
 
 def test_qinfers_form(tmp_path: Path) -> None:
@@ -316,11 +334,17 @@ def test_inspect_shows_where_neurons_are(tmp_path: Path) -> None:
             "n_layers": 2,
             "n_ff": 2000,
             "vram_capacity": 12345,
+            "model_fingerprint": None,
             "n_gate_up": [1500, 0],
             "n_down": None,
             "n_whole": [1500, 0],
         },
     }
+    assert "\nit does not say for which model\n" in text
+    GpuIndex(3, (ids(0, 2),), fingerprint=bytes(range(32))).write(path)
+    assert "\nit says for which model file\n" in inspect.render(path)
+    found = inspect.describe(path)["gpu_split"]["model_fingerprint"]
+    assert found == bytes(range(32)).hex()
 
 
 def test_inspect_shows_qinfers_form(tmp_path: Path) -> None:
@@ -386,6 +410,23 @@ CAPACITY = key("split.vram_capacity", U64, struct.pack("<Q", 9))
                 keys=[ARCHITECTURE, LAYERS, CAPACITY, key("general.alignment", U32, bytes(4))],
             ),
             "general.alignment' is 0",
+        ),
+        (
+            file_of(
+                SOUND,
+                keys=[ARCHITECTURE, LAYERS, CAPACITY, key(FINGERPRINT, U32, bytes(4))],
+            ),
+            "qinfer.model_fingerprint' is 0, it should be 64",
+        ),
+        (
+            file_of(
+                SOUND,
+                keys=[
+                    ARCHITECTURE, LAYERS, CAPACITY,
+                    key(FINGERPRINT, STRING, struct.pack("<Q", 3) + b"abc"),
+                ],
+            ),
+            "qinfer.model_fingerprint' is 'abc', it should be 64",
         ),
         (file_of(SOUND, kind=16), "'blk.0.gpu_idx' has the type 16; it should be I32, which is 18"),
         (file_of(SOUND, kind=0), "'blk.0.gpu_idx' has the type 0; it should be I32"),

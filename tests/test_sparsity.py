@@ -449,7 +449,7 @@ def test_auto_chooses_once(
     monkeypatch.setattr(sparsity, "_measure", measure)
     with caplog.at_level(logging.INFO, "qinfer"), Model(path) as model:
         assert model.policy.mode == "exact"  # predict leaves more out but gains only 2 %
-    assert any("sparsity: exact" in record.message for record in caplog.records)
+    assert any("sparsity='auto' is 'exact'" in record.message for record in caplog.records)
     figures["predict"] = 0.4
     with Model(path) as model:
         assert model.policy.mode == "exact"

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from qinfer._file_tensor import FileTensor
-from qinfer._torch_file import load, load_tensor, load_tensors, save_tensor
+from qinfer._torch_file import load, load_note, load_tensor, load_tensors, save_tensor
 from qinfer.errors import ArgumentError, FileError, FormatError
 
 MISSING = "torch is not installed: pip install '.[test-hf]'"
@@ -77,6 +77,18 @@ def test_a_tensor_saved_is_read_again(dtype: str, shape: tuple[int, ...], tmp_pa
     np.testing.assert_array_equal(tensor.numpy(), values, strict=dtype[0] != ">")
     np.testing.assert_array_equal(tensor.float32(), values.astype(np.float32), strict=True)
     assert names(tmp_path) == ["t.pt"]
+
+
+def test_a_note_is_kept_beside_a_tensor(tmp_path: Path) -> None:
+    save_tensor(tmp_path / "plain.pt", np.arange(5))
+    save_tensor(tmp_path / "noted.pt", np.arange(5), b"a note")
+    assert load_note(tmp_path / "noted.pt") == b"a note"
+    assert load_note(tmp_path / "plain.pt") == b""
+    assert load_tensor(tmp_path / "noted.pt").numpy().tolist() == [0, 1, 2, 3, 4]
+    (tmp_path / "other").write_bytes(b"no archive")
+    assert load_note(tmp_path / "other") == b""
+    with pytest.raises(FileError, match="absent"):
+        load_note(tmp_path / "absent.pt")
 
 
 def test_equal_tensors_make_equal_files(tmp_path: Path) -> None:
@@ -383,7 +395,7 @@ def test_torch_reads_what_is_saved(
     torch: Any, dtype: str, shape: tuple[int, ...], tmp_path: Path
 ) -> None:
     values = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
-    save_tensor(tmp_path / "t.pt", values)
+    save_tensor(tmp_path / "t.pt", values, b"a note, which torch does not look at")
     for options in ({"weights_only": True}, {"weights_only": False}, {"mmap": True}):
         read = torch.load(tmp_path / "t.pt", **options)
         np.testing.assert_array_equal(read.numpy(), values, strict=True)

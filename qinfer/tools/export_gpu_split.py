@@ -16,9 +16,11 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _fingerprint
 from .._files import StrPath
+from .._gguf import GGUF
 from .._sizes import parse_size
-from ..activation import read_activations
+from ..activation import check_model, read_activations
 from ..errors import ArgumentError, FormatError
 from ..gpu_index import GpuIndex
 from ._counts_pickle import read_counts_pickle
@@ -88,7 +90,8 @@ def export_gpu_split(
         activation: a folder of `activation_{i}.pt`.
         out: the file to write; it takes its name when it is complete.
         counts_pickle: a file with the number of each layer, as older solvers wrote.
-        model: the model file, from which the bytes of a neuron are taken.
+        model: the model file, from which the bytes of a neuron are taken, and for which alone
+            qinfer will use the split then.
         vram_capacity: bytes of GPU memory for neurons. Beside a number of neurons it is only
             recorded: PowerInfer uses the file as long as it may use so many bytes.
         neurons: how many, of all layers together.
@@ -105,8 +108,8 @@ def export_gpu_split(
         n_ff, n_layers: what the counts are expected to have; None accepts any.
 
     Raises:
-        ArgumentError: arguments do not fit together, a number is out of range, or `out` is a file
-            to read from.
+        ArgumentError: arguments do not fit together, a number is out of range, `out` is a file to
+            read from, or the counts say that they are of another model.
         FormatError: a file is not what it should be, or of another model.
         FileError: a file cannot be read or written.
     """
@@ -121,6 +124,11 @@ def export_gpu_split(
         _agree("layers", n_layers, model, cost.n_layers)
         n_ff, n_layers = cost.n_ff, cost.n_layers
     counts = read_activations(activation, n_layers=n_layers, n_ff=n_ff)
+    fingerprint = b""
+    if model is not None:
+        with GGUF(model) as file:
+            fingerprint = _fingerprint.of_file(file)
+            check_model(activation, _fingerprint.of_model(file))
     if counts_pickle is not None:
         choices = (neurons, rows, ratio_up, ratio_down, batch, threshold or None)
         if method != "exact" or any(choice is not None for choice in choices):
@@ -142,7 +150,7 @@ def export_gpu_split(
     if form == "powerinfer":
         # A neuron computes on one device; rows of a part of it would lie there unused.
         up = down = [min(pair) for pair in zip(up, down, strict=True)]
-    split = _split(counts, up, down, form, vram_capacity, cost)
+    split = _split(counts, up, down, form, vram_capacity, cost, fingerprint)
     split.index.write(out)
     return split
 
@@ -236,6 +244,7 @@ def _split(
     form: Form,
     vram_capacity: int | None,
     cost: NeuronBytes | None,
+    fingerprint: bytes,
 ) -> Split:
     n_bytes = None
     if cost is not None:
@@ -253,6 +262,7 @@ def _split(
         if form == "powerinfer"
         else tuple(hottest(layer, k) for layer, k in zip(counts, down, strict=True)),
         vram_capacity=(n_bytes or 0) if vram_capacity is None else vram_capacity,
+        fingerprint=fingerprint,
     )
     whole = [index.neurons(layer) for layer in range(index.n_layers)]
     totals = [float(layer.sum(dtype=np.float64)) for layer in counts]
@@ -301,7 +311,11 @@ def _one(name: str, *values: Any) -> Any:
 @click.argument("solver_pickle", required=False)
 @click.option("--activation", metavar="DIR", help="ACTIVATION_DIR, as solvers call it.")
 @click.option("--output", metavar="FILE", help="OUT, as solvers call it.")
-@click.option("--model", metavar="GGUF", help="The model: gives the bytes of a neuron.")
+@click.option(
+    "--model",
+    metavar="GGUF",
+    help="The model file: gives the bytes of a neuron; qinfer uses the split for it alone.",
+)
 @click.option(
     "--vram-capacity",
     metavar="SIZE",

@@ -340,9 +340,9 @@ typedef struct qi_offload_info {
     int32_t reserved;
 } qi_offload_info;
 
-/* device: "cuda" or "cuda:N". budget_bytes: of its memory, everything counted; below 0: all that is
- * free less a reserve. What is kept there is decided when the first context with it is made, and
- * again for one of other sizes when no other is alive. */
+/* device: "cuda" or "cuda:N". budget_bytes: of its memory, everything counted; below 0, or beyond
+ * what is free: all that is free less a reserve. What is kept there is decided when the first
+ * context with it is made, and again for one of other sizes when no other is alive. */
 int32_t qi_offload_create(qi_model* model, const char* device, int64_t budget_bytes,
                           qi_offload** out, qi_error* error);
 void qi_offload_close(qi_offload* offload); /* contexts keep it alive */
@@ -439,9 +439,10 @@ typedef struct qi_context_params {
     int32_t cross_layer_from;
     int32_t kv_mode; /* QI_KV_*; without an offload QI_KV_AUTO */
     /* Of split keys and values: which share of the positions the processor attends to at first, 0
-     * to 1, NaN: what does not fit on the device; and by which share the boundary of a layer moves
-     * after a token, towards where both take as long, 0: not. With QI_KV_AUTO either means split.
-     */
+     * to 1, NaN: what does not fit on the device; and by which share, 0 to 1, but a page at least,
+     * the boundary of a layer moves after a token, towards where both take as long, 0: not. With
+     * QI_KV_AUTO a ratio or a step above 0 means split, with QI_KV_DEVICE and QI_KV_HOST both are
+     * refused. */
     float kv_ratio;
     float kv_step;
     /* Anything but 0: an accelerator, too, computes each token the same whatever else is in its

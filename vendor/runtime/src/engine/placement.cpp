@@ -265,8 +265,11 @@ void Plan::add_neurons(const SplitChoice& split) {
     }
     if (result.neuron_bytes == 0) result.moving_bytes = 0;
     if (!fits(result.neuron_bytes))
-        fail(QI_MEMORY, "the given split puts %s of neurons on the device, %s are left for them",
-             size_text(result.neuron_bytes).c_str(), size_text(room - used).c_str());
+        fail(QI_MEMORY,
+             "the given split puts %s of neurons on the device, %s of %s are left for them: a "
+             "larger budget is needed, a split made for less, or a smaller context",
+             size_text(result.neuron_bytes).c_str(), size_text(room - used).c_str(),
+             size_text(accelerator.budget()).c_str());
     used += result.neuron_bytes;
 }
 

@@ -29,6 +29,8 @@ class CudaAccelerator final : public Accelerator {
 
     void prepare(std::span<const Type> weight_types, Type kv_type) override {
         const Current current(*share_.gpu);
+        if (!is_prepared_) forget_budget_beyond_free();
+        is_prepared_ = true;
         share_.kernels->load_common_kernels();
         find_cublas();
         // Code takes memory, too; under a budget it is not counted, and loaded when first used.
@@ -101,12 +103,24 @@ class CudaAccelerator final : public Accelerator {
                        error.what()));
         }
     }
+    // A budget is what may be used; where less is free, all of that may be.
+    void forget_budget_beyond_free() {
+        const size_t free = share_.gpu->free_bytes();
+        if (!share_.budget || share_.budget->limit_bytes() <= free) return;
+        constexpr auto gib = double(1 << 30);
+        log(LogLevel::info,
+            format("%s: %.2f GiB of its memory may be used, %.2f GiB are free: all that is free is "
+                   "the budget",
+                   name().c_str(), double(share_.budget->limit_bytes()) / gib, double(free) / gib));
+        share_.budget = nullptr;
+    }
     void take_budget(size_t n_bytes) {
         share_.budget = std::make_shared<Budget>(n_bytes);
         share_.weights = std::make_shared<Weights>(share_.gpu, share_.budget);
     }
 
     GpuShare share_;
+    bool is_prepared_ = false;
 };
 
 }  // namespace
