@@ -642,7 +642,8 @@ class Context:
     def check_predictions(self, every: int) -> None:
         """Holds the predictions for every n-th generated token against all gates; 0 stops it.
 
-        What was found is in `stats()`: `n_checked`, `n_due` and `n_missed` of each layer.
+        Of tokens that are fed several at a time, as by `score`, all are checked. What was found is
+        in `stats()`: `n_checked`, `n_due` and `n_missed` of each layer.
         """
         if not 0 <= every <= _INT32_MAX:
             raise ArgumentError(f"every={every!r} is not 0 or a positive number of tokens")

@@ -13,9 +13,6 @@ from .errors import ArgumentError
 from .model import Model
 from .sparsity import Shares, SparsityMode
 
-# Of so many tokens one is held against all gates, which takes as long as computing it densely.
-_CHECK_EVERY = 4
-
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
@@ -82,8 +79,7 @@ def perplexity(
         sparse_threshold=sparse_threshold,
         cross_layer_from=cross_layer_from,
     ) as context:
-        if model.placement is None:  # a GPU does not hold them against all gates
-            context.check_predictions(_CHECK_EVERY)
+        context.check_predictions(1)
         for number in range(min(len(tokens) // n_ctx, n_chunks or len(tokens))):
             chunk = tokens[number * n_ctx : (number + 1) * n_ctx]
             targets = [-1] * first + chunk[first + 1 :] + [-1]

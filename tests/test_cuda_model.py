@@ -226,6 +226,16 @@ def test_profiles(tmp_path: Path) -> None:
     assert found["different"] < 0.005 * found["sum"]
 
 
+def test_perplexities() -> None:
+    """Every token's predictions are held against the gates, on the GPU as on the processor."""
+    found = on_gpu("perplexities", STORIES)
+    expected = found.pop("cpu")
+    assert 0 < expected["missed"] < 0.5
+    for share, values in found.items():
+        # int8 codes that flip move predictions near the threshold.
+        assert values == pytest.approx(expected, rel=0.02), share
+
+
 def test_texts() -> None:
     """Both tell the published story."""
     first, second = on_gpu("texts", DATA / "stories260K.F32.gguf", "Once upon a time", 60)

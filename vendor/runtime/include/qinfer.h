@@ -552,8 +552,9 @@ int32_t qi_context_kv_host_shares(const qi_context* context, double* out, uint64
 /* From any thread, as qi_context_get_stats. */
 int32_t qi_context_get_layer_stats(const qi_context* context, int32_t layer, qi_layer_stats* out,
                                    qi_error* error);
-/* Holds the predictions for every n-th generated token against all gates, which costs computing
- * those; 0, as at first: of none. */
+/* Holds the predictions for every n-th token that is fed alone against all gates, which costs
+ * computing those, and for all that are fed several at a time, as qi_context_score does; 0, as at
+ * first: asks for none. */
 int32_t qi_context_check_predictions(qi_context* context, int32_t every, qi_error* error);
 /* Starts counting, from 0, for how many tokens each neuron is active (on 1), or stops (on 0). */
 int32_t qi_context_count_activations(qi_context* context, int32_t on, qi_error* error);
