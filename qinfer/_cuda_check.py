@@ -7,17 +7,15 @@ this version and the weight types is asked again when one of them changes.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable
 from contextlib import suppress
 
 from . import _cuda
 from ._alias import cache_folder
 from ._files import whole_file
+from ._slow import logger
 from ._types import known_types
 from .errors import FileError
-
-logger = logging.getLogger("qinfer")
 
 
 def problem(types: Iterable[str], number: int = 0) -> str:
@@ -54,7 +52,10 @@ def _run(wanted: set[str], number: int) -> str:
         for i, name in enumerate(_cuda.self_test_names())
         if set(name.upper().split()) & every_type <= wanted
     ]
-    logger.info("GPU %d: holding its kernels against the processor's, once", number)
+    logger.info(
+        "compiling kernels for %s and holding them against the processor's (once)",
+        _cuda.gpu(number).name,
+    )
     failed = [test for test in _cuda.self_tests(number, numbers) if not test.passed]
     if not failed:
         return ""

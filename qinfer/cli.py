@@ -354,8 +354,10 @@ def run(
     if stats:
         from ._stats_table import render
 
-        click.echo(render(completion.stats, info, mode), err=True)
+        click.echo(render(completion, info, mode), err=True)
     if sys.stderr.isatty() and not as_json:
+        if completion.placement is not None and not stats:
+            click.echo(f"(GPU {completion.placement})", err=True)
         timings, usage = completion.timings, completion.usage
         click.echo(
             f"({usage.prompt_tokens} tokens read at {timings.prompt_tokens_per_second:.1f}/s, "
@@ -416,13 +418,16 @@ def chat(
 )
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True,
               help="Rounds to take the median of.")  # fmt: skip
-@_with(_SPARSITY_OPTIONS, _MACHINE_OPTIONS, _DEVICE_OPTIONS)
+@_with(_CONTEXT_OPTIONS, _SPARSITY_OPTIONS, _MACHINE_OPTIONS, _DEVICE_OPTIONS)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(
     model: str,
     n_prompt: int,
     n_gen: int,
     repetitions: int,
+    ctx_size: int | None,
+    kv_type: str,
+    hidden_act: str | None,
     sparsity: SparsityMode,
     sparse_threshold: float | None,
     prefill: Prefill,
@@ -438,14 +443,16 @@ def bench(
 
     with (
         _load(
-            model, threads=threads, mmap=not no_mmap, sparsity=sparsity,
-            sparse_threshold=sparse_threshold, prefill=prefill,
+            model, n_ctx=ctx_size, kv_type=kv_type, hidden_act=hidden_act, threads=threads,
+            mmap=not no_mmap, sparsity=sparsity, sparse_threshold=sparse_threshold,
+            prefill=prefill,
         ) as loaded,
         Bar("measuring") as bar,
     ):  # fmt: skip
         result = benchmark.bench(
-            loaded, n_prompt=n_prompt, n_generate=n_gen, repeats=repetitions, progress=bar
-        )
+            loaded, n_prompt=n_prompt, n_generate=n_gen, repeats=repetitions, n_ctx=ctx_size,
+            progress=bar,
+        )  # fmt: skip
         facts = asdict(loaded.info)
         text = benchmark.render(loaded, result)
     if as_json:
@@ -501,6 +508,8 @@ def perplexity(
             loaded, file.read(), n_ctx=ctx_size, n_chunks=chunks, on_chunk=show
         )
     click.echo()
+    if result.placement is not None:
+        click.echo(f"GPU {result.placement}")
     if result.neurons is not None:
         click.echo(measure.render(result.neurons))
     click.echo(f"Final: PPL = {result.value:.4f} +/- {result.error:.5f}")

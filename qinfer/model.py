@@ -300,9 +300,8 @@ class Model:
         with self.context(n_seq=min(len(answers), _MAX_TOGETHER)) as context:
             for _ in run(context, answers):
                 pass
-            stats = context.stats()
-        for answer in answers:
-            answer.stats = stats
+            for answer in answers:
+                answer.account(context)
         return [answer.completion() for answer in answers]
 
     def _answer(
@@ -556,7 +555,8 @@ class Model:
 
     @property
     def placement(self) -> Placement | None:
-        """What of the model a GPU keeps; None where none is used."""
+        """What of the model a GPU keeps; None where none is used. Raises Closed after `close()`."""
+        self._weights.pointer  # noqa: B018  raises Closed
         share = self._weights.offload
         return None if share is None else share.placement
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from .errors import ArgumentError
 from .model import Model
+from .offload import Placement
 from .sparsity import Shares, SparsityMode
 
 
@@ -23,12 +24,14 @@ class Perplexity:
         error: its standard error.
         n_scored: tokens it was taken over.
         neurons: which share of all neurons the tokens computed; None where that was all of them.
+        placement: what of the model a GPU kept in the end; None where none computed.
     """
 
     value: float
     error: float
     n_scored: int
     neurons: Shares | None = None
+    placement: Placement | None = None
 
 
 def perplexity(
@@ -92,10 +95,11 @@ def perplexity(
             if on_chunk is not None:
                 on_chunk(number + 1, math.exp(np.concatenate(scores).mean()))
         neurons = Shares.of(context.stats().layers, model.info.n_ff)
+        placement = context.placement
     losses = np.concatenate(scores)
     value = math.exp(losses.mean())
     deviation = losses.std() / math.sqrt(len(losses) - 1)
-    return Perplexity(value, value * float(deviation), len(losses), neurons)
+    return Perplexity(value, value * float(deviation), len(losses), neurons, placement)
 
 
 def render(neurons: Shares) -> str:

@@ -16,6 +16,7 @@ from ._files import StrPath
 from .activation import write_activations
 from .errors import ArgumentError, UnsupportedError
 from .model import Model
+from .offload import Placement
 
 Counts = NDArray[np.uint64]
 ShareArray = NDArray[np.float64]
@@ -33,11 +34,13 @@ class Profile:
         model: the name of the model's file.
         counts: for how many tokens each neuron was active: shape (n_layer, n_ff).
         n_tokens: of the text; each count is at most that.
+        placement: what of the model a GPU kept in the end; None where none computed.
     """
 
     model: str
     counts: Counts
     n_tokens: int
+    placement: Placement | None = None
 
     @property
     def active(self) -> ShareArray:
@@ -130,7 +133,8 @@ def profile(
             context.truncate(0)
             context.feed(chunk, logits="none", generated=True, progress=report)
         counts = np.stack([context.activation_counts(layer) for layer in range(info.n_layer)])
-    return Profile(name, counts, len(tokens))
+        placement = context.placement
+    return Profile(name, counts, len(tokens), placement)
 
 
 def check_plots() -> None:
@@ -172,6 +176,7 @@ def render(result: Profile) -> str:
     rows = zip(result.active, result.covering(), (result.counts == 0).mean(axis=1), strict=True)
     lines = [
         f"{result.model}: {result.n_tokens:,} tokens, {result.counts.shape[1]:,} neurons a layer",
+        *([f"GPU {result.placement}"] if result.placement is not None else []),
         f"{'layer':>5}{'active':>10}{f'{COVERED:.0%} of activations':>24}{'never active':>16}",
     ]
     means = []
