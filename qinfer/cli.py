@@ -78,17 +78,21 @@ def _keep_for_load(context: click.Context, option: click.Parameter, value: Any) 
 
 
 _DEVICE_OPTIONS = [
-    click.option("--device", default="auto", metavar="cpu|cuda|cuda:N", expose_value=False,
-                 callback=_keep_for_load, help="What computes; default: a GPU if one can be used."),
+    click.option("--device", default="auto", metavar="auto|cpu|cuda|cuda:N", expose_value=False,
+                 callback=_keep_for_load,
+                 help="What computes; auto, the default, is a GPU if one can be used."),
     click.option("--vram-budget", metavar="GIB", expose_value=False, callback=_keep_for_load,
-                 help="GPU memory that may be used, e.g. 6 or 900MiB; default: all that is free."),
+                 help="GPU memory that weights, keys, values and working space may take together, "
+                 "e.g. 6 or 900MiB; default: all that is free once the kernels are loaded."),
     click.option("--gpu-index", metavar="FILE", expose_value=False, callback=_keep_for_load,
                  help="Which neurons the GPU keeps, as export_gpu_split writes it; default: "
                  "MODEL.generated.gpuidx, else by activation/ beside the model."),
     click.option("--reset-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
                  help="Choose by activation/ even if there is such a file."),
     click.option("--balance-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
-                 help="Choose by activation/ so that GPU and processor need the same time."),
+                 help="Choose by activation/, but keep only as many neurons of a layer as let GPU "
+                 "and processor need the same time for it, by speeds measured first; where down "
+                 "is stored by neuron."),
     click.option("--disable-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
                  help="Keep no neurons on the GPU."),
     click.option("--neuron-cache", type=click.Choice(["static", "balance", "frequency"]),

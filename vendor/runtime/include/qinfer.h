@@ -356,13 +356,14 @@ int32_t qi_offload_count_neurons(qi_offload* offload, int32_t layer, const float
  * sides need the same time for it, by their measured speeds. */
 int32_t qi_offload_balance_layers(qi_offload* offload, qi_error* error);
 /* Which neurons are kept there while the model runs. Where they move, results depend, in their
- * rounding, on where neurons are. */
-#define QI_CACHE_STATIC                                                         \
-    0 /* those of the beginning; without lists and counts, those that the first \
-         tokens show to be active most often */
+ * rounding, on where neurons are; in deterministic contexts none moves. */
+#define QI_CACHE_STATIC 0    /* those of the beginning; see qi_offload_set_neuron_cache */
 #define QI_CACHE_BALANCE 1   /* such that both sides need the same time */
 #define QI_CACHE_FREQUENCY 2 /* those active most often, of late above all */
-/* Before the first context. */
+/* Before the first context. Policies other than QI_CACHE_STATIC, with which it begins, need a down
+ * stored by neuron. Under that one, neurons stay, but where they were chosen without lists and
+ * counts, and down is stored by neuron, the first tokens (64) computed under QI_RULE_EXACT or
+ * QI_RULE_PREDICT choose them anew, once. */
 int32_t qi_offload_set_neuron_cache(qi_offload* offload, int32_t policy, qi_error* error);
 int32_t qi_offload_get_info(const qi_offload* offload, qi_offload_info* out);
 /* The neurons of a layer that are kept there now: their number, and with out not NULL their ids. */
