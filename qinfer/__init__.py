@@ -30,6 +30,7 @@ from .errors import (
     UnsupportedError,
 )
 from .model import Model
+from .offload import Placement
 from .sampling import Sampler, Sampling
 from .stream import Stream
 
@@ -57,6 +58,7 @@ __all__ = [
     "ModelInfo",
     "OutOfMemory",
     "Piece",
+    "Placement",
     "QInferError",
     "Sampler",
     "Sampling",

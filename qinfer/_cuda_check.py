@@ -7,7 +7,6 @@ this version and the weight types is asked again when one of them changes.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -15,10 +14,9 @@ from pathlib import Path
 from . import _cuda
 from ._alias import cache_folder
 from ._files import whole_file
+from ._slow import logger
 from ._types import known_types
 from .errors import FileError, OutOfMemory
-
-logger = logging.getLogger("qinfer")
 
 
 def problem(types: Iterable[str], number: int = 0) -> str:
@@ -77,9 +75,8 @@ def _run(wanted: set[str], number: int) -> str:
         if set(name.upper().split()) & every_type <= wanted
     ]
     logger.info(
-        "GPU %d computes for the first time with this driver and such weights: its kernels are "
-        "compared with the processor's, which takes a moment",
-        number,
+        "compiling kernels for %s and holding them against the processor's (once)",
+        _cuda.gpu(number).name,
     )
     failed = []
     for test in _cuda.self_tests(number, numbers):

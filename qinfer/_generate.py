@@ -26,6 +26,7 @@ from .completion import (
 )
 from .context import Context, Progress
 from .errors import ArgumentError, ContextFull
+from .offload import Placement
 from .sampling import Sampler, Sampling, SamplingOptions
 
 if TYPE_CHECKING:
@@ -160,6 +161,8 @@ class Answer:
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
         self.stats = Stats()
+        self.placement: Placement | None = None
+        self.kv_host_shares: list[float] | None = None
         self.n_cached = 0
         room = n_ctx - len(prompt)
         self._n_most = room if settings.max_tokens is None else min(settings.max_tokens, room)
@@ -250,6 +253,14 @@ class Answer:
         text = self._filter.add(self._decoder.flush())
         return text if self._filter.stopped else text + self._filter.finish()
 
+    def account(self, context: Context, before: Stats | None = None) -> None:
+        """Notes what the context counted, since `before` if given, and where it computed."""
+        stats = context.stats()
+        self.stats = stats if before is None else stats - before
+        self.placement = context.placement
+        if self.placement is not None:
+            self.kv_host_shares = context.kv_host_shares().tolist()
+
     def completion(self) -> Completion:
         """The answer, which must be finished."""
         assert self.finish_reason is not None
@@ -272,6 +283,8 @@ class Answer:
             stats=self.stats,
             seed=self.sampler.seed,
             logprobs=None if self.settings.logprobs is None else self.logprobs,
+            placement=self.placement,
+            kv_host_shares=self.kv_host_shares,
         )
 
 

@@ -86,6 +86,8 @@ def _show_warnings(spoken: Callable[[str], str]) -> None:
     logger = logging.getLogger("qinfer")
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING)
+    if sys.stderr.isatty():  # as bars are
+        logging.getLogger("qinfer.slow").setLevel(logging.INFO)
 
 
 def _fail(message: str, status: int) -> NoReturn:

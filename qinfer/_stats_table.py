@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 from ._weights import ModelInfo
-from .completion import Stats
+from .completion import Completion
 from .sparsity import LayerStats, Mode
 
 
-def render(stats: Stats, info: ModelInfo, mode: Mode) -> str:
-    """Means per token as text, a line a layer; shares are of all neurons."""
+def render(completion: Completion, info: ModelInfo, mode: Mode) -> str:
+    """Means per token as text, a line a layer; shares are of all neurons.
+
+    "KV CPU" is the share of the positions that the processor attended to last.
+    """
+    stats = completion.stats
+    kv_shares = completion.kv_host_shares or []
+    if not any(kv_shares):
+        kv_shares = []
     n_tokens = stats.n_generated_tokens
     is_shared = any(layer.host_seconds > 0 for layer in stats.layers)
     lines = [
         f"sparsity {mode}, {n_tokens} tokens generated, "
         f"{stats.weight_bytes_read / max(n_tokens, 1) / 1e6:.1f} MB of weights read for each",
         f"{'layer':>5}{'active':>16}{'predicted':>16}{'missed':>9}{'ms FFN':>9}{'predict':>9}"
-        + (f"{'GPU':>9}{'CPU':>9}{'wait':>9}" if is_shared else ""),
+        + (f"{'GPU':>9}{'CPU':>9}{'wait':>9}" if is_shared else "")
+        + (f"{'KV CPU':>9}" if kv_shares else ""),
     ]
+    if completion.placement is not None:
+        lines.insert(1, f"GPU {completion.placement}")
     n_computed = n_tokens + stats.n_prompt_tokens
     for index, layer in enumerate(stats.layers):
-        lines.append(f"{index:>5}{_line(layer, info.n_ff, n_computed, is_shared)}")
+        of_layer = f"{kv_shares[index]:>9.1%}" if kv_shares else ""
+        lines.append(f"{index:>5}{_line(layer, info.n_ff, n_computed, is_shared)}{of_layer}")
     total = LayerStats()
     for layer in stats.layers:
         total = total + layer
     if stats.layers:
         means = _line(total, info.n_ff, n_computed * len(stats.layers), is_shared)
-        lines.append(f"{'mean':>5}{means}")
+        mean_share = f"{sum(kv_shares) / len(kv_shares):>9.1%}" if kv_shares else ""
+        lines.append(f"{'mean':>5}{means}{mean_share}")
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from . import _machine
 from .errors import ArgumentError
 from .model import Model
+from .offload import Placement
 from .sampling import Sampler, Sampling
 from .sparsity import Mode, Shares
 
@@ -36,7 +37,8 @@ class BenchResult:
 
     `share` is the part of the processor's read bandwidth that reading the weights took while
     generating, `active` the part of all neurons that contributed, None where all are computed.
-    `gpu` tells what of the model a GPU kept; it is empty where none computed.
+    `placement` tells what of the model a GPU kept in the end, and `kv_host_shares`, by layer, which
+    share of the positions the processor attended to last; both are None where no GPU computed.
     """
 
     n_prompt: int
@@ -51,7 +53,8 @@ class BenchResult:
     bytes_per_second: float
     read_bandwidth: Spread
     share: float
-    gpu: str
+    placement: Placement | None
+    kv_host_shares: list[float] | None
 
 
 def bench(
@@ -60,21 +63,32 @@ def bench(
     n_prompt: int = 128,
     n_generate: int = 32,
     repeats: int = 5,
+    n_ctx: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> BenchResult:
     """Measures prompt and generation speed, and in turns with them the machine's read bandwidth.
 
-    The prompt is `n_prompt` arbitrary tokens; `n_generate` greedy ones follow. One more round comes
-    first and is not counted: it brings the file into memory. `progress(done, rounds)` follows.
+    The prompt is `n_prompt` arbitrary tokens; `n_generate` greedy ones follow, in a context of
+    `n_ctx` positions, None for as many as that takes. One more round comes first and is not
+    counted: it brings the file into memory. `progress(done, rounds)` follows.
+
+    Raises:
+        ArgumentError: a number is not positive, or `n_ctx` is less than the tokens.
     """
     for name, value in (("n_prompt", n_prompt), ("n_generate", n_generate), ("repeats", repeats)):
         if value < 1:
             raise ArgumentError(f"{name}={value} is not a positive integer")
+    if n_ctx is None:
+        n_ctx = n_prompt + n_generate
+    elif n_ctx < n_prompt + n_generate:
+        raise ArgumentError(
+            f"n_ctx={n_ctx}: a prompt of {n_prompt} tokens and {n_generate} generated ones do not "
+            "fit in that"
+        )
     tokens = np.random.default_rng(0).integers(0, model.info.n_vocab, n_prompt)
     prompt_rates, generation_rates, bandwidths = [], [], []
-    with model.context(n_ctx=n_prompt + n_generate) as context:
+    with model.context(n_ctx=n_ctx) as context:
         threads = context.info.threads
-        gpu = str(model.placement) if context.on_gpu else ""
         for number in range(-1, repeats):
             sampler = Sampler(model.info.n_vocab, Sampling(temperature=0))
             context.truncate(0)
@@ -96,6 +110,8 @@ def bench(
         stats = context.stats()
         shares = Shares.of(stats.layers, model.info.n_ff)
         bytes_per_token = stats.weight_bytes_read // n_generate
+        placement = context.placement
+        kv_host_shares = None if placement is None else context.kv_host_shares().tolist()
     generation, bandwidth = Spread.of(generation_rates), Spread.of(bandwidths)
     bytes_per_second = bytes_per_token * generation.median
     return BenchResult(
@@ -111,7 +127,8 @@ def bench(
         bytes_per_second=bytes_per_second,
         read_bandwidth=bandwidth,
         share=bytes_per_second / bandwidth.median,
-        gpu=gpu,
+        placement=placement,
+        kv_host_shares=kv_host_shares,
     )
 
 
@@ -121,7 +138,7 @@ def render(model: Model, result: BenchResult) -> str:
     rows = [
         ("model", f"{info.architecture}, {info.n_params / 1e6:.1f} M parameters, {model.path}"),
         ("machine", f"{_machine.processor().brand}, {result.isa}, {result.threads} threads"),
-        *([("GPU", result.gpu)] if result.gpu else []),
+        *([("GPU", str(result.placement))] if result.placement is not None else []),
         (f"prompt {result.n_prompt}", _rate(result.prompt_rate)),
         (f"generate {result.n_generate}", _rate(result.generation_rate)),
         ("sparsity", _sparsity(result)),
@@ -134,7 +151,7 @@ def render(model: Model, result: BenchResult) -> str:
 def _reading(result: BenchResult) -> str:
     speed = f"{result.bytes_per_second / 1e9:.1f} GB/s"
     most = f"{result.read_bandwidth.median / 1e9:.1f} GB/s"
-    if result.gpu:
+    if result.placement is not None:
         return f"{speed} by all; the processor alone reads {most} of its memory"
     return f"{speed}, {result.share:.0%} of the {most} this machine reads"
 

@@ -80,10 +80,12 @@ def _keep_for_load(context: click.Context, option: click.Parameter, value: Any) 
 
 
 _DEVICE_OPTIONS = [
-    click.option("--device", default="auto", metavar="cpu|cuda|cuda:N", expose_value=False,
-                 callback=_keep_for_load, help="What computes; default: a GPU if one can be used."),
+    click.option("--device", default="auto", metavar="auto|cpu|cuda|cuda:N", expose_value=False,
+                 callback=_keep_for_load,
+                 help="What computes; auto, the default, is a GPU if one can be used."),
     click.option("--vram-budget", metavar="GIB", expose_value=False, callback=_keep_for_load,
-                 help="GPU memory that may be used, e.g. 6 or 900MiB; default: all that is free."),
+                 help="GPU memory that weights, keys, values and working space may take together, "
+                 "e.g. 6 or 900MiB; default: all that is free once the kernels are loaded."),
     click.option("--gpu-index", metavar="FILE", type=click.Path(path_type=Path),
                  expose_value=False, callback=_keep_for_load,
                  help="Which neurons the GPU keeps, as export_gpu_split writes it for this MODEL; "
@@ -91,7 +93,9 @@ _DEVICE_OPTIONS = [
     click.option("--reset-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
                  help="Choose by activation/ even if there is such a file."),
     click.option("--balance-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
-                 help="Choose by activation/ so that GPU and processor need the same time."),
+                 help="Choose by activation/, but keep only as many neurons of a layer as let GPU "
+                 "and processor need the same time for it, by speeds measured first; where down "
+                 "is stored by neuron."),
     click.option("--disable-gpu-index", is_flag=True, expose_value=False, callback=_keep_for_load,
                  help="Keep no neurons on the GPU."),
     click.option("--neuron-cache", type=click.Choice(["static", "balance", "frequency"]),
@@ -358,8 +362,10 @@ def run(
     if stats:
         from ._stats_table import render
 
-        click.echo(render(completion.stats, info, mode), err=True)
+        click.echo(render(completion, info, mode), err=True)
     if sys.stderr.isatty() and not as_json:
+        if completion.placement is not None and not stats:
+            click.echo(f"(GPU {completion.placement})", err=True)
         timings, usage = completion.timings, completion.usage
         click.echo(
             f"({usage.prompt_tokens} tokens read at {timings.prompt_tokens_per_second:.1f}/s, "
@@ -420,13 +426,16 @@ def chat(
 )
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=5, show_default=True,
               help="Rounds to take the median of.")  # fmt: skip
-@_with(_SPARSITY_OPTIONS, _MACHINE_OPTIONS, _DEVICE_OPTIONS)
+@_with(_CONTEXT_OPTIONS, _SPARSITY_OPTIONS, _MACHINE_OPTIONS, _DEVICE_OPTIONS)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(
     model: str,
     n_prompt: int,
     n_gen: int,
     repetitions: int,
+    ctx_size: int | None,
+    kv_type: str,
+    hidden_act: str | None,
     sparsity: SparsityMode,
     sparse_threshold: float | None,
     prefill: Prefill,
@@ -442,14 +451,16 @@ def bench(
 
     with (
         _load(
-            model, threads=threads, mmap=not no_mmap, sparsity=sparsity,
-            sparse_threshold=sparse_threshold, prefill=prefill,
+            model, n_ctx=ctx_size, kv_type=kv_type, hidden_act=hidden_act, threads=threads,
+            mmap=not no_mmap, sparsity=sparsity, sparse_threshold=sparse_threshold,
+            prefill=prefill,
         ) as loaded,
         Bar("measuring") as bar,
     ):  # fmt: skip
         result = benchmark.bench(
-            loaded, n_prompt=n_prompt, n_generate=n_gen, repeats=repetitions, progress=bar
-        )
+            loaded, n_prompt=n_prompt, n_generate=n_gen, repeats=repetitions, n_ctx=ctx_size,
+            progress=bar,
+        )  # fmt: skip
         facts = asdict(loaded.info)
         text = benchmark.render(loaded, result)
     if as_json:
@@ -505,6 +516,8 @@ def perplexity(
             loaded, file.read(), n_ctx=ctx_size, n_chunks=chunks, on_chunk=show
         )
     click.echo()
+    if result.placement is not None:
+        click.echo(f"GPU {result.placement}")
     if result.neurons is not None:
         click.echo(measure.render(result.neurons))
     click.echo(f"Final: PPL = {result.value:.4f} +/- {result.error:.5f}")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from .offload import Placement
 from .sparsity import LayerStats
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -121,6 +122,10 @@ class Completion:
         stats: the runtime's counters; those of a batch are of the whole batch.
         seed: the seed that was used, to get the same text again.
         logprobs: of each token in `tokens`, when `logprobs` was given.
+        placement: what of the model the GPU kept in the end, `n_moved` neurons moved so far
+            included; None where the processor alone computed.
+        kv_host_shares: by layer, the share of the positions that the processor attended to last, as
+            of `Context.kv_host_shares`; None where the processor alone computed.
     """
 
     text: str
@@ -131,6 +136,8 @@ class Completion:
     stats: Stats = field(repr=False)
     seed: int
     logprobs: list[TokenLogprob] | None = field(default=None, repr=False)
+    placement: Placement | None = field(default=None, repr=False)
+    kv_host_shares: list[float] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return self.text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -19,10 +19,12 @@ from ._files import StrPath
 from ._interrupt import run_interruptibly
 from ._kv_place import KvPlace, mode_name
 from ._native import Handle, check, ffi, lib, new_error
+from ._slow import said_if_slow
 from ._types import tensor_type, type_name
 from ._weights import Weights
 from .completion import Stats
 from .errors import ArgumentError, Busy, DeviceError, FormatError, OutOfMemory
+from .offload import Placement
 from .sampling import Sampler, token_array
 from .sparsity import LayerStats, Policy
 
@@ -151,9 +153,12 @@ class Context:
         share = self._weights.offload
         assert share is not None
         params.offload = share.pointer
+        placing = f"placing the model on {share.placement.device}; its kernels are compiled once"
         for may_free in (True, False):
             try:
-                return self._create(params)
+                is_placed = share.placement.is_placed
+                with nullcontext() if is_placed else said_if_slow(placing):
+                    return self._create(params)
             except OutOfMemory as error:
                 if may_free and self._weights.free_idle():
                     continue
@@ -179,6 +184,16 @@ class Context:
     def lacks_gpu(self) -> bool:
         """Whether it is computed without the GPU that the model is on, for want of memory there."""
         return not self.on_gpu and self._weights.offload is not None
+
+    @property
+    def placement(self) -> Placement | None:
+        """What of the model the GPU that computes this keeps; None where the processor alone does.
+
+        Raises Closed after `close()`.
+        """
+        self._handle.pointer  # noqa: B018  raises Closed
+        share = self._weights.offload
+        return share.placement if share is not None and self.on_gpu else None
 
     # ---- feeding ----
 
@@ -654,7 +669,8 @@ class Context:
     def check_predictions(self, every: int) -> None:
         """Holds the predictions for every n-th generated token against all gates; 0 stops it.
 
-        What was found is in `stats()`: `n_checked`, `n_due` and `n_missed` of each layer.
+        Of tokens that are fed several at a time, as by `score`, all are checked. What was found is
+        in `stats()`: `n_checked`, `n_due` and `n_missed` of each layer.
         """
         if not 0 <= every <= _INT32_MAX:
             raise ArgumentError(f"every={every!r} is not 0 or a positive number of tokens")

@@ -14,6 +14,7 @@ from ._gguf import GGUF
 from .completion import Completion, Stats
 from .context import Context
 from .model import Model
+from .offload import Placement
 from .sparsity import MODES, Mode, Shares
 from .stream import Stream
 
@@ -59,7 +60,11 @@ class ModeFigures:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """Everything that the demo shows; `neuron_bytes` is of all neurons of all layers."""
+    """Everything that the demo shows.
+
+    `neuron_bytes` is of all neurons of all layers. `placement` tells what of the model a GPU kept;
+    it is None where the processor alone computed.
+    """
 
     model: str
     n_params: int
@@ -72,6 +77,7 @@ class Demo:
     n_tokens: int
     neuron_bytes: int
     modes: list[ModeFigures]
+    placement: Placement | None = None
 
 
 def story(model: Model, prompt: str, *, seed: int, max_tokens: int | None) -> Stream:
@@ -92,7 +98,7 @@ def measure(
         name = str(file.metadata["general.name"])
         neuron_bytes = sum(t.n_bytes for t in file.tensors if t.name.endswith(_NEURON_TENSORS))
     tokens = model.tokenizer.encode(prompt) + completion.tokens
-    threads, modes = _compare(model, tokens[: model.n_ctx], progress)
+    threads, placement, modes = _compare(model, tokens[: model.n_ctx], progress)
     return Demo(
         model=name,
         n_params=model.info.n_params,
@@ -105,13 +111,14 @@ def measure(
         n_tokens=len(completion.tokens),
         neuron_bytes=neuron_bytes,
         modes=modes,
+        placement=placement,
     )
 
 
 def _compare(
     model: Model, tokens: list[int], progress: Callable[[int, int], None] | None
-) -> tuple[int, list[ModeFigures]]:
-    """How many threads compute, and the figures of each mode, over the same tokens.
+) -> tuple[int, Placement | None, list[ModeFigures]]:
+    """How many threads compute, what a GPU keeps, and each mode's figures over the same tokens.
 
     The modes take turns token by token: what other programs do to the machine meanwhile, they do
     to all modes.
@@ -134,12 +141,16 @@ def _compare(
                     spent = (time.monotonic() - begin) / _SECONDS
                     progress(min(int(100 * spent), 99), 100)
         threads = contexts["off"].info.threads
+        placements = [context.placement for context in contexts.values()]
         stats = {mode: context.stats() for mode, context in contexts.items()}
     medians = {mode: statistics.median(values) for mode, values in seconds.items()}
-    return threads, [
+    # A warning tells of contexts that find no room on the GPU.
+    placement = next((each for each in placements if each is not None), None)
+    figures = [
         _figures(mode, medians[mode], medians["off"], stats[mode], model.info.n_ff)
         for mode in MODES
     ]
+    return threads, placement, figures
 
 
 def _seconds(context: Context, token: int) -> float:
@@ -171,9 +182,13 @@ def render(result: Demo) -> str:
     by_mode = {figures.mode: figures for figures in result.modes}
     dense, exact, predict = by_mode["off"], by_mode["exact"], by_mode["predict"]
     threads = f"{result.threads} thread{'s' if result.threads > 1 else ''}"
+    machine = f"{threads} of {result.processor} ({result.isa})"
+    if result.placement is not None:
+        device, kept = result.placement.device, result.placement.summary
+        machine = f"{device}, which keeps {kept}, and beside it {machine}"
     lines = [
         "A token needs only some of the model's neurons. That text again, in three ways,",
-        f"on {threads} of {result.processor} ({result.isa}):",
+        *textwrap.wrap(f"on {machine}:", _WIDTH),
         "",
         f"  {'--sparsity':<12}{'neurons':>7}{'weights read':>14}{'tokens/s':>10}",
     ]

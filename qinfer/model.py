@@ -64,18 +64,19 @@ class Model:
         path: the file, or the folder it is alone in; of a split model, its first part.
         device: "cpu", "cuda", or "cuda:N" for the N-th GPU; "auto" uses a GPU if it can.
         vram_budget: how much of its memory may be taken, everything counted: a number of GiB, a
-            text such as "6GiB", or None for all that is free but a reserve, which is also what a
-            larger one comes to.
+            text such as "6GiB", or None for all that is free once the kernels are loaded, which is
+            also what a larger one comes to.
         gpu_split: which neurons the GPU keeps where not all fit: a `.generated.gpuidx` file,
             "auto" (that file, or the folder `activation/`, beside the model), "counts" (that folder
             alone), "balance" (the same, but a layer keeps only so many that GPU and processor need
             the same time for it, by their measured speeds) or "none".
-        neuron_cache: which neurons stay there, where down is stored by neuron. "static": those of
-            the beginning; with nothing to choose them by, the ones that the first tokens with
-            predictions use most. "balance" and "frequency" exchange neurons while the model runs,
-            so that GPU and processor need the same time, or so that those used most of late are on
+        neuron_cache: which neurons stay there. "static": those of the beginning, for good; only
+            where neither a split nor counts choose them and down is stored by neuron, the first 64
+            tokens computed with "exact" or "predict" choose them anew, once. "balance" and
+            "frequency", for models with down by neuron, exchange neurons while the model runs, so
+            that GPU and processor need the same time, or so that those used most of late are on
             the GPU. Each neuron is computed once wherever it is; where it is changes the rounding
-            of sums, and so results in their last digits.
+            of sums, and so results in their last digits. Nothing moves in a deterministic context.
         n_ctx: positions per sequence; None takes what the model was trained for, or less where the
             keys and values of so many would not fit in memory. Memory is taken as they fill.
         threads: how many compute; None uses the physical cores this process may run on.
@@ -116,8 +117,15 @@ class Model:
         FormatError: the file is damaged; the message names the key, tensor or offset. Or `path` is
             a folder of a checkpoint; the message has the command that converts it.
         UnsupportedError: the file is of an architecture or tensor type that is not known.
-        DeviceError: the device asked for cannot be had.
-        ArgumentError: an argument is out of range, or `path` is a folder without one model.
+        DeviceError: the device asked for cannot be had, or fails. With "auto" the log says why no
+            GPU is used.
+        OutOfMemory: the device asked for by name has no room for one layer's attention. Where
+            `sparsity` is not "auto", the first context finds that out.
+        ArgumentError: an argument is out of range, or `path` is a folder without one model. Of
+            those for a GPU: `gpu_split` is of a model of another shape or names counts that are not
+            there, `neuron_cache` moves neurons of a model whose down is not stored by neuron, or
+            one of them, or of `vram_budget`, `kv_mode`, `kv_ratio` and `kv_step`, asks something of
+            a GPU and none is used.
     """
 
     @hinting
@@ -316,9 +324,8 @@ class Model:
         with self.context(n_seq=min(len(answers), _MAX_TOGETHER)) as context:
             for _ in run(context, answers):
                 pass
-            stats = context.stats()
-        for answer in answers:
-            answer.stats = stats
+            for answer in answers:
+                answer.account(context)
         return [answer.completion() for answer in answers]
 
     def _answer(
@@ -517,7 +524,8 @@ class Model:
         """A context of one's own: tokens in, logits out. Everything else is built on it.
 
         Where the model's GPU has no room for it beside other contexts, the processor alone computes
-        it, and the log says so. With no other alive, neurons on the GPU make room.
+        it, and the log says so; its `placement` is None then. With no other alive, neurons on the
+        GPU make room.
 
         Args:
             n_ctx: positions per sequence; None takes the model's.
@@ -529,6 +537,14 @@ class Model:
             sparsity, sparse_threshold, prefill, cross_layer_from, deterministic: as of `Model`;
                 None takes the model's, and `cross_layer_from=False` predicts in every layer by
                 itself.
+
+        Raises:
+            ArgumentError: an argument is out of range, the model cannot follow it, or it is about
+                a GPU's keys and values and no GPU is used.
+            OutOfMemory: there is no memory for it; on a GPU, only where that was asked for by name
+                and holds nothing of the model yet, or with `kv_mode`, `kv_ratio` or `kv_step`.
+            DeviceError: the GPU fails.
+            Closed: the model was closed.
         """
         if positive("n_ctx", n_ctx) and n_ctx != self.n_ctx:
             _beyond_training(self.info, positive("n_ctx", n_ctx))
@@ -576,7 +592,8 @@ class Model:
 
     @property
     def placement(self) -> Placement | None:
-        """What of the model a GPU keeps; None where none is used."""
+        """What of the model a GPU keeps; None where none is used. Raises Closed after `close()`."""
+        self._weights.pointer  # noqa: B018  raises Closed
         share = self._weights.offload
         return None if share is None else share.placement
 

@@ -78,7 +78,8 @@ class Placement:
 
     def __str__(self) -> str:
         kept = self.summary or "what it will keep is decided with the first context"
-        return f"{self.device}: {kept}"
+        moved = f"; {self.n_moved} neurons moved so far" if self.n_moved else ""
+        return f"{self.device}: {kept}{moved}"
 
 
 class Offload:

@@ -11,10 +11,8 @@ import numpy as np
 
 from .errors import ArgumentError
 from .model import Model
+from .offload import Placement
 from .sparsity import Shares, SparsityMode
-
-# Of so many tokens one is held against all gates, which takes as long as computing it densely.
-_CHECK_EVERY = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +24,14 @@ class Perplexity:
         error: its standard error.
         n_scored: tokens it was taken over.
         neurons: which share of all neurons the tokens computed; None where that was all of them.
+        placement: what of the model a GPU kept in the end; None where none computed.
     """
 
     value: float
     error: float
     n_scored: int
     neurons: Shares | None = None
+    placement: Placement | None = None
 
 
 def perplexity(
@@ -82,8 +82,7 @@ def perplexity(
         sparse_threshold=sparse_threshold,
         cross_layer_from=cross_layer_from,
     ) as context:
-        if model.placement is None:  # a GPU does not hold them against all gates
-            context.check_predictions(_CHECK_EVERY)
+        context.check_predictions(1)
         for number in range(min(len(tokens) // n_ctx, n_chunks or len(tokens))):
             chunk = tokens[number * n_ctx : (number + 1) * n_ctx]
             targets = [-1] * first + chunk[first + 1 :] + [-1]
@@ -96,10 +95,11 @@ def perplexity(
             if on_chunk is not None:
                 on_chunk(number + 1, math.exp(np.concatenate(scores).mean()))
         neurons = Shares.of(context.stats().layers, model.info.n_ff)
+        placement = context.placement
     losses = np.concatenate(scores)
     value = math.exp(losses.mean())
     deviation = losses.std() / math.sqrt(len(losses) - 1)
-    return Perplexity(value, value * float(deviation), len(losses), neurons)
+    return Perplexity(value, value * float(deviation), len(losses), neurons, placement)
 
 
 def render(neurons: Shares) -> str:

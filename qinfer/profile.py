@@ -17,6 +17,7 @@ from ._files import StrPath
 from .activation import write_activations
 from .errors import ArgumentError, UnsupportedError
 from .model import Model
+from .offload import Placement
 
 Counts = NDArray[np.uint64]
 ShareArray = NDArray[np.float64]
@@ -35,12 +36,14 @@ class Profile:
         counts: for how many tokens each neuron was active: shape (n_layer, n_ff).
         n_tokens: of the text; each count is at most that.
         fingerprint: what tells the model apart, the same for its files in all types; may be empty.
+        placement: what of the model a GPU kept in the end; None where none computed.
     """
 
     model: str
     counts: Counts
     n_tokens: int
     fingerprint: bytes = b""
+    placement: Placement | None = None
 
     @property
     def active(self) -> ShareArray:
@@ -133,7 +136,9 @@ def profile(
             context.truncate(0)
             context.feed(chunk, logits="none", generated=True, progress=report)
         counts = np.stack([context.activation_counts(layer) for layer in range(info.n_layer)])
-    return Profile(name, counts, len(tokens), _fingerprint.of_model(model._weights.file))
+        placement = context.placement
+    fingerprint = _fingerprint.of_model(model._weights.file)
+    return Profile(name, counts, len(tokens), fingerprint, placement)
 
 
 def check_plots() -> None:
@@ -175,6 +180,7 @@ def render(result: Profile) -> str:
     rows = zip(result.active, result.covering(), (result.counts == 0).mean(axis=1), strict=True)
     lines = [
         f"{result.model}: {result.n_tokens:,} tokens, {result.counts.shape[1]:,} neurons a layer",
+        *([f"GPU {result.placement}"] if result.placement is not None else []),
         f"{'layer':>5}{'active':>10}{f'{COVERED:.0%} of activations':>24}{'never active':>16}",
     ]
     means = []

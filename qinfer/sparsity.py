@@ -81,9 +81,11 @@ class LayerStats:
         n_due: neurons that should have contributed to the tokens checked.
         n_missed: of which the predictor did not name so many.
         n_bytes: weight bytes read, for all tokens.
-        predict_seconds: spent on predictions.
-        seconds: all of it, predictions included.
-        device_seconds: where a GPU shares the layer with the processor, until it had its own part.
+        predict_seconds: spent on predictions; 0 where a GPU made them.
+        seconds: all of it, predictions included; 0 of a layer that a GPU computes alone, as part of
+            a recorded whole that nobody times.
+        device_seconds: where a GPU shares the layer with the processor, until it had its own part;
+            this and the next two are 0 elsewhere.
         host_seconds: what the processor took for its part meanwhile.
         wait_seconds: how long the GPU then waited for it.
     """

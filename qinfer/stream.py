@@ -107,12 +107,12 @@ def _pieces(answer: Answer, pool: ContextPool, switch: _Switch) -> Generator[Pie
         try:
             for _, piece in run(context, [answer]):
                 if piece.finish_reason is not None:
-                    answer.stats = context.stats() - before
+                    answer.account(context, before)
                 yield piece
         except Cancelled:
             if not switch.cancelled:
                 raise
-            answer.stats = context.stats() - before
+            answer.account(context, before)
             yield answer.finish("cancelled")
     finally:
         switch.detach()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qinfer import Cancelled, Model, QInferError, Sampling
+from qinfer.perplexity import perplexity
 from qinfer.sampling import Sampler
 
 N_TOKENS = 24
@@ -242,7 +243,7 @@ def neurons_counted(path: str, mode: str, shares: list[str]) -> dict[str, Any]:
             context.check_predictions(2)
             context.reset_stats()
             context.feed(TOKENS[:12])
-            for token in TOKENS[12:]:  # by the fourth they are replayed
+            for token in TOKENS[12:-1]:  # by the fourth they are replayed; the last is checked
                 context.feed([token], generated=True)
             first = [context.activation_counts(layer).tolist() for layer in range(info.n_layer)]
             checks = [[x.n_checked, x.n_due, x.n_missed] for x in context.stats().layers]
@@ -268,6 +269,21 @@ def neurons_counted(path: str, mode: str, shares: list[str]) -> dict[str, Any]:
             if share == "half":
                 _keep_half(model)
             found[share] = count(model)
+    return found
+
+
+def perplexities(path: str) -> dict[str, Any]:
+    """What a text costs a model that predicts, on the processor and by share of the neurons."""
+    text = "Once upon a time there was a little girl who loved to play in the park. " * 5
+    found = {}
+    for share in ("cpu", "whole", "half"):
+        device = "cpu" if share == "cpu" else "cuda"
+        with Model(path, device=device, n_ctx=64, sparsity="predict") as model:
+            if share == "half":
+                _keep_half(model)
+            result = perplexity(model, text, n_ctx=70)
+            assert result.neurons is not None
+            found[share] = asdict(result.neurons) | {"value": result.value}
     return found
 
 

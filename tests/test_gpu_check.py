@@ -8,14 +8,19 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_check
+import numpy as np
 import pytest
+from gpu_check_speed import bytes_read
 
 import cuda_standin
-from qinfer import _cuda
+from qinfer import Stats, _cuda
+from qinfer.sparsity import LayerStats
 
 TOOL = Path(gpu_check.__file__)
 LLAMA_BENCH = """\
@@ -94,10 +99,17 @@ def test_everything_in_small(tmp_path: Path) -> None:
     sparse, dense = (found["speed", f"{kind} F16, whole"]["values"] for kind in ("sparse", "dense"))
     assert (sparse["sparsity"], dense["sparsity"]) == ("predict", "off")
     assert sparse["bytes_per_token"] < dense["bytes_per_token"]
-    # A token of a dense model reads the same wherever its neurons are.
-    part = found["speed", "dense F16, 50%"]["values"]
-    assert (dense["n_neurons"], part["n_neurons"]) == (4 * 1024, 0)
-    assert dense["bytes_per_token"] == pytest.approx(part["bytes_per_token"])
+    # All, or some, of the neurons; the processor leaves out parts of down that nobody needs.
+    n_neurons = 2 * 16384
+    assert dense["n_neurons"] == sparse["n_neurons"] == n_neurons
+    assert dense["host_seconds"] == dense["host_bytes"] == 0
+    assert dense["device_bytes"] == pytest.approx(dense["bytes_per_token"])
+    for kind, whole in (("sparse", sparse), ("dense", dense)):
+        part = found["speed", f"{kind} F16, 50%"]["values"]
+        assert 0.1 * n_neurons < part["n_neurons"] < 0.6 * n_neurons
+        assert 0.8 < part["bytes_per_token"] / whole["bytes_per_token"] <= 1.01
+        assert part["device_bytes"] + part["host_bytes"] == pytest.approx(part["bytes_per_token"])
+        assert min(part[name] for name in ("device_bytes", "host_bytes", "host_seconds")) > 0
     table = done.stdout.partition("\nchecks ")[2]
     assert re.search(r"^kernels +7 +0 +0$", table, re.MULTILINE)
     row = r"^sparse F16, 50% +[\d.]+ +[\d.]+ +\d+ +\d+% +[\d.]+( +[\d.]+){3}$"
@@ -105,6 +117,51 @@ def test_everything_in_small(tmp_path: Path) -> None:
     assert re.search(r"^llama.cpp, dense F16, whole +20.0 +2.0$", table, re.MULTILINE)
     assert re.search(r"^PowerInfer, sparse F16, 50% +8.0 +1.5$", table, re.MULTILINE)
     assert "\n0 failed on Stand-in GPU 0, compute capability 9.0" in table
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--types", "f16,q9"), "--types has 'q9'; there are f32, f16, bf16, q8_0"),
+        (("--shares", "1,half"), "--shares 1,half: expected numbers"),
+        (("--shares", "1.5"), "--shares has 1.5, expected more than 0, up to 1"),
+        (("--parts", "card,all"), "--parts has all; there are card, kernels"),
+        (("--n-layer", "0"), "0 is not in the range x>=1"),
+    ],
+)
+def test_options_are_checked(words: tuple[str, str], says: str) -> None:
+    done = run_check(*words, devices=0)
+    assert done.returncode in (1, 2)
+    assert says in done.stderr
+    assert done.stdout == ""
+
+
+def test_the_least_time_of_a_token() -> None:
+    """By hand: each side reads at its own speed, and in a layer both do at the same time."""
+    info = SimpleNamespace(
+        n_layer=2, n_ff=100, n_bytes_per_token=1000, n_ffn_bytes_per_token=600,
+        kv_bytes_per_token_f16=20,
+    )  # fmt: skip
+    kept = {0: np.arange(100), 1: np.arange(25)}
+    model: Any = SimpleNamespace(
+        info=info,
+        policy=SimpleNamespace(mode="off"),
+        _weights=SimpleNamespace(offload=SimpleNamespace(neurons=kept.__getitem__)),
+    )
+    context: Any = SimpleNamespace(
+        placement=SimpleNamespace(attention_bytes=300, head_bytes=0, predictor_bytes=0, n_layers=2),
+        kv_host_shares=lambda: np.array([0.0, 0.5]),
+    )
+    layer = LayerStats(n_bytes=10 * 300)
+    stats = Stats(n_generated_tokens=10, layers=(layer, layer))
+    settings = gpu_check.Settings(
+        gpu=0, quick=True, bandwidth=100.0, host_bandwidth=10.0, n_prompt=8, n_generate=4
+    )
+    found = bytes_read(model, context, stats, settings)
+    assert (found.device, found.host, found.kv) == (300 + 300 + 75, 100 + 225, 200)
+    # Attention 3 s and the head, with the processor, 10 s. Neurons 3 s and 22.5 s; keys and values
+    # 1 s and 5 s.
+    assert found.seconds == pytest.approx(3 + 10 + 3 + 22.5 + 1 + 5)
 
 
 def test_a_wrong_kernel_is_found(tmp_path: Path) -> None:
@@ -145,6 +202,118 @@ for i in range(3):
     assert all(shares)
     names = [name for name in _cuda.self_test_names() if "add " in name]
     assert [name for share in shares for name in share] == names
+
+
+# Stands for a process of self-tests: the second cannot run, the fourth crashes, the sixth hangs.
+FAULTY = """
+import dataclasses, json, os, sys, time
+from gpu_check_parts import Settings, judged, own_tests
+from qinfer import _cuda
+settings = Settings(**json.loads(sys.argv[1]) | {"share": (0, 1)})
+names = _cuda.self_test_names()
+numbers = own_tests(settings)
+for i, number in list(enumerate(numbers))[settings.skip :]:
+    if i == 3:
+        os.abort()
+    if i == 5:
+        time.sleep(100)
+    print(json.dumps(dataclasses.asdict(judged("kernels", names[number], i != 1, ""))), flush=True)
+    if i == 1:
+        break
+"""
+
+
+def test_self_tests_go_on_behind_one_that_takes_its_process_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = str(TOOL.parent)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([folder, *filter(None, sys.path)]))
+    monkeypatch.setattr(gpu_check, "SILENCE", 5.0)
+    monkeypatch.setattr(
+        gpu_check,
+        "command_of",
+        lambda _, settings: [sys.executable, "-c", FAULTY, json.dumps(asdict(settings))],
+    )
+    settings = gpu_check.Settings(gpu=0, quick=True, word="add ")
+    found = list(gpu_check.self_tests(settings, time.monotonic() + 60))
+    names = [name for name in _cuda.self_test_names() if "add " in name]
+    assert len(names) == 7
+    assert [result.name for result in found] == names
+    assert [i for i, result in enumerate(found) if result.status == "failed"] == [1, 3, 5]
+    assert (found[3].detail, found[5].detail) == ("ended with status -6", "hangs: silent for 5 s")
+    # With no time left the rest is missed, aloud.
+    *_, last = gpu_check.self_tests(settings, time.monotonic())
+    assert (last.status, last.detail) == (
+        "failed", f"6 self-tests from {names[1]!r} on were not run"
+    )  # fmt: skip
+
+
+def a_check(folder: Path, **changes: Any) -> gpu_check.Check:
+    check = gpu_check.Check(
+        settings=gpu_check.Settings(gpu=0, quick=True), folder=folder,
+        shape=dict(gpu_check.SHAPE_QUICK), types=("q4_0", "f16"), shares=(1.0,), output=None,
+        llama_bench=None, powerinfer_main=None, end=time.monotonic() + 60,
+    )  # fmt: skip
+    return replace(check, **changes)
+
+
+def test_a_part_that_breaks_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the program itself, and where the disk is full."""
+    check = a_check(tmp_path, output=tmp_path)  # which no one can write to
+    called: list[str] = []
+
+    def run_part(part: str, name: str = "", **changes: Any) -> None:
+        called.append(part)
+        if part == "card":
+            check.add(gpu_check.Result("card", gpu_check.WHAT_IT_IS, "passed"))
+        if part == "golden":
+            raise OSError("no more processes")
+
+    monkeypatch.setattr(check, "run_part", run_part)
+    check.run(["properties", "golden"])
+    assert called == ["card", "golden", "properties"]
+    _, failed = check.found
+    assert (failed.part, failed.status) == ("golden", "failed")
+    assert "OSError: no more processes" in failed.detail
+    assert "1 failed" in check.table()
+
+
+def test_models_that_do_not_fit_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    usage = SimpleNamespace(free=20_000_000)
+    monkeypatch.setattr(gpu_check.shutil, "disk_usage", lambda _: usage)
+    check = a_check(tmp_path)
+    check.start_models()
+    check.wait_for_models()
+    skipped = {result.name for result in check.found if result.status == "skipped"}
+    assert skipped == {"sparse.f16", "dense.f16"}
+    made = {path.name: path.stat().st_size for path in tmp_path.glob("*.gguf")}
+    assert set(made) == {"sparse.q4_0.gguf", "dense.q4_0.gguf"}
+    for name, size in made.items():
+        sparsity = gpu_check.sparsity_of(name.partition(".")[0], check.shape)
+        expected = gpu_check.model_bytes("q4_0", check.shape, **sparsity)
+        assert size == pytest.approx(expected, rel=0.01)
+
+
+def test_measurements_that_time_cuts_short_are_skipped(tmp_path: Path) -> None:
+    check = a_check(tmp_path, end=time.monotonic() + 1.5)
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_check, "command_of", lambda *_: command)
+        check.run_part("speed", "dense F16, whole")
+        check.run_part("golden")
+    assert [(r.name, r.status) for r in check.found] == [
+        ("dense F16, whole", "skipped"), ("all of it", "skipped")
+    ]  # fmt: skip
+    check = a_check(tmp_path, end=time.monotonic() + 1.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_check, "command_of", lambda *_: command)
+        check.run_part("golden")
+    assert [r.status for r in check.found] == ["failed"]
 
 
 def test_without_a_gpu_nothing_else_is_tried() -> None:

@@ -126,7 +126,9 @@ def test_a_closed_model_says_so_and_closes_twice(stories260k: Path) -> None:
         lambda: model.score(PROMPT),
         lambda: model.embed(PROMPT),
         lambda: model.context(),
+        lambda: model.placement,
         lambda: context.feed([1]),
+        lambda: context.placement,
         lambda: next(stream),
     ):
         with pytest.raises(qinfer.Closed, match="is closed"):

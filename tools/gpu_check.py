@@ -1,16 +1,16 @@
 """Checks qinfer on an NVIDIA GPU, and measures it: everything in one run of less than nine minutes.
 
 Needs an installed qinfer with what it depends on, a GPU, and the files of this folder. Each part
-has a process and a time limit of its own. Results are printed as soon as they are there and
-appended to --output as JSON lines; one table comes at the end. The exit status is 1 when a check
-failed.
+has processes and a time limit of its own: one that fails, crashes or hangs is a failure, and the
+others go on. Results are printed as soon as they are there and appended to --output as JSON lines;
+one table comes at the end. The exit status is 1 when a check failed.
 
 Kernels are held against the processor's on random data, then whole models: texts, logits with
 all, half or none of the neurons on the GPU, replayed steps, budgets, memory given back.
 compute-sanitizer watches a few kernels when it is there. Measured are synthetic llamas of 7B shape,
 sparse (10 % of the neurons active) and dense, wholly on the card and with half and a quarter of
-their size as a budget, beside the card's own bandwidth for copies. Peers are measured when their
-programs are given.
+their size as a budget, beside the least time in which what a token needs can be read. Peers are
+measured when their programs are given.
 
 \b
     python tools/gpu_check.py --output results.jsonl
@@ -25,83 +25,68 @@ import os
 import queue
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import click
-from bench_peers import PowerInfer
-from gpu_check_parts import FAILED, MEASURED, PASSED, SKIPPED, Result, Settings, run, write_model
+import make_model
+from gpu_check_parts import (
+    FAILED,
+    MEASURED,
+    PASSED,
+    SKIPPED,
+    WHAT_IT_IS,
+    Result,
+    Settings,
+    card,
+    contained,
+    golden,
+    kernels,
+    model_bytes,
+    own_tests,
+    properties,
+    write_model,
+)  # fmt: skip
+from gpu_check_peers import run_peer
+from gpu_check_process import ALL_OF_IT, own_status, results_of
+from gpu_check_speed import share_name, speed
+
+from qinfer import _cuda, _machine
 
 TOOL = Path(__file__).resolve()
 ALL_PARTS = ("card", "kernels", "golden", "properties", "sanitizer", "speed")
-TIME_IN_ALL = 530.0  # seconds
+PARTS: dict[str, Callable[[Settings], Iterator[Result]]] = {
+    "card": card, "kernels": kernels, "golden": golden, "properties": properties, "speed": speed,
+}  # fmt: skip
+TIME_IN_ALL = 525.0  # seconds
+TIME_OF_SPEED = 270.0  # of these, kept for the speed part by those before it
 # Seconds for each part; that for speed is for each file and budget.
 LIMITS = {
-    "card": 30, "kernels": 150, "golden": 45, "properties": 90, "sanitizer": 60, "speed": 60,
+    "card": 60, "kernels": 150, "golden": 60, "properties": 90, "sanitizer": 60, "speed": 60,
 }  # fmt: skip
+LEAST = 15.0  # seconds with which it is worth while to begin a measurement
+TIME_OF_MODELS = 90.0  # for them to be written, once the checks are done
+SILENCE = 60.0  # between two self-tests, one of which may have to compile its kernels
+MAX_RESTARTS = 8  # of a process whose self-tests cannot run
 SANITIZED = "rms norm"  # whose kernels compute-sanitizer watches, a hundred times as slow
 FOUND_ERRORS = 86  # its exit status when it saw something
 SHAPE_7B = {
     "n_embd": 4096, "n_ff": 11008, "n_layer": 32, "n_head": 32, "n_head_kv": 32, "n_vocab": 32000,
 }  # fmt: skip
+# Nearly all of it neurons, so that half of it holds the rest and some of them.
 SHAPE_QUICK = {
-    "n_embd": 256, "n_ff": 1024, "n_layer": 4, "n_head": 4, "n_head_kv": 4, "n_vocab": 300,
+    "n_embd": 128, "n_ff": 16384, "n_layer": 2, "n_head": 4, "n_head_kv": 4, "n_vocab": 300,
 }  # fmt: skip
 TYPES = "q4_0,f16"
 SHARES = "1,0.5,0.25"
-
-
-def results_of(
-    part: str, command: list[str], seconds: float, status_is: Callable[[int], str]
-) -> Iterator[Result]:
-    """What a process prints, as it prints it; it is ended, with its children, when time is up.
-
-    `status_is` tells what is wrong with an exit status, if anything.
-    """
-    deadline = time.monotonic() + seconds
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=said, text=True, start_new_session=True
-        )
-        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        threading.Thread(target=_pass_on, args=(process, lines), daemon=True).start()
-        problem = ""
-        try:
-            while not problem and (line := lines.get(timeout=max(0, deadline - time.monotonic()))):
-                with suppress(json.JSONDecodeError, TypeError):  # others may print, too
-                    yield Result(**json.loads(line))
-            problem = status_is(process.wait(max(0, deadline - time.monotonic())))
-        except (queue.Empty, subprocess.TimeoutExpired):
-            problem = f"took longer than {seconds:.0f} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        if problem:
-            said.seek(0)
-            last = said.read()[-2000:].strip()
-            yield Result(part, "all of it", FAILED, problem + (f": {last}" if last else ""))
-
-
-def _pass_on(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None]) -> None:
-    assert process.stdout
-    for line in process.stdout:
-        lines.put(line)
-    lines.put(None)
-
-
-def own_status(status: int) -> str:
-    """What is wrong with the status of a part's process."""
-    return f"ended with status {status}" if status else ""
 
 
 def command_of(part: str, settings: Settings) -> list[str]:
@@ -123,52 +108,81 @@ class Check:
     llama_bench: Path | None
     powerinfer_main: Path | None
     end: float
+    kept: float = 0.0  # seconds of what is left that are not for the present part
     found: list[Result] = field(default_factory=list)
-    makers: list[tuple[subprocess.Popen[bytes], Path]] = field(default_factory=list)
+    makers: dict[Path, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def add(self, result: Result) -> None:
         """Prints and keeps a result."""
         self.found.append(result)
         click.echo(f"{result.status:<9}{result.part:<12}{result.name}: {result.detail}")
         if self.output:
-            with self.output.open("a") as out:
-                out.write(json.dumps(dataclasses.asdict(result)) + "\n")
+            try:
+                with self.output.open("a") as out:
+                    out.write(json.dumps(dataclasses.asdict(result)) + "\n")
+            except OSError as error:  # what is printed is still there
+                click.echo(f"{self.output}: {error.strerror}", err=True)
 
     def left(self, limit: float) -> float:
         """Seconds for something that may take so long."""
-        return max(0.0, min(limit, self.end - time.monotonic()))
+        return max(0.0, min(limit, self.end - self.kept - time.monotonic()))
 
     def run(self, parts: list[str]) -> None:
         """Runs parts, one after the other; only the first where there is no GPU."""
         self.run_part("card")
-        if any(result.status == FAILED for result in self.found):
+        if not any(result.name == WHAT_IT_IS for result in self.found):
             return
+        steps: dict[str, Callable[[], None]] = {
+            "kernels": self.kernels, "sanitizer": self.sanitizer, "speed": self.speed,
+            "golden": lambda: self.run_part("golden"),
+            "properties": lambda: self.run_part("properties"),
+        }  # fmt: skip
         if "speed" in parts:
-            self.start_models()
-        for part in parts:
-            if part in ("kernels", "sanitizer", "speed"):
-                getattr(self, part)()
-            elif part != "card":
-                self.run_part(part)
+            self.kept = TIME_OF_SPEED
+            self.guard("speed", self.start_models)
+        for part in sorted(set(parts) & set(steps), key=ALL_PARTS.index):
+            if part == "speed":
+                self.kept = 0.0
+            self.guard(part, steps[part])
 
-    def run_part(self, part: str, **changes: Any) -> None:
-        """Runs a part in a process of its own."""
+    def guard(self, part: str, step: Callable[[], None]) -> None:
+        """Does a step; what it does not survive is a failure of the part, and others go on."""
+        try:
+            step()
+        except Exception:
+            self.add(Result(part, ALL_OF_IT, FAILED, traceback.format_exc(limit=-3).strip()))
+
+    def run_part(self, part: str, name: str = ALL_OF_IT, **changes: Any) -> None:
+        """Runs a part in a process of its own; `name` is that of what ends it too soon."""
         settings = replace(self.settings, **changes)
-        command = command_of(part, settings)
-        for result in results_of(part, command, self.left(LIMITS[part]), own_status):
+        seconds = self.left(LIMITS[part])
+        if seconds < 1:
+            self.add(Result(part, name, SKIPPED, "time is up"))
+            return
+        for result in results_of(part, command_of(part, settings), seconds):
+            if result.name == ALL_OF_IT:
+                result = replace(result, name=name)
+                # A measurement that all of the time cuts short is no failure, a check is.
+                if part == "speed" and seconds < LIMITS[part] and self.left(1.0) < 1.0:
+                    result = replace(result, status=SKIPPED, detail=f"time is up: {result.detail}")
             self.add(result)
 
     def kernels(self) -> None:
         """The self-tests, side by side: compiling and the processor's side take the time."""
+        if not own_tests(self.settings):
+            detail = f"no name contains {self.settings.word!r}"
+            self.add(Result("kernels", "self-tests", FAILED, detail))
+            return
         n = 1 if self.settings.quick else max(1, min(8, (os.cpu_count() or 1) // 2))
         found: queue.SimpleQueue[Result | None] = queue.SimpleQueue()
-        seconds = self.left(LIMITS["kernels"])
+        end = time.monotonic() + self.left(LIMITS["kernels"])
 
         def run_share(i: int) -> None:
-            command = command_of("kernels", replace(self.settings, share=(i, n)))
             try:
-                for result in results_of("kernels", command, seconds, own_status):
+                for result in self_tests(replace(self.settings, share=(i, n)), end):
                     found.put(result)
+            except Exception as error:
+                found.put(Result("kernels", f"share {i}", FAILED, repr(error)))
             finally:
                 found.put(None)
 
@@ -181,8 +195,6 @@ class Check:
                 n_running -= 1
             else:
                 self.add(result)
-        if not any(result.part == "kernels" for result in self.found):
-            self.add(Result("kernels", "self-tests", FAILED, "none has run"))
 
     def sanitizer(self) -> None:
         """compute-sanitizer on a few self-tests."""
@@ -201,11 +213,18 @@ class Check:
         def status_is(status: int) -> str:
             return "saw errors" if status == FOUND_ERRORS else own_status(status)
 
-        n_failed = 0
-        for result in results_of("sanitizer", command, self.left(LIMITS["sanitizer"]), status_is):
+        seconds = self.left(LIMITS["sanitizer"])
+        if seconds < LEAST:
+            self.add(Result("sanitizer", "memcheck", SKIPPED, "time is up"))
+            return
+        n_failed = n_passed = 0
+        for result in results_of("sanitizer", command, seconds, status_is):
             n_failed += result.status == FAILED
+            n_passed += result.status == PASSED
             self.add(replace(result, part="sanitizer"))
-        if n_failed == 0:
+        if n_failed == 0 and n_passed == 0:
+            self.add(Result("sanitizer", "memcheck", FAILED, "no self-test has run"))
+        elif n_failed == 0:
             self.add(Result("sanitizer", "memcheck", PASSED, f"no errors in {SANITIZED!r}"))
 
     # ---- speed ----
@@ -216,60 +235,74 @@ class Check:
 
     def start_models(self) -> None:
         """Begins to write the models, beside the checks, which leave most cores alone."""
+        free = shutil.disk_usage(self.folder).free
         for type_name in self.types:
             for kind in ("sparse", "dense"):
                 path = self.model_path(type_name, kind)
+                needed = model_bytes(type_name, self.shape, **sparsity_of(kind, self.shape))
+                if needed > free:
+                    detail = f"{needed / 1e9:.1f} GB, of which {free / 1e9:.1f} are free"
+                    self.add(Result("speed", path.stem, SKIPPED, f"{self.folder}: {detail}"))
+                    continue
+                free -= needed
                 words = ["--make-model", str(path), type_name, kind, json.dumps(self.shape)]
-                said = path.with_suffix(".log")
-                with said.open("wb") as log:
-                    maker = subprocess.Popen(
+                with path.with_suffix(".log").open("wb") as log:
+                    self.makers[path] = subprocess.Popen(
                         [sys.executable, str(TOOL), *words], stdout=log, stderr=log
                     )
-                self.makers.append((maker, said))
 
-    def wait_for_models(self) -> bool:
-        """Whether all are written; timing begins when no one writes any more."""
+    def wait_for_models(self) -> None:
+        """Until all are written, or time is up: timing begins when no one writes any more."""
         begin = time.monotonic()
-        for maker, said in self.makers:
+        deadline = begin + self.left(TIME_OF_MODELS)
+        for path, maker in self.makers.items():
+            problem = ""
             try:
-                status = maker.wait(self.left(TIME_IN_ALL))
+                status = maker.wait(max(0.0, deadline - time.monotonic()))
+                problem = f"ended with status {status}" if status else ""
             except subprocess.TimeoutExpired:
-                self.add(Result("speed", "models", FAILED, "making them took too long"))
-                return False
-            if status:
-                detail = f"ended with status {status}: {said.read_text()[-1000:]}"
-                self.add(Result("speed", "models", FAILED, detail))
-                return False
+                maker.kill()
+                maker.wait()
+                problem = "making it took too long"
+            if problem:
+                said = path.with_suffix(".log").read_text(errors="replace")[-1000:]
+                self.add(Result("speed", path.stem, FAILED, f"{problem}: {said}"))
         detail = f"waited {time.monotonic() - begin:.0f} s for them to be written"
         self.add(Result("speed", "models", PASSED, detail))
-        return True
 
     def stop_models(self) -> None:
         """Ends what still writes."""
-        for maker, _ in self.makers:
+        for maker in self.makers.values():
             if maker.poll() is None:
                 maker.kill()
                 maker.wait()
 
     def speed(self) -> None:
         """All files under all budgets; whole models first, as time may run out."""
-        if not self.wait_for_models():
-            return
-        bandwidth = next((r.values["bandwidth"] for r in self.found if r.name == "bandwidth"), 0.0)
-        for share in self.shares:
-            for type_name in self.types:
-                for kind in ("sparse", "dense"):
-                    path = self.model_path(type_name, kind)
-                    title = f"{kind} {type_name.upper()}"
-                    if self.left(LIMITS["speed"]) < 5:
-                        self.add(Result("speed", f"{title}, {share:.0%}", SKIPPED, "time is up"))
-                        continue
-                    self.run_part(
-                        "speed", model=str(path), title=title, budget_share=share,
-                        sparsity="predict" if kind == "sparse" else "off",
-                        bandwidth=bandwidth,
-                    )  # fmt: skip
-                    self.peer(path, kind, type_name, share)
+        self.wait_for_models()
+        measured = next((r.values for r in self.found if r.name == "bandwidth"), {})
+        cases = [
+            (share, type_name, kind)
+            for share in self.shares
+            for type_name in self.types
+            for kind in ("sparse", "dense")
+        ]
+        for share, type_name, kind in cases:
+            path = self.model_path(type_name, kind)
+            if not path.is_file():
+                continue
+            title = f"{kind} {type_name.upper()}"
+            name = f"{title}, {share_name(share)}"
+            if self.left(LIMITS["speed"]) < LEAST:
+                self.add(Result("speed", name, SKIPPED, "time is up"))
+                continue
+            self.run_part(
+                "speed", name, model=str(path), title=title, budget_share=share,
+                sparsity="predict" if kind == "sparse" else "off",
+                bandwidth=measured.get("bandwidth", 0.0),
+                host_bandwidth=measured.get("host_bandwidth", 0.0),
+            )  # fmt: skip
+            self.peer(path, kind, type_name, share)
 
     def peer(self, path: Path, kind: str, type_name: str, share: float) -> None:
         """The peer that runs such a file, if there is one."""
@@ -277,18 +310,20 @@ class Check:
         if program is None:
             return
         engine = "PowerInfer" if kind == "sparse" else "llama.cpp"
-        name = f"{engine}, {kind} {type_name.upper()}, " + (
-            "whole" if share == 1 else f"{share:.0%}"
-        )
+        name = f"{engine}, {kind} {type_name.upper()}, {share_name(share)}"
+        seconds = self.left(LIMITS["speed"])
+        if seconds < LEAST:
+            self.add(Result("speed", name, SKIPPED, "time is up"))
+            return
         words = [engine, str(program), str(path), str(share), json.dumps(self.shape)]
         command = [
             sys.executable, str(TOOL), "--run-peer", name, *words,
             json.dumps(dataclasses.asdict(self.settings)),
         ]  # fmt: skip
-        for result in results_of("speed", command, self.left(LIMITS["speed"]), own_status):
+        for result in results_of("speed", command, seconds):
             # A peer that cannot run is no failure of what is checked here.
             status = SKIPPED if result.status == FAILED else result.status
-            label = name if result.name == "all of it" else result.name
+            label = name if result.name == ALL_OF_IT else result.name
             self.add(replace(result, status=status, name=label))
 
     def table(self) -> str:
@@ -300,7 +335,7 @@ class Check:
             lines.append(f"{part:<32}" + "".join(f"{count:>9}" for count in counts))
         measured = [r for r in self.found if r.part == "speed" and r.status == MEASURED]
         if measured:
-            columns = ("prompt t/s", "decode t/s", "MB/token", "of copies", "VRAM GB")
+            columns = ("prompt t/s", "decode t/s", "MB/token", "of limit", "VRAM GB")
             columns += ("GPU ms", "CPU ms", "waits ms")
             lines += ["", f"{'speed':<32}" + "".join(f"{name:>12}" for name in columns)]
         for result in measured:
@@ -320,69 +355,59 @@ class Check:
             lines.append(row.rstrip())
         if measured:
             lines.append(
-                "of copies: the weights that a token reads, wherever they lie, beside what the "
-                "card\nreads and writes per second where it copies\n"
+                "MB/token: of weights, read by both\n"
+                "of limit: the least time that reading takes, of the time there was: weights, keys "
+                "and\nvalues, by the GPU at the speed of copies on the card and by the processor "
+                "at that of\nits memory; at the same time where both have neurons of a layer\n"
                 "GPU, CPU: of a token, what each takes for its neurons of the layers that both "
                 "compute;\nwaits: how long the GPU is idle there until the CPU is ready"
             )
         failed = [r for r in self.found if r.status == FAILED]
         lines += ["", *(f"FAILED {r.part} {r.name}: {r.detail}" for r in failed)]
-        cards = [r.detail for r in self.found if r.name == "what it is"]
+        cards = [r.detail for r in self.found if r.name == WHAT_IT_IS]
         lines += [f"{len(failed)} failed on {cards[0] if cards else 'a card that is not known'}"]
         return "\n".join(lines)
 
 
-# ---- peers, each in a process of its own ----
+def self_tests(settings: Settings, end: float) -> Iterator[Result]:
+    """A share of the self-tests, in as many processes as it takes, until `end`.
+
+    One that crashes, hangs or cannot run may have taken the card's context with it: those behind it
+    run in a new process.
+    """
+    numbers, names = own_tests(settings), _cuda.self_test_names()
+    skip = 0
+    for _ in range(MAX_RESTARTS + 1):
+        if skip >= len(numbers):
+            return
+        command = command_of("kernels", replace(settings, skip=skip))
+        seconds = max(0.0, end - time.monotonic())
+        for result in results_of("kernels", command, seconds, silence=SILENCE):
+            if result.name == ALL_OF_IT and skip < len(numbers):
+                result = replace(result, name=names[numbers[skip]])
+            yield result
+            skip += 1
+        if time.monotonic() >= end:
+            break
+    if skip < len(numbers):
+        first = names[numbers[skip]]
+        detail = f"{len(numbers) - skip} self-tests from {first!r} on were not run"
+        yield Result("kernels", "self-tests", FAILED, detail)
 
 
-def run_peer(
-    name: str, engine: str, program: Path, model: Path, share: float, shape: dict[str, int],
-    settings: Settings,
-) -> Iterator[Result]:  # fmt: skip
-    """One measurement of a peer's program."""
-    if engine == "PowerInfer":
-        prompt_rate, generation_rate, how = run_powerinfer(program, model, share, settings)
-    else:
-        prompt_rate, generation_rate, how = run_llama_bench(program, model, share, shape, settings)
-    values = {"engine": engine, "prompt_rate": prompt_rate, "generation_rate": generation_rate}
-    yield Result("speed", name, MEASURED, how, values)
+def sparsity_of(kind: str, shape: dict[str, int]) -> dict[str, Any]:
+    """How a "sparse" model is sparse, or its "dense" twin."""
+    return {"n_pred": min(512, shape["n_embd"]), "dense_twin": kind == "dense"}
 
 
-def run_powerinfer(
-    program: Path, model: Path, share: float, settings: Settings
-) -> tuple[float, float, str]:
-    """What PowerInfer's main prints of a prompt and of generating."""
-    main = PowerInfer(program, model, os.cpu_count() or 1)
-    if share < 1:
-        main.command += ["--vram-budget", f"{share * model.stat().st_size / 2**30:.3f}"]
-    timings = main.run(settings.n_prompt, settings.n_generate + 1)
-    prompt, generation = (n / seconds for n, seconds in (timings["prompt eval"], timings["eval"]))
-    return prompt, generation, " ".join(main.command[3:])
-
-
-def run_llama_bench(
-    program: Path, model: Path, share: float, shape: dict[str, int], settings: Settings
-) -> tuple[float, float, str]:
-    """The medians of llama-bench, with as many layers on the card as the share has room for."""
-    n_layers = 999 if share == 1 else int(share * shape["n_layer"])
-    words = ["-ngl", n_layers, "-p", settings.n_prompt, "-n", settings.n_generate]
-    words += ["-r", settings.rounds, "-o", "json"]
-    done = subprocess.run(
-        [str(program), "-m", str(model), *map(str, words)], capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise click.ClickException(f"status {done.returncode}: {done.stderr[-1000:]}")
-    prompt, generation = parse_llama_bench(done.stdout)
-    return prompt, generation, " ".join(map(str, words))
-
-
-def parse_llama_bench(text: str) -> tuple[float, float]:
-    """Median tokens per second of prompts and of generating."""
-    tests = json.loads(text)
-    prompt = [test["samples_ts"] for test in tests if test["n_prompt"] and not test["n_gen"]]
-    generation = [test["samples_ts"] for test in tests if test["n_gen"] and not test["n_prompt"]]
-    return statistics.median(prompt[0]), statistics.median(generation[0])
+def roomy_folder(n_bytes: int) -> Path | None:
+    """Where so many bytes fit: in memory, if there is plenty, as disks are slow; else None."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or not os.access(memory, os.W_OK):
+        return None
+    # The files are read by the processor's side from there, and copied to the card.
+    plenty = _machine.available_memory() >= 2.5 * n_bytes
+    return memory if plenty and shutil.disk_usage(memory).free >= 1.1 * n_bytes else None
 
 
 # ---- the command line ----
@@ -404,19 +429,16 @@ def inner(words: list[str]) -> bool:
     """Does what this program asks of itself, if it does."""
     match words:
         case ["--run-part", part, settings]:
-            print_results(run(part, settings_from(settings)))
+            results = PARTS[part](settings_from(settings))
+            print_results(contained(part, ALL_OF_IT, results))
         case ["--run-peer", name, engine, program, model, share, shape, settings]:
-            try:
-                arguments = (engine, Path(program), Path(model), float(share), json.loads(shape))
-                print_results(run_peer(name, *arguments, settings_from(settings)))
-            except (click.ClickException, OSError, ValueError, LookupError) as error:
-                detail = error.message if isinstance(error, click.ClickException) else str(error)
-                print_results(iter([Result("speed", name, FAILED, detail)]))
+            arguments = (engine, Path(program), Path(model), float(share), json.loads(shape))
+            results = run_peer(name, *arguments, settings_from(settings))
+            print_results(contained("speed", name, results))
         case ["--make-model", path, type_name, kind, shape]:
             sizes = json.loads(shape)
-            n_pred = min(512, sizes["n_embd"])
             half = Path(path + ".part")
-            write_model(half, type_name, sizes, n_pred=n_pred, dense_twin=kind == "dense")
+            write_model(half, type_name, sizes, **sparsity_of(kind, sizes))
             half.rename(path)
         case _:
             return False
@@ -427,18 +449,50 @@ PROGRAM = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command(help=__doc__)
-@click.option("--gpu", default=0, show_default=True, help="Number of the GPU.")
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON lines.")
-@click.option("--parts", default=",".join(ALL_PARTS), show_default=True)
+@click.option(
+    "--gpu", type=click.IntRange(0), default=0, show_default=True, help="Number of the GPU."
+)
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Append results to it, a line of JSON each.",
+)
+@click.option(
+    "--parts",
+    default=",".join(ALL_PARTS),
+    show_default=True,
+    help="What to do, in this order; the card comes always.",
+)
 @click.option("--quick", is_flag=True, help="Everything tiny, to see that this program works.")
 @click.option("--word", default="", help="Only self-tests whose names contain it.")
-@click.option("--golden", type=PROGRAM, help="Another model for greedy texts.")
-@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="For the models.")
-@click.option("--n-layer", type=int, help="Layers of the models; 32 are 7B, and 35 GB of files.")
-@click.option("--types", default=TYPES, show_default=True, help="Of their weights.")
-@click.option("--shares", default=SHARES, show_default=True, help="Budgets, of a file's size.")
-@click.option("--llama-bench", type=PROGRAM)
-@click.option("--powerinfer-main", type=PROGRAM)
+@click.option(
+    "--golden", type=PROGRAM, help="Another model for greedy texts, of F32, F16 or BF16 weights."
+)
+@click.option(
+    "--folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where the models are made, and removed in the end; default: in memory if there "
+    "is plenty, else the folder for temporary files.",
+)
+@click.option(
+    "--n-layer",
+    type=click.IntRange(1),
+    help="Layers of the models; 32, the default, are 7B, and 35 GB of files.",
+)
+@click.option(
+    "--types",
+    default=TYPES,
+    show_default=True,
+    help="Of their weights, by commas; tools/make_model.py lists what there is.",
+)
+@click.option(
+    "--shares",
+    default=SHARES,
+    show_default=True,
+    help="Budgets as parts of a file's size, by commas; 1 is no budget.",
+)
+@click.option("--llama-bench", type=PROGRAM, help="llama.cpp's llama-bench, for the dense models.")
+@click.option("--powerinfer-main", type=PROGRAM, help="PowerInfer's main, for the sparse models.")
 def main(
     gpu: int,
     output: Path | None,
@@ -457,6 +511,16 @@ def main(
     chosen = [part for part in parts.split(",") if part]
     if unknown := [part for part in chosen if part not in ALL_PARTS]:
         raise click.ClickException(f"--parts has {unknown[0]}; there are {', '.join(ALL_PARTS)}")
+    type_names = [name.lower() for name in types.split(",")]
+    if unknown := [name for name in type_names if name not in make_model.TYPES]:
+        there = ", ".join(make_model.TYPES)
+        raise click.ClickException(f"--types has {unknown[0]!r}; there are {there}")
+    try:
+        parts_of_size = [float(share) for share in shares.split(",")]
+    except ValueError:
+        raise click.ClickException(f"--shares {shares}: expected numbers, by commas") from None
+    if wrong := [share for share in parts_of_size if not 0 < share <= 1]:
+        raise click.ClickException(f"--shares has {wrong[0]:g}, expected more than 0, up to 1")
     stories = TOOL.parents[1] / "tests" / "data" / "stories260K.F32.gguf"
     if golden is None and stories.is_file():
         golden = stories
@@ -465,23 +529,34 @@ def main(
         settings = replace(settings, n_prompt=8, n_generate=2, rounds=1)
     shape = dict(SHAPE_QUICK if quick else SHAPE_7B)
     shape["n_layer"] = n_layer or shape["n_layer"]
-    with tempfile.TemporaryDirectory(dir=folder) as made:
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    if folder is None and "speed" in chosen:
+        sizes = [
+            model_bytes(name, shape, **sparsity_of(kind, shape))
+            for name in type_names
+            for kind in ("sparse", "dense")
+        ]
+        folder = roomy_folder(sum(sizes))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as made:
         check = Check(
             settings=settings,
             folder=Path(made),
             shape=shape,
-            types=tuple(types.split(",")),
-            shares=tuple(map(float, shares.split(","))),
+            types=tuple(type_names),
+            shares=tuple(parts_of_size),
             output=output,
             llama_bench=llama_bench,
             powerinfer_main=powerinfer_main,
-            end=time.monotonic() + TIME_IN_ALL,
+            end=begin + TIME_IN_ALL,
         )
         try:
             check.run(chosen)
         finally:
             check.stop_models()
-    click.echo(check.table())
+            click.echo(check.table())
     sys.exit(any(result.status == FAILED for result in check.found))
 
 

@@ -7,28 +7,25 @@ tolerance, which is that of rounding the same quantities in another order.
 from __future__ import annotations
 
 import datetime
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import click
 import make_model
 import numpy as np
 import numpy.typing as npt
 from sparse_weights import Sparsity
 
 import qinfer
-from qinfer import Model, OutOfMemory, QInferError, _cuda, _machine
-from qinfer.completion import Stats
-from qinfer.sampling import Sampler, Sampling
+from qinfer import Model, OutOfMemory, _cuda, _machine
+from qinfer._types import tensor_type
 
 PASSED, FAILED, SKIPPED, MEASURED = "passed", "failed", "skipped", "measured"
+WHAT_IT_IS = "what it is"  # the result that tells of the card
 
 # Logits against the processor's, relative to their length. Of weights kept as floats, rounding in
 # another order is all there is, and keys and values of the next token round to F16 from there; a
@@ -62,13 +59,15 @@ class Settings:
     gpu: int
     quick: bool
     word: str = ""
-    share: tuple[int, int] = (0, 1)  # of the self-tests: the i-th of n runs
+    share: tuple[int, int] = (0, 1)  # of the self-tests: the i-th of n runs,
+    skip: int = 0  # the first so many of which have been run
     golden: str = ""
     model: str = ""  # a file to measure,
     title: str = ""  # what to call it,
     sparsity: str = "off"  # how to compute it,
     budget_share: float = 1.0  # of its size; 1: no limit
-    bandwidth: float = 0.0  # bytes per second, 0: not known
+    bandwidth: float = 0.0  # of the card, bytes per second; 0: not known
+    host_bandwidth: float = 0.0  # of the processor's memory
     n_prompt: int = 512
     n_generate: int = 32
     rounds: int = 5
@@ -85,14 +84,23 @@ def judged(part: str, name: str, passed: bool, detail: str, **values: Any) -> Re
     return Result(part, name, PASSED if passed else FAILED, detail, values)
 
 
+def contained(part: str, name: str, results: Iterator[Result]) -> Iterator[Result]:
+    """Results; what ends them too soon is a failure of that name, and others go on."""
+    try:
+        yield from results
+    except Exception as error:
+        yield Result(part, name, FAILED, f"{type(error).__name__}: {error}")
+
+
 # ---- the card ----
 
 
 def card(settings: Settings) -> Iterator[Result]:
     """What it is, who drives it, and how fast its memory copies."""
     found, gpu = _cuda.info(), _cuda.gpu(settings.gpu)
-    version = Path("/proc/driver/nvidia/version")
-    driver = version.read_text().split("\n", 1)[0] if version.exists() else ""
+    driver = ""
+    with suppress(OSError):
+        driver = Path("/proc/driver/nvidia/version").read_text().split("\n", 1)[0]
     capability = ".".join(map(str, gpu.compute_capability))
     facts = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -114,8 +122,14 @@ def card(settings: Settings) -> Iterator[Result]:
         f"({probe.free_bytes / 2**30:.1f} free), driver for CUDA {found.driver.version}, "
         f"{facts['date']}"
     )
-    yield Result("card", "what it is", PASSED, detail, facts)
-    n_bytes = 1 << 20 if settings.quick else min(1 << 30, probe.free_bytes // 8)
+    yield Result("card", WHAT_IT_IS, PASSED, detail, facts)
+    yield from contained("card", "bandwidth", bandwidth(settings, probe.free_bytes))
+
+
+def bandwidth(settings: Settings, free_bytes: int) -> Iterator[Result]:
+    """How fast the card copies in its memory, and the processor reads its own."""
+    gpu = _cuda.gpu(settings.gpu)
+    n_bytes = 1 << 20 if settings.quick else min(1 << 30, free_bytes // 8)
     rate = _cuda.copy_bandwidth(settings.gpu, n_bytes)
     threads = _machine.processor().n_usable_cores
     host = _machine.read_bandwidth(threads)
@@ -131,15 +145,21 @@ def card(settings: Settings) -> Iterator[Result]:
 # ---- kernels ----
 
 
-def kernels(settings: Settings) -> Iterator[Result]:
-    """This process's share of the self-tests; neighbours use the same kernels."""
+def own_tests(settings: Settings) -> list[int]:
+    """Numbers of a process's share of the self-tests; neighbours use the same kernels."""
     names = enumerate(_cuda.self_test_names())
     chosen = [number for number, name in names if settings.word in name]
     share, n_shares = settings.share
-    mine = chosen[share * len(chosen) // n_shares : (share + 1) * len(chosen) // n_shares]
-    if not chosen:
-        yield Result("kernels", "self-tests", FAILED, f"no name contains {settings.word!r}")
-    for test in _cuda.self_tests(settings.gpu, mine):
+    return chosen[share * len(chosen) // n_shares : (share + 1) * len(chosen) // n_shares]
+
+
+def kernels(settings: Settings) -> Iterator[Result]:
+    """This process's share of the self-tests, to the first that cannot run.
+
+    What keeps that one from running may be what it did to the card, and then no other will run in
+    this process.
+    """
+    for test in _cuda.self_tests(settings.gpu, own_tests(settings)[settings.skip :]):
         detail = test.problem or (
             f"error {test.error:.2g} of {test.tolerance:g}, {test.n_values} values, "
             f"{test.seconds:.2f} s"
@@ -147,6 +167,8 @@ def kernels(settings: Settings) -> Iterator[Result]:
         error = min(test.error, sys.float_info.max)  # JSON knows no infinity
         values = {"error": error, "n_values": test.n_values, "seconds": test.seconds}
         yield judged("kernels", test.name, test.passed, detail, **values)
+        if test.problem:
+            return
 
 
 # ---- texts ----
@@ -167,10 +189,13 @@ def golden(settings: Settings) -> Iterator[Result]:
             Model(path, device=settings.device, sparsity="off") as gpu,
         ):
             for prompt in PROMPTS[:1] if settings.quick else PROMPTS:
-                yield compare_texts(cpu, gpu, prompt, n_tokens, tolerance)
+                found = compare_texts(cpu, gpu, prompt, n_tokens, tolerance)
+                yield from contained("golden", f"{path.name}: {prompt}", found)
 
 
-def compare_texts(cpu: Model, gpu: Model, prompt: str, n: int, tolerance: float) -> Result:
+def compare_texts(
+    cpu: Model, gpu: Model, prompt: str, n: int, tolerance: float
+) -> Iterator[Result]:
     """Where the texts part, the processor must have found both tokens equally likely.
 
     They are when exchanging them takes no more than the error that logits may have.
@@ -182,7 +207,8 @@ def compare_texts(cpu: Model, gpu: Model, prompt: str, n: int, tolerance: float)
     if not differing:
         same = len(ours) == len(theirs) > 0
         detail = f"the same {len(ours)} tokens" if same else f"{len(ours)} and {len(theirs)} tokens"
-        return judged("golden", name, same, detail)
+        yield judged("golden", name, same, detail)
+        return
     first = differing[0]
     start = cpu.tokenizer.encode(prompt)
     with cpu.context() as context:
@@ -191,7 +217,7 @@ def compare_texts(cpu: Model, gpu: Model, prompt: str, n: int, tolerance: float)
     gap = float(logits[ours[first]] - logits[theirs[first]])
     limit = 2 * tolerance * float(np.sqrt(np.mean(logits**2)))
     detail = f"differs at token {first}, by {gap:.2g} of logits where rounding explains {limit:.2g}"
-    return judged("golden", name, 0 <= gap <= limit, detail, first=first, gap=gap, limit=limit)
+    yield judged("golden", name, 0 <= gap <= limit, detail, first=first, gap=gap, limit=limit)
 
 
 # ---- properties ----
@@ -201,10 +227,21 @@ TOKENS = np.random.default_rng(5).integers(0, 300, 24).tolist()
 
 def write_model(path: Path, type_name: str, shape: dict[str, int], **sparsity: Any) -> Path:
     """A random llama; PowerInfer's kind, or with dense_twin an ordinary file."""
-    how = Sparsity(**sparsity)
-    made = make_model.Shape("llama", n_ctx=4096, tied_head=False, sparsity=how, **shape)
-    make_model.make_model(path, made, type_name)
+    make_model.make_model(path, shape_of(shape, **sparsity), type_name)
     return path
+
+
+def shape_of(shape: dict[str, int], **sparsity: Any) -> make_model.Shape:
+    """The shape of such a llama."""
+    how = Sparsity(**sparsity)
+    return make_model.Shape("llama", n_ctx=4096, tied_head=False, sparsity=how, **shape)
+
+
+def model_bytes(type_name: str, shape: dict[str, int], **sparsity: Any) -> int:
+    """About how large its file is."""
+    kind = tensor_type(type_name)
+    specs = make_model.tensors(shape_of(shape, **sparsity))
+    return sum(int(np.prod(spec.shape)) for spec in specs) * kind.block_bytes // kind.block_size
 
 
 def logits_of(context: qinfer.Context, step: int) -> npt.NDArray[np.float32]:
@@ -233,19 +270,22 @@ def properties(settings: Settings) -> Iterator[Result]:
         "n_embd": width, "n_ff": 2 * width, "n_layer": 2, "n_head": 4, "n_head_kv": 2,
         "n_vocab": 300,
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for type_name in ("f32",) if quick else ("f32", "f16", "q8_0", "q4_0", "q4_k", "q6_k"):
             path = write_model(Path(folder, type_name), type_name, shape, n_pred=width)
-            yield from compare_shares(settings, path, type_name)
+            found = compare_shares(settings, path, type_name)
+            yield from contained("properties", type_name, found)
             if type_name == "f32":
-                yield from compare_kv_places(settings, path)
+                found = compare_kv_places(settings, path)
+                yield from contained("properties", "keys and values", found)
     from qinfer._alias import embedded
 
     stories = embedded("stories")
     for share in ("whole", "half"):
-        yield replayed(settings, stories, share)
-    yield from budgets(settings, stories)
-    yield memory(settings, stories)
+        found = replayed(settings, stories, share)
+        yield from contained("properties", f"replayed steps, {share}", found)
+    yield from contained("properties", "budgets", budgets(settings, stories))
+    yield from contained("properties", "memory returns", memory(settings, stories))
 
 
 def compare_shares(settings: Settings, path: Path, type_name: str) -> Iterator[Result]:
@@ -324,7 +364,7 @@ def keep_half(model: Model) -> None:
         offload.choose_neurons(layer, np.arange(0, model.info.n_ff, 2, dtype=np.int32))
 
 
-def replayed(settings: Settings, path: Path, share: str) -> Result:
+def replayed(settings: Settings, path: Path, share: str) -> Iterator[Result]:
     """The same bits, whether kernels are launched one by one, recorded or replayed."""
     with Model(path, device=settings.device, n_ctx=64, sparsity="off") as model:
         if share == "half":
@@ -338,7 +378,7 @@ def replayed(settings: Settings, path: Path, share: str) -> Result:
                 rows.append(context.logits.tobytes())
     same = sum(row == rows[0] for row in rows)
     name, detail = f"replayed steps, {share}", f"{same} of {len(rows)} alike"
-    return judged("properties", name, same == len(rows), detail)
+    yield judged("properties", name, same == len(rows), detail)
 
 
 def budgets(settings: Settings, path: Path) -> Iterator[Result]:
@@ -374,7 +414,7 @@ def budgets(settings: Settings, path: Path) -> Iterator[Result]:
         yield judged("properties", "budgets", False, "no budget was enough")
 
 
-def memory(settings: Settings, path: Path) -> Result:
+def memory(settings: Settings, path: Path) -> Iterator[Result]:
     """Models that were closed hold nothing of the card."""
     before = _cuda.probe(settings.gpu).free_bytes
     for _ in range(2 if settings.quick else N_REOPENED):
@@ -382,114 +422,4 @@ def memory(settings: Settings, path: Path) -> Result:
             context.feed(TOKENS[:2])
     kept = before - _cuda.probe(settings.gpu).free_bytes
     detail = f"{max(kept, 0)} bytes fewer free after models were opened and closed"
-    return judged("properties", "memory returns", kept <= MAX_KEPT_BYTES, detail, kept=kept)
-
-
-# ---- speed ----
-
-
-def speed(settings: Settings) -> Iterator[Result]:
-    """Prompt and generation speed of one file under one budget."""
-    path = Path(settings.model)
-    n_bytes = path.stat().st_size
-    budget = None if settings.budget_share == 1 else settings.budget_share * n_bytes / 2**30
-    share = "whole" if budget is None else f"{settings.budget_share:.0%}"
-    name = f"{settings.title}, {share}"
-    n_ctx = settings.n_prompt + settings.n_generate
-    options: dict[str, Any] = {
-        "device": settings.device, "vram_budget": budget, "n_ctx": n_ctx,
-        "sparsity": settings.sparsity,
-    }  # fmt: skip
-    begin = time.perf_counter()
-    try:
-        with (
-            Model(path, **options) as model,
-            model.context(n_ctx=n_ctx, n_batch=settings.n_prompt) as context,
-        ):
-            loaded = time.perf_counter() - begin
-            prompt, generation, stats = timed_rounds(context, settings)
-            placement = model.placement
-            mode = model.policy.mode
-    except OutOfMemory as problem:
-        yield Result("speed", name, SKIPPED, f"refused: {problem}")
-        return
-    assert placement is not None
-    per_token = stats.weight_bytes_read / stats.n_generated_tokens
-    waits = {
-        name: sum(getattr(layer, name) for layer in stats.layers) / stats.n_generated_tokens
-        for name in ("device_seconds", "host_seconds", "wait_seconds")
-    }
-    values: dict[str, Any] = {
-        "engine": "qinfer",
-        "file_bytes": n_bytes,
-        "budget_bytes": placement.budget_bytes,
-        "used_bytes": placement.used_bytes,
-        "load_seconds": loaded,
-        "sparsity": mode,
-        "n_rounds": len(prompt),
-        "prompt_rate": statistics.median(prompt),
-        "prompt_range": [min(prompt), max(prompt)],
-        "generation_rate": statistics.median(generation),
-        "generation_range": [min(generation), max(generation)],
-        "bytes_per_token": per_token,
-        **waits,  # per token, in all layers that both compute
-        "placed": placement.summary,
-        "n_neurons": placement.n_neurons,
-    }
-    if settings.bandwidth:
-        values["share"] = per_token * values["generation_rate"] / settings.bandwidth
-    exceeded = placement.used_bytes > placement.budget_bytes
-    detail = f"{placement.summary}; sparsity {mode}, {len(prompt)} rounds"
-    if exceeded:
-        detail = f"used {placement.used_bytes} of {placement.budget_bytes} bytes; {detail}"
-    yield Result("speed", name, FAILED if exceeded else MEASURED, detail, values)
-
-
-def timed_rounds(
-    context: qinfer.Context, settings: Settings
-) -> tuple[list[float], list[float], Stats]:
-    """Tokens per second of prompts and of generating, by round, and what the last one generated.
-
-    A shorter round comes first and is not counted.
-    """
-    n_vocab = context.model_info.n_vocab
-    tokens = np.random.default_rng(0).integers(0, n_vocab, settings.n_prompt)
-    prompt, generation = [], []
-    begin = time.perf_counter()
-    for number in range(-1, settings.rounds):
-        if number > 0 and time.perf_counter() - begin > settings.seconds:
-            break
-        n_generate = settings.n_generate if number >= 0 else min(settings.n_generate, 8)
-        sampler = Sampler(n_vocab, Sampling(temperature=0))
-        context.truncate(0)
-        start = time.perf_counter()
-        context.feed(tokens)
-        prompt_end = time.perf_counter()
-        token = context.sample(sampler)
-        context.reset_stats()
-        generation_start = time.perf_counter()
-        for _ in range(n_generate):
-            (token,) = context.step([token], [sampler])
-        end = time.perf_counter()
-        if number >= 0:
-            prompt.append(settings.n_prompt / (prompt_end - start))
-            generation.append(n_generate / (end - generation_start))
-    return prompt, generation, context.stats()
-
-
-PARTS: dict[str, Callable[[Settings], Iterator[Result]]] = {
-    "card": card,
-    "kernels": kernels,
-    "golden": golden,
-    "properties": properties,
-    "speed": speed,
-}
-
-
-def run(part: str, settings: Settings) -> Iterator[Result]:
-    """The part's results; a failure of its own is one, too."""
-    try:
-        yield from PARTS[part](settings)
-    except (QInferError, AssertionError, click.ClickException) as error:
-        with suppress(BrokenPipeError):
-            yield Result(part, "all of it", FAILED, f"{type(error).__name__}: {error}")
+    yield judged("properties", "memory returns", kept <= MAX_KEPT_BYTES, detail, kept=kept)

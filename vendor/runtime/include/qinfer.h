@@ -356,13 +356,14 @@ int32_t qi_offload_count_neurons(qi_offload* offload, int32_t layer, const float
  * sides need the same time for it, by their measured speeds. */
 int32_t qi_offload_balance_layers(qi_offload* offload, qi_error* error);
 /* Which neurons are kept there while the model runs. Where they move, results depend, in their
- * rounding, on where neurons are. */
-#define QI_CACHE_STATIC                                                         \
-    0 /* those of the beginning; without lists and counts, those that the first \
-         tokens show to be active most often */
+ * rounding, on where neurons are; in deterministic contexts none moves. */
+#define QI_CACHE_STATIC 0    /* those of the beginning; see qi_offload_set_neuron_cache */
 #define QI_CACHE_BALANCE 1   /* such that both sides need the same time */
 #define QI_CACHE_FREQUENCY 2 /* those active most often, of late above all */
-/* Before the first context. */
+/* Before the first context. Policies other than QI_CACHE_STATIC, with which it begins, need a down
+ * stored by neuron. Under that one, neurons stay, but where they were chosen without lists and
+ * counts, and down is stored by neuron, the first tokens (64) computed under QI_RULE_EXACT or
+ * QI_RULE_PREDICT choose them anew, once. */
 int32_t qi_offload_set_neuron_cache(qi_offload* offload, int32_t policy, qi_error* error);
 /* As if no context had been made yet: the next one decides what is kept, and neurons that move
  * begin where it puts them. Does nothing while a context is alive. */
@@ -556,8 +557,9 @@ int32_t qi_context_kv_host_shares(const qi_context* context, double* out, uint64
 /* From any thread, as qi_context_get_stats. */
 int32_t qi_context_get_layer_stats(const qi_context* context, int32_t layer, qi_layer_stats* out,
                                    qi_error* error);
-/* Holds the predictions for every n-th generated token against all gates, which costs computing
- * those; 0, as at first: of none. */
+/* Holds the predictions for every n-th token that is fed alone against all gates, which costs
+ * computing those, and for all that are fed several at a time, as qi_context_score does; 0, as at
+ * first: asks for none. */
 int32_t qi_context_check_predictions(qi_context* context, int32_t every, qi_error* error);
 /* Starts counting, from 0, for how many tokens each neuron is active (on 1), or stops (on 0). */
 int32_t qi_context_count_activations(qi_context* context, int32_t on, qi_error* error);

@@ -178,10 +178,9 @@ void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done
     const auto start_time = Clock::now();
     if (!generating) collect_counters();
     const uint64_t ffn_bytes_before = ffn_bytes_counted();
-    if (generating && check_every_ > 0) {
-        monitor_.check = n_until_check_ == 0;
+    monitor_.check = check_every_ > 0 && (!generating || n_until_check_ == 0);
+    if (generating && check_every_ > 0)
         n_until_check_ = monitor_.check ? check_every_ - 1 : n_until_check_ - 1;
-    }
     // Where each sequence's next token goes, while chunks are computed.
     std::vector<int64_t> next(size_t(options_.n_seq), 0);
     try {

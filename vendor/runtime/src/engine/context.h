@@ -80,7 +80,8 @@ class Context {
     FfnCounters layer_counters(int64_t layer) const;
     // Waits for another thread's call.
     void reset_stats();
-    // Holds the predictions of every n-th generated token against all gates; 0: of none.
+    // Holds the predictions of every n-th step against all gates, and those of all tokens that are
+    // fed several at a time; 0: of none.
     void check_predictions(int64_t every);
     // Starts counting, from 0, for how many tokens each neuron is active; or stops.
     void count_activations(bool on);
