@@ -153,11 +153,10 @@ class Context:
         share = self._weights.offload
         assert share is not None
         params.offload = share.pointer
-        placing = f"placing the model on {share.placement.device}; its kernels are compiled once"
+        placing = f"placing the model on {share.gpu}; its kernels are compiled once"
         for may_free in (True, False):
             try:
-                is_placed = share.placement.is_placed
-                with nullcontext() if is_placed else said_if_slow(placing):
+                with nullcontext() if share.is_placed else said_if_slow(placing):
                     return self._create(params)
             except OutOfMemory as error:
                 if may_free and self._weights.free_idle():

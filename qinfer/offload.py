@@ -100,7 +100,8 @@ class Offload:
         self._handle = Handle(out[0], lib.qi_offload_close, f"the share of {weights.path}")
         self.optional = optional
         self._has_warned = False
-        self.kind = f"{self.placement.device}-{budget}"  # what speed depends on
+        self.gpu = self.placement.device  # its name
+        self.kind = f"{self.gpu}-{budget}"  # what speed depends on
 
     @property
     def pointer(self) -> Any:
