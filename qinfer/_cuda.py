@@ -161,12 +161,20 @@ def probe(number: int, *, n_bytes: int = 1 << 20, budget_bytes: int = 0) -> Prob
     )
 
 
-def copy_bandwidth(number: int, n_bytes: int = 1 << 30) -> float:
-    """Bytes that a GPU reads and writes per second where it copies within its memory."""
+def read_bandwidth(number: int, n_bytes: int = 1 << 30) -> float:
+    """Bytes per second at which a kernel reads a GPU's memory."""
     error = new_error()
     out = ffi.new("double *")
     gpu = _open(number)
-    check(lib.qi_cuda_measure_copy_bandwidth(gpu.pointer, n_bytes, out, error), error)
+    check(lib.qi_cuda_measure_read_bandwidth(gpu.pointer, n_bytes, out, error), error)
+    return float(out[0])
+
+
+def launch_seconds(number: int) -> float:
+    """What a kernel costs in a graph of many that do nothing."""
+    error = new_error()
+    out = ffi.new("double *")
+    check(lib.qi_cuda_measure_launch_seconds(_open(number).pointer, out, error), error)
     return float(out[0])
 
 

@@ -370,7 +370,7 @@ from qinfer import QInferError, _cuda
 for call in (
     lambda: next(_cuda.self_tests(0, [{n}])),
     lambda: next(_cuda.self_tests(7)),
-    lambda: _cuda.copy_bandwidth(0, 0),
+    lambda: _cuda.read_bandwidth(0, 0),
 ):
     try:
         print(call())

@@ -96,7 +96,7 @@ def contained(part: str, name: str, results: Iterator[Result]) -> Iterator[Resul
 
 
 def card(settings: Settings) -> Iterator[Result]:
-    """What it is, who drives it, and how fast its memory copies."""
+    """What it is, who drives it, how fast its memory is, and what a launch costs."""
     found, gpu = _cuda.info(), _cuda.gpu(settings.gpu)
     driver = ""
     with suppress(OSError):
@@ -127,18 +127,24 @@ def card(settings: Settings) -> Iterator[Result]:
 
 
 def bandwidth(settings: Settings, free_bytes: int) -> Iterator[Result]:
-    """How fast the card copies in its memory, and the processor reads its own."""
+    """How fast the card and the processor read their memories, and what a launch costs."""
     gpu = _cuda.gpu(settings.gpu)
     n_bytes = 1 << 20 if settings.quick else min(1 << 30, free_bytes // 8)
-    rate = _cuda.copy_bandwidth(settings.gpu, n_bytes)
+    rate = _cuda.read_bandwidth(settings.gpu, n_bytes)
+    launch = _cuda.launch_seconds(settings.gpu)
     threads = _machine.processor().n_usable_cores
     host = _machine.read_bandwidth(threads)
     detail = (
-        f"{rate / 1e9:.0f} GB/s read and written by copies on the card, "
-        f"{gpu.memory_bandwidth / 1e9:.0f} in theory; {host / 1e9:.0f} GB/s read by "
-        f"{threads} threads of the processor"
+        f"{rate / 1e9:.0f} GB/s read by the card, {gpu.memory_bandwidth / 1e9:.0f} in theory; "
+        f"{host / 1e9:.0f} GB/s read by {threads} threads of the processor; "
+        f"{launch * 1e6:.2f} us for a launch in a graph"
     )
-    values = {"bandwidth": rate, "theory": gpu.memory_bandwidth, "host_bandwidth": host}
+    values = {
+        "bandwidth": rate,
+        "theory": gpu.memory_bandwidth,
+        "host_bandwidth": host,
+        "launch_seconds": launch,
+    }
     yield Result("card", "bandwidth", MEASURED, detail, values)
 
 

@@ -138,10 +138,11 @@ typedef struct qi_cuda_gpu qi_cuda_gpu;
 
 int32_t qi_cuda_open(int32_t device, qi_cuda_gpu** out, qi_error* error);
 void qi_cuda_close(qi_cuda_gpu* gpu);
-/* Speed of copies of n_bytes from its memory to its memory, in bytes read and written per second:
- * the median of several. */
-int32_t qi_cuda_measure_copy_bandwidth(qi_cuda_gpu* gpu, uint64_t n_bytes, double* bytes_per_second,
+/* Bytes per second at which a kernel reads n_bytes of its memory: the median of several. */
+int32_t qi_cuda_measure_read_bandwidth(qi_cuda_gpu* gpu, uint64_t n_bytes, double* bytes_per_second,
                                        qi_error* error);
+/* What a kernel in a graph costs that does nothing: the median of several graphs of many. */
+int32_t qi_cuda_measure_launch_seconds(qi_cuda_gpu* gpu, double* seconds, qi_error* error);
 
 typedef struct qi_cuda_self_test {
     char name[120];

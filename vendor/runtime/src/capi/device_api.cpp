@@ -128,13 +128,21 @@ void qi_cuda_close(qi_cuda_gpu* gpu) {
     delete gpu;
 }
 
-int32_t qi_cuda_measure_copy_bandwidth(qi_cuda_gpu* gpu, uint64_t n_bytes, double* bytes_per_second,
+int32_t qi_cuda_measure_read_bandwidth(qi_cuda_gpu* gpu, uint64_t n_bytes, double* bytes_per_second,
                                        qi_error* error) {
     return guard(error, [&] {
         require_pointer(gpu, "gpu");
         require_pointer(bytes_per_second, "bytes_per_second");
         if (n_bytes == 0) fail(QI_ARGUMENT, "n_bytes is 0");
-        *bytes_per_second = cuda::measure_copy_bandwidth(gpu->gpu, n_bytes);
+        *bytes_per_second = cuda::measure_read_bandwidth(gpu->gpu, n_bytes);
+    });
+}
+
+int32_t qi_cuda_measure_launch_seconds(qi_cuda_gpu* gpu, double* seconds, qi_error* error) {
+    return guard(error, [&] {
+        require_pointer(gpu, "gpu");
+        require_pointer(seconds, "seconds");
+        *seconds = cuda::measure_launch_seconds(gpu->gpu);
     });
 }
 
@@ -217,7 +225,11 @@ int32_t qi_cuda_open(int32_t, qi_cuda_gpu**, qi_error* error) {
 
 void qi_cuda_close(qi_cuda_gpu*) {}
 
-int32_t qi_cuda_measure_copy_bandwidth(qi_cuda_gpu*, uint64_t, double*, qi_error* error) {
+int32_t qi_cuda_measure_read_bandwidth(qi_cuda_gpu*, uint64_t, double*, qi_error* error) {
+    return report(error, QI_DEVICE, not_built);
+}
+
+int32_t qi_cuda_measure_launch_seconds(qi_cuda_gpu*, double*, qi_error* error) {
     return report(error, QI_DEVICE, not_built);
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "device/cuda/gpu.h"
@@ -76,27 +77,64 @@ ProbeReport probe(int ordinal, size_t n_bytes, size_t budget_bytes) {
     return report;
 }
 
-double measure_copy_bandwidth(const std::shared_ptr<Gpu>& gpu, size_t n_bytes) {
-    constexpr int n_rounds = 9;  // the first one warms up
-    constexpr int n_copies = 4;  // a round, so that launching and waiting do not count
+namespace {
+
+double median(std::vector<double> values) {
+    std::nth_element(values.begin(), values.begin() + int64_t(values.size() / 2), values.end());
+    return values[values.size() / 2];
+}
+
+// The median over several replays, by the GPU's clock; the first one warms up.
+double replay_seconds(const Stream& stream, const Graph& graph) {
+    constexpr int n_rounds = 9;
+    const Event begin(stream.gpu(), true), end(stream.gpu(), true);
+    std::vector<double> seconds;
+    for (int round = 0; round <= n_rounds; ++round) {
+        begin.record(stream);
+        graph.launch(stream);
+        end.record(stream);
+        stream.synchronize();
+        if (round > 0) seconds.push_back(Event::seconds_between(begin, end));
+    }
+    return median(std::move(seconds));
+}
+
+}  // namespace
+
+double measure_read_bandwidth(const std::shared_ptr<Gpu>& gpu, size_t n_bytes) {
+    constexpr int n_reads = 4;  // a replay, so that launching does not count
     const auto budget = std::make_shared<Budget>(Budget::unlimited);
     const DeviceMemory from(gpu, budget, n_bytes, "a measurement's source");
-    const DeviceMemory to(gpu, budget, n_bytes, "a measurement's target");
+    const DeviceMemory out(gpu, budget, sizeof(uint32_t), "a measurement's result");
     const Stream stream(gpu);
     const Current current(*gpu);
+    const std::shared_ptr<Module> module = gpu->module("probe.cu");
+    const Function kernel = module->function("probe_read");
     stream.fill(from.address(), 1, n_bytes);
-    stream.synchronize();
-    std::vector<double> seconds;
-    for (int round = 0; round < n_rounds; round++) {
-        const auto begin = std::chrono::steady_clock::now();
-        for (int i = 0; i < n_copies; i++)
-            stream.copy_on_device(to.address(), from.address(), n_bytes);
-        stream.synchronize();
-        const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - begin;
-        if (round > 0) seconds.push_back(passed.count());
-    }
-    std::nth_element(seconds.begin(), seconds.begin() + n_rounds / 2, seconds.end());
-    return 2.0 * n_copies * double(n_bytes) / seconds[n_rounds / 2];
+    // Two blocks of 1024 threads fill a multiprocessor; with less to read some are idle.
+    const Size3 grid{unsigned(2 * gpu->attributes().n_sm)};
+    const auto read = [&] {
+        kernel.launch(stream, grid, {1024}, 0, from.address(), (long long)(n_bytes / 16),
+                      out.address());
+    };
+    const Graph reads(stream, [&] {
+        for (int i = 0; i < n_reads; ++i)
+            read();
+    });
+    return n_reads * double(n_bytes) / replay_seconds(stream, reads);
+}
+
+double measure_launch_seconds(const std::shared_ptr<Gpu>& gpu) {
+    constexpr int n_launches = 1000;
+    const Stream stream(gpu);
+    const Current current(*gpu);
+    const std::shared_ptr<Module> module = gpu->module("probe.cu");
+    const Function kernel = module->function("probe_nothing");
+    const Graph launches(stream, [&] {
+        for (int i = 0; i < n_launches; ++i)
+            kernel.launch(stream, {1}, {32}, 0);
+    });
+    return replay_seconds(stream, launches) / n_launches;
 }
 
 }  // namespace qi::cuda

@@ -1,5 +1,5 @@
-// One small computation on a GPU that passes through everything a model needs; and how fast its
-// memory is.
+// One small computation on a GPU that passes through everything a model needs; how fast its memory
+// is, and what a launch costs.
 #pragma once
 
 #include <cstddef>
@@ -22,8 +22,11 @@ struct ProbeReport {
 // or QI_MEMORY.
 ProbeReport probe(int ordinal, size_t n_bytes, size_t budget_bytes);
 
-// Bytes read and written per second by copies of n_bytes within the GPU's memory, the median of
-// several. Throws QI_DEVICE or QI_MEMORY.
-double measure_copy_bandwidth(const std::shared_ptr<Gpu>& gpu, size_t n_bytes);
+// Bytes per second at which a kernel reads n_bytes of the GPU's memory, the median of several; of
+// less than some 64 MiB it is that of a cache. Throws QI_DEVICE or QI_MEMORY.
+double measure_read_bandwidth(const std::shared_ptr<Gpu>& gpu, size_t n_bytes);
+
+// Seconds from the launch of a kernel that does nothing to the next one's, in a graph of many.
+double measure_launch_seconds(const std::shared_ptr<Gpu>& gpu);
 
 }  // namespace qi::cuda
