@@ -25,7 +25,7 @@ KERNEL = re.compile(
 )
 
 
-# Some kernels for one token: loads that make up a unit of a row (a block of 32, or eight weights),
+# Some kernels for one token: loads that make up a unit (a block of 32, eight weights or values),
 # and how many loops over units there are. Four units are on the way at a time.
 ROUNDS = {
     "matvec.cu QI_WEIGHT=Q4_0": ("qi_matvec_1", 2, 1),
@@ -33,6 +33,7 @@ ROUNDS = {
     "ffn.cu QI_WEIGHT=Q8_0": ("qi_ffn_1", 3, 3),
     "down.cu QI_WEIGHT=Q3_K": ("qi_down_1", 5, 1),
     "down.cu QI_WEIGHT=Q4_K": ("qi_down_1", 2, 1),
+    "attend.cu QI_KV=KvQ8_0": ("qi_attend_1", 2, 1),
 }
 
 
@@ -95,7 +96,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spills(
 
 
 def stalls(assembly: str, kernel: str, per_round: int) -> tuple[int, list[str]]:
-    """Rounds of weight loads in a kernel, and instructions that wait for one inside a round."""
+    """Rounds of streamed loads in a kernel, and instructions that wait for one inside a round."""
     body = assembly.partition(f".text.{kernel}:")[2].partition(".section")[0]
     code = re.findall(r"/\*[0-9a-f]{4,}\*/ +([^;]+);", body)
     n_loads, waiting, arriving = 0, [], set[str]()
