@@ -1,5 +1,6 @@
 """The real NVRTC compiles every kernel for every architecture; no GPU is needed."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -24,12 +25,33 @@ KERNEL = re.compile(
 )
 
 
+# Some kernels for one token: loads that make up a unit (a block of 32, eight weights or values),
+# and how many loops over units there are. Four units are on the way at a time.
+ROUNDS = {
+    "matvec.cu QI_WEIGHT=Q4_0": ("qi_matvec_1", 2, 1),
+    "matvec.cu QI_WEIGHT=Q6_K": ("qi_matvec_1", 4, 1),
+    "ffn.cu QI_WEIGHT=Q8_0": ("qi_ffn_1", 3, 3),
+    "down.cu QI_WEIGHT=Q3_K": ("qi_down_1", 5, 1),
+    "down.cu QI_WEIGHT=Q4_K": ("qi_down_1", 2, 1),
+    "attend.cu QI_KV=KvQ8_0": ("qi_attend_1", 2, 1),
+}
+
+
 @pytest.fixture(scope="module")
 def nvrtc() -> Path:
     try:
         return cubins.nvrtc_library()
     except SystemExit as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def nvdisasm() -> Path:
+    found = importlib.util.find_spec("nvidia")
+    for place in (found.submodule_search_locations or []) if found else []:
+        for path in Path(place).glob("cu*/bin/nvdisasm"):
+            return path
+    pytest.skip("nvdisasm is not installed here: pip install nvidia-cuda-nvdisasm")
 
 
 def compiled(nvrtc: Path, jobs: list[cubins.Job]) -> Iterator[cubins.Result]:
@@ -71,6 +93,39 @@ def test_every_kernel_compiles_for_every_architecture_without_spills(
             cells = "".join(f"{row.get(a, '-'):>8}" for a in cubins.ARCHITECTURES)
             print(f"{unit:<36}{name:<32}{cells}")
     assert spilling == []
+
+
+def stalls(assembly: str, kernel: str, per_round: int) -> tuple[int, list[str]]:
+    """Rounds of streamed loads in a kernel, and instructions that wait for one inside a round."""
+    body = assembly.partition(f".text.{kernel}:")[2].partition(".section")[0]
+    code = re.findall(r"/\*[0-9a-f]{4,}\*/ +([^;]+);", body)
+    n_loads, waiting, arriving = 0, [], set[str]()
+    for instruction in code:
+        registers = re.findall(r"\bR\d+\b", instruction)
+        if arriving & set(registers):
+            waiting.append(instruction.strip())
+        if "LDG" not in instruction or "STRONG.GPU" not in instruction:
+            continue
+        n_loads += 1
+        width = 4 if ".128.STRONG" in instruction else 2 if ".64.STRONG" in instruction else 1
+        first = int(registers[0][1:])
+        arriving |= {f"R{first + i}" for i in range(width)}
+        if n_loads % per_round == 0:
+            arriving.clear()
+    return n_loads // per_round if n_loads % per_round == 0 else -1, waiting
+
+
+def test_one_token_has_a_round_of_loads_on_the_way_before_the_first_is_used(
+    nvrtc: Path, nvdisasm: Path, tmp_path: Path
+) -> None:
+    for result in compiled(nvrtc, [cubins.Job(unit, 90) for unit in ROUNDS]):
+        cubin = tmp_path / "unit.cubin"
+        cubin.write_bytes(result.code)
+        command = [str(nvdisasm), "-c", str(cubin)]
+        assembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        kernel, unit_loads, n_loops = ROUNDS[result.job.unit]
+        found = stalls(assembly, kernel, 4 * unit_loads)
+        assert found == (n_loops, []), f"{kernel} of {result.job.unit}"
 
 
 def test_the_plain_path_of_every_kernel_compiles(nvrtc: Path) -> None:

@@ -226,16 +226,26 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
         }
         // Values that are not seen are not read: they may be garbage.
         if (row < n_rows) {
-#pragma unroll loads_ahead(heads)
-            for (int i = begin + row; i < end; i += n_rows) {
-                f32 v[8];
-                Kv::values8(values, head_dim, i, chunk, v);
+            constexpr int n_ahead = loads_ahead(heads);
+            for (int i = begin + row; i < end; i += n_ahead * n_rows) {
+                typename Kv::RawValues raw[n_ahead];
 #pragma unroll
-                for (int h = 0; h < heads; ++h) {
-                    const f32 weight = room.weights[h * page_size + i];
+                for (int u = 0; u < n_ahead; ++u)
+                    raw[u] = Kv::template load_values8<true>(
+                        values, head_dim, min_of(i + u * n_rows, end - 1), chunk);
 #pragma unroll
-                    for (int j = 0; j < 8; ++j)
-                        acc[h][j] = fmaf(weight, v[j], acc[h][j]);
+                for (int u = 0; u < n_ahead; ++u) {
+                    const int at = i + u * n_rows;
+                    if (at >= end) break;
+                    f32 v[8];
+                    Kv::widen(raw[u], v);
+#pragma unroll
+                    for (int h = 0; h < heads; ++h) {
+                        const f32 weight = room.weights[h * page_size + at];
+#pragma unroll
+                        for (int j = 0; j < 8; ++j)
+                            acc[h][j] = fmaf(weight, v[j], acc[h][j]);
+                    }
                 }
             }
         }

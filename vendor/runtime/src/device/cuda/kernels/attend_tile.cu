@@ -138,7 +138,7 @@ QI_DEVICE void attend_tile(const TileAttention& a, const KvPages& kv, const Toke
             // What a row does not see is left out: it may be garbage.
             for (int i = begin; i < end; ++i) {
                 f32 v[8];
-                Kv::values8(page_copy, head_dim, i, chunk, v);
+                Kv::widen(Kv::template load_values8<false>(page_copy, head_dim, i, chunk), v);
                 const f32 weight = weights[row * page_size + i];
 #pragma unroll
                 for (int j = 0; j < 8; ++j)

@@ -42,7 +42,8 @@ QI_DEVICE void down_rows(const u8* rows, i64 row_stride, int n_cols, const i32* 
     for (int place = begin; place < end; place += rows_ahead) {
         f32 factors[rows_ahead][n_columns];
         const u8* row[rows_ahead];
-        f32 w[rows_ahead][8];
+        bool wanted[rows_ahead];
+        typename Type::Raw8 raw[rows_ahead];
 #pragma unroll
         for (int u = 0; u < rows_ahead; ++u) {
             const int at = min_of(place + u, end - 1);
@@ -59,21 +60,25 @@ QI_DEVICE void down_rows(const u8* rows, i64 row_stride, int n_cols, const i32* 
         // wants: it comes from L2, and its products are left out.
 #pragma unroll
         for (int u = 0; u < rows_ahead; ++u) {
-            bool any = false;
+            wanted[u] = false;
 #pragma unroll
             for (int c = 0; c < n_columns; ++c)
-                any = any || factors[u][c] != 0.0f;
-            type.decode8(any ? row[u] : first_row, safe_chunk, w[u]);
+                wanted[u] = wanted[u] || factors[u][c] != 0.0f;
+            raw[u] = type.load8(wanted[u] ? row[u] : first_row, safe_chunk);
         }
 #pragma unroll
-        for (int u = 0; u < rows_ahead; ++u)
+        for (int u = 0; u < rows_ahead; ++u) {
+            if (!wanted[u]) continue;
+            f32 w[8];
+            Type::values8(raw[u], safe_chunk, w);
 #pragma unroll
             for (int c = 0; c < n_columns; ++c) {
                 const f32 factor = factors[u][c];
 #pragma unroll
                 for (int i = 0; i < 8; ++i)
-                    if (factor != 0.0f) acc[c][i] = fmaf(factor, w[u][i], acc[c][i]);
+                    if (factor != 0.0f) acc[c][i] = fmaf(factor, w[i], acc[c][i]);
             }
+        }
     }
 
     const int column = int(threadIdx.x);  // of the tile: this thread adds its runs

@@ -105,16 +105,14 @@ QI_DEVICE void down_by_halves(const DownTile& d) {
     const int token_warp = warp_id() % 4, column_warp = warp_id() / 4;
     const int g = lane_id() / 4, i = lane_id() % 4;
 
-    f32 w[n_loads][8];
+    typename Type::Raw8 w[n_loads];
     const auto load = [&](int first) {
 #pragma unroll
         for (int n = 0; n < n_loads; ++n) {
             const int k = first + row + n * rows_apart;
             // Rows beyond the end meet zeros of h, which infinite weights would make NaN.
-#pragma unroll
-            for (int j = 0; j < 8; ++j)
-                w[n][j] = 0.0f;
-            if (k < end) type.decode8(d.rows + k * d.row_stride, global_chunk, w[n]);
+            w[n] = {};
+            if (k < end) w[n] = type.load8(d.rows + k * d.row_stride, global_chunk);
         }
     };
     const auto store = [&](int first) {
@@ -122,11 +120,13 @@ QI_DEVICE void down_by_halves(const DownTile& d) {
         d.load_h(first, end, h);
         const int column = Type::first_column(chunk);
 #pragma unroll
-        for (int n = 0; n < n_loads; ++n)
+        for (int n = 0; n < n_loads; ++n) {
+            f32 values[8];
+            Type::values8(w[n], global_chunk, values);
 #pragma unroll
             for (int part = 0; part < 2; ++part) {
-                const SplitPair left(w[n][4 * part], w[n][4 * part + 1]);
-                const SplitPair right(w[n][4 * part + 2], w[n][4 * part + 3]);
+                const SplitPair left(values[4 * part], values[4 * part + 1]);
+                const SplitPair right(values[4 * part + 2], values[4 * part + 3]);
                 const int at = column + part * Type::second_part;
                 *reinterpret_cast<Pair*>(&shared.w[0][row + n * rows_apart][at]) = {
                     {left.high, right.high}};
@@ -134,6 +134,7 @@ QI_DEVICE void down_by_halves(const DownTile& d) {
                     *reinterpret_cast<Pair*>(&shared.w[1][row + n * rows_apart][at]) = {
                         {left.low, right.low}};
             }
+        }
         f32 largest = 0.0f;
 #pragma unroll
         for (int j = 0; j < 8; ++j)

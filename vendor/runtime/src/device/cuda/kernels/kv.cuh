@@ -46,21 +46,28 @@ struct KvF16 {
         const Quad raw = *reinterpret_cast<const Quad*>(keys + (d * page_size + 8 * p8) * 2);
         widen(raw, out);
     }
-    // Dimensions [8·chunk, 8·chunk + 8) of a position, zeros beyond the head.
-    QI_DEVICE static void values8(const u8* values, int head_dim, int position, int chunk,
-                                  f32 (&out)[8]) {
+    // Dimensions [8·chunk, 8·chunk + 8) of a position, zeros beyond the head. With `streamed` the
+    // page is in global memory and is read past L1.
+    using RawValues = Quad;
+    template <bool streamed>
+    QI_DEVICE static RawValues load_values8(const u8* values, int head_dim, int position,
+                                            int chunk) {
         const u8* at = values + (position * head_dim + 8 * chunk) * 2;
         if (head_dim % 8 == 0) {
-            widen(*reinterpret_cast<const Quad*>(at), out);
-            return;
+            if constexpr (streamed) return load_stream16(at);
+            return *reinterpret_cast<const Quad*>(at);
         }
+        const u16* halves = reinterpret_cast<const u16*>(at);
+        const int n = head_dim - 8 * chunk;
+        Quad raw;
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-            out[i] =
-                8 * chunk + i < head_dim ? f16_to_f32(reinterpret_cast<const u16*>(at)[i]) : 0.0f;
+        for (int i = 0; i < 4; ++i) {
+            const u32 low = 2 * i < n ? halves[2 * i] : 0u;
+            const u32 high = 2 * i + 1 < n ? halves[2 * i + 1] : 0u;
+            raw.v[i] = low | high << 16;
+        }
+        return raw;
     }
-
-  private:
     QI_DEVICE static void widen(const Quad& raw, f32 (&out)[8]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -87,14 +94,23 @@ struct KvQ8_0 {
             out[i] = f32(i8(codes.v[i / 4] >> 8 * (i % 4))) *
                      f16_to_f32(u16(scales.v[i / 2] >> 16 * (i % 2)));
     }
-    QI_DEVICE static void values8(const u8* values, int head_dim, int position, int chunk,
-                                  f32 (&out)[8]) {
-        const Pair codes = *reinterpret_cast<const Pair*>(values + position * head_dim + 8 * chunk);
-        const u8* scales = values + head_dim * page_size;
-        const f32 scale = f16_to_f32(
-            reinterpret_cast<const u16*>(scales)[(position * head_dim + 8 * chunk) / kv_block]);
+    struct RawValues {
+        Pair codes;
+        u16 scale;
+    };
+    template <bool streamed>
+    QI_DEVICE static RawValues load_values8(const u8* values, int head_dim, int position,
+                                            int chunk) {
+        const int first = position * head_dim + 8 * chunk;
+        const u8* codes = values + first;
+        const u8* scale = values + head_dim * page_size + first / kv_block * 2;
+        if constexpr (streamed) return {load_stream8(codes), load_stream2(scale)};
+        return {*reinterpret_cast<const Pair*>(codes), *reinterpret_cast<const u16*>(scale)};
+    }
+    QI_DEVICE static void widen(const RawValues& raw, f32 (&out)[8]) {
+        const f32 scale = f16_to_f32(raw.scale);
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            out[i] = f32(i8(codes.v[i / 4] >> 8 * (i % 4))) * scale;
+            out[i] = f32(i8(raw.codes.v[i / 4] >> 8 * (i % 4))) * scale;
     }
 };

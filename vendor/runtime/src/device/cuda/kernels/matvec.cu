@@ -2,10 +2,10 @@
 //
 // Bytes: every weight once (n_rows · row stride), which is all that counts; x (44 bytes per 32
 // values as q8, 128 as f32) is read by every warp and comes from L1, since weights pass by it.
-// Shape: a warp takes one or two rows whole and has four 16-byte loads per lane on the way, 2 KB
-// per warp; blocks of 4 warps, so that 16 blocks fill an SM and 64 to 128 KB are on the way. Where
-// a matrix has too few rows for that, 2 or 4 warps share a row. Two rows per warp halve what is
-// read of x; weights are unpacked once for all tokens.
+// Shape: a warp takes one or two rows whole and has four 16-byte loads per lane and their scales on
+// the way, more than 2 KB per warp; blocks of 4 warps, of which 54 to 76 registers let 6 to 9 onto
+// an SM, so that 50 to 80 KB are on the way. Where a matrix has too few rows for that, 2 or 4 warps
+// share a row. Two rows per warp halve what is read of x; weights are unpacked once for all tokens.
 #include "dot.cuh"
 
 constexpr int n_warps = 4;

@@ -131,13 +131,15 @@ QI_DEVICE f32 power_for(f32 largest) {
 
 // ---- memory ----
 
-// Weights, read once by a step: past L1, where activations stay.
+// Weights, read once by a step: past L1, where activations stay. Relaxed and volatile, because such
+// loads stay where they are written. ptxas moves plain ones behind the branch before their first
+// use, and then one block's loads at a time are on the way.
 QI_DEVICE Quad load_stream16(const void* at) {
 #ifndef QI_PLAIN
     Quad q;
-    asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(q.v[0]), "=r"(q.v[1]), "=r"(q.v[2]), "=r"(q.v[3])
-        : "l"(at));
+    asm volatile("ld.relaxed.gpu.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(q.v[0]), "=r"(q.v[1]), "=r"(q.v[2]), "=r"(q.v[3])
+                 : "l"(at));
     return q;
 #else
     return *static_cast<const Quad*>(at);
@@ -146,9 +148,9 @@ QI_DEVICE Quad load_stream16(const void* at) {
 QI_DEVICE Pair load_stream8(const void* at) {
 #ifndef QI_PLAIN
     Pair p;
-    asm("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
-        : "=r"(p.v[0]), "=r"(p.v[1])
-        : "l"(at));
+    asm volatile("ld.relaxed.gpu.global.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(p.v[0]), "=r"(p.v[1])
+                 : "l"(at));
     return p;
 #else
     return *static_cast<const Pair*>(at);
@@ -157,18 +159,35 @@ QI_DEVICE Pair load_stream8(const void* at) {
 QI_DEVICE u32 load_stream4(const void* at) {
 #ifndef QI_PLAIN
     u32 word;
-    asm("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(word) : "l"(at));
+    asm volatile("ld.relaxed.gpu.global.L1::no_allocate.L2::128B.u32 %0, [%1];"
+                 : "=r"(word)
+                 : "l"(at));
     return word;
 #else
     return *static_cast<const u32*>(at);
 #endif
 }
-// Scales, of which neighbouring threads share lines.
-QI_DEVICE u32 load_shared_line4(const void* at) {
-    return __ldg(static_cast<const u32*>(at));
+QI_DEVICE u16 load_stream2(const void* at) {
+#ifndef QI_PLAIN
+    u16 half;
+    asm volatile("ld.relaxed.gpu.global.L1::no_allocate.L2::128B.u16 %0, [%1];"
+                 : "=h"(half)
+                 : "l"(at));
+    return half;
+#else
+    return *static_cast<const u16*>(at);
+#endif
 }
-QI_DEVICE u16 load_shared_line2(const void* at) {
-    return __ldg(static_cast<const u16*>(at));
+QI_DEVICE u8 load_stream1(const void* at) {
+#ifndef QI_PLAIN
+    u16 byte;
+    asm volatile("ld.relaxed.gpu.global.L1::no_allocate.L2::128B.u8 %0, [%1];"
+                 : "=h"(byte)
+                 : "l"(at));
+    return u8(byte);
+#else
+    return *static_cast<const u8*>(at);
+#endif
 }
 
 // ---- reductions, in an order that depends on nothing ----

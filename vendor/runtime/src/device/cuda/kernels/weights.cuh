@@ -2,7 +2,8 @@
 //
 // A block type is read by blocks of 32 weights, one block per lane: its codes come as 16-byte (or
 // 8- and 4-byte) loads that neighbouring lanes make contiguous. Float types are read by chunks of
-// 16 bytes. A type also gives eight weights as floats wherever a kernel wants values (decode8).
+// 16 bytes. A type also gives eight weights as floats wherever a kernel wants values: decode8, or
+// load8 for many before values8 of the first.
 //
 // weight = scale · (code - offset) + minimum, with one scale per block (parts == 1) or one per half
 // block of 16 (parts == 2). Offsets and minima meet the activations as their sums: -scale · offset
@@ -44,10 +45,25 @@ QI_DEVICE void code_floats(u32 word, f32 (&out)[8], int at) {
         out[at + i] = f32(word >> 8 * i & 0xffu);
 }
 
-// What block types share, over a Type with: Raw, parts, has_shift, load(), codes(), factors(),
-// code_quad().
+// Codes q and 4 + q of a block whose codes have a fifth bit elsewhere, four each.
+QI_DEVICE void fifth_bit_floats(u32 codes, u32 high, int q, f32 (&out)[8]) {
+    code_floats((codes & 0x0f0f0f0fu) | one_bit(high, q) << 4, out, 0);
+    code_floats((codes >> 4 & 0x0f0f0f0fu) | one_bit(high, 4 + q) << 4, out, 4);
+}
+
+// What all types share, over a Type with: Raw8, load8(), values8().
 template <class Type>
-struct BlockType {
+struct WeightType {
+    // The columns of a chunk: four from first_column on, and four from second_part further on.
+    QI_DEVICE void decode8(const u8* row, int chunk, f32 (&out)[8]) const {
+        const auto& type = static_cast<const Type&>(*this);
+        Type::values8(type.load8(row, chunk), chunk, out);
+    }
+};
+
+// What block types share, over a Type with: Raw, parts, has_shift, load(), codes(), factors().
+template <class Type>
+struct BlockType : WeightType<Type> {
     static constexpr bool is_float = false;
 
     // The columns of chunk c: four from 32·(c/4) + 4·(c%4) on, and four that lie 16 further.
@@ -67,19 +83,24 @@ struct Q4_0 : BlockType<Q4_0> {
 
     QI_DEVICE explicit Q4_0(int n_cols) : scales(round16(i64(n_cols) / 2)) {}
     QI_DEVICE Raw load(const u8* row, int block) const {
-        return {load_stream16(row + 16 * i64(block)), load_shared_line2(row + scales + 2 * block)};
+        return {load_stream16(row + 16 * i64(block)), load_stream2(row + scales + 2 * block)};
     }
     QI_DEVICE static void codes(const Raw& raw, u32 (&out)[8]) { unpack_nibbles(raw.codes, out); }
     QI_DEVICE static Factors<1> factors(const Raw& raw, int) {
         const f32 scale = f16_to_f32(raw.scale);
         return {{scale}, {-8.0f * scale}};
     }
-    QI_DEVICE void decode8(const u8* row, int chunk, f32 (&out)[8]) const {
-        const int block = chunk / 4;
-        const u32 word = load_stream4(row + 4 * i64(chunk));
-        const f32 scale = f16_to_f32(load_shared_line2(row + scales + 2 * block));
-        code_floats(word & 0x0f0f0f0fu, out, 0);
-        code_floats(word >> 4 & 0x0f0f0f0fu, out, 4);
+    struct Raw8 {
+        u32 codes;
+        u16 scale;
+    };
+    QI_DEVICE Raw8 load8(const u8* row, int chunk) const {
+        return {load_stream4(row + 4 * i64(chunk)), load_stream2(row + scales + 2 * (chunk / 4))};
+    }
+    QI_DEVICE static void values8(const Raw8& raw, int, f32 (&out)[8]) {
+        const f32 scale = f16_to_f32(raw.scale);
+        code_floats(raw.codes & 0x0f0f0f0fu, out, 0);
+        code_floats(raw.codes >> 4 & 0x0f0f0f0fu, out, 4);
 #pragma unroll
         for (int i = 0; i < 8; ++i)
             out[i] = scale * (out[i] - 8.0f);
@@ -104,12 +125,17 @@ struct Q4_1 : BlockType<Q4_1> {
     QI_DEVICE static Factors<1> factors(const Raw& raw, int) {
         return {{f16_to_f32(u16(raw.factors))}, {f16_to_f32(u16(raw.factors >> 16))}};
     }
-    QI_DEVICE void decode8(const u8* row, int chunk, f32 (&out)[8]) const {
-        const u32 word = load_stream4(row + 4 * i64(chunk));
-        const u32 both = load_shared_line4(row + scales + 4 * (chunk / 4));
-        const f32 scale = f16_to_f32(u16(both)), minimum = f16_to_f32(u16(both >> 16));
-        code_floats(word & 0x0f0f0f0fu, out, 0);
-        code_floats(word >> 4 & 0x0f0f0f0fu, out, 4);
+    struct Raw8 {
+        u32 codes, factors;
+    };
+    QI_DEVICE Raw8 load8(const u8* row, int chunk) const {
+        return {load_stream4(row + 4 * i64(chunk)), load_stream4(row + scales + 4 * (chunk / 4))};
+    }
+    QI_DEVICE static void values8(const Raw8& raw, int, f32 (&out)[8]) {
+        const f32 scale = f16_to_f32(u16(raw.factors));
+        const f32 minimum = f16_to_f32(u16(raw.factors >> 16));
+        code_floats(raw.codes & 0x0f0f0f0fu, out, 0);
+        code_floats(raw.codes >> 4 & 0x0f0f0f0fu, out, 4);
 #pragma unroll
         for (int i = 0; i < 8; ++i)
             out[i] = mul(scale, out[i]) + minimum;
@@ -131,7 +157,7 @@ struct Q5_0 : BlockType<Q5_0> {
         : highs(round16(i64(n_cols) / 2)), scales(highs + round16(i64(n_cols) / 8)) {}
     QI_DEVICE Raw load(const u8* row, int block) const {
         return {load_stream16(row + 16 * i64(block)), load_stream4(row + highs + 4 * block),
-                load_shared_line2(row + scales + 2 * block)};
+                load_stream2(row + scales + 2 * block)};
     }
     QI_DEVICE static void codes(const Raw& raw, u32 (&out)[8]) {
         unpack_nibbles(raw.codes, out);
@@ -143,13 +169,18 @@ struct Q5_0 : BlockType<Q5_0> {
         const f32 scale = f16_to_f32(raw.scale);
         return {{scale}, {-16.0f * scale}};
     }
-    QI_DEVICE void decode8(const u8* row, int chunk, f32 (&out)[8]) const {
-        const int block = chunk / 4, q = chunk % 4;
-        const u32 word = load_stream4(row + 4 * i64(chunk));
-        const u32 high = load_shared_line4(row + highs + 4 * block);
-        const f32 scale = f16_to_f32(load_shared_line2(row + scales + 2 * block));
-        code_floats((word & 0x0f0f0f0fu) | one_bit(high, q) << 4, out, 0);
-        code_floats((word >> 4 & 0x0f0f0f0fu) | one_bit(high, 4 + q) << 4, out, 4);
+    struct Raw8 {
+        u32 codes, high;
+        u16 scale;
+    };
+    QI_DEVICE Raw8 load8(const u8* row, int chunk) const {
+        const int block = chunk / 4;
+        return {load_stream4(row + 4 * i64(chunk)), load_stream4(row + highs + 4 * block),
+                load_stream2(row + scales + 2 * block)};
+    }
+    QI_DEVICE static void values8(const Raw8& raw, int chunk, f32 (&out)[8]) {
+        const f32 scale = f16_to_f32(raw.scale);
+        fifth_bit_floats(raw.codes, raw.high, chunk % 4, out);
 #pragma unroll
         for (int i = 0; i < 8; ++i)
             out[i] = scale * (out[i] - 16.0f);
@@ -182,14 +213,18 @@ struct Q5_1 : BlockType<Q5_1> {
     QI_DEVICE static Factors<1> factors(const Raw& raw, int) {
         return {{f16_to_f32(u16(raw.factors))}, {f16_to_f32(u16(raw.factors >> 16))}};
     }
-    QI_DEVICE void decode8(const u8* row, int chunk, f32 (&out)[8]) const {
-        const int block = chunk / 4, q = chunk % 4;
-        const u32 word = load_stream4(row + 4 * i64(chunk));
-        const u32 high = load_shared_line4(row + highs + 4 * block);
-        const u32 both = load_shared_line4(row + scales + 4 * block);
-        const f32 scale = f16_to_f32(u16(both)), minimum = f16_to_f32(u16(both >> 16));
-        code_floats((word & 0x0f0f0f0fu) | one_bit(high, q) << 4, out, 0);
-        code_floats((word >> 4 & 0x0f0f0f0fu) | one_bit(high, 4 + q) << 4, out, 4);
+    struct Raw8 {
+        u32 codes, high, factors;
+    };
+    QI_DEVICE Raw8 load8(const u8* row, int chunk) const {
+        const int block = chunk / 4;
+        return {load_stream4(row + 4 * i64(chunk)), load_stream4(row + highs + 4 * block),
+                load_stream4(row + scales + 4 * block)};
+    }
+    QI_DEVICE static void values8(const Raw8& raw, int chunk, f32 (&out)[8]) {
+        const f32 scale = f16_to_f32(u16(raw.factors));
+        const f32 minimum = f16_to_f32(u16(raw.factors >> 16));
+        fifth_bit_floats(raw.codes, raw.high, chunk % 4, out);
 #pragma unroll
         for (int i = 0; i < 8; ++i)
             out[i] = mul(scale, out[i]) + minimum;
@@ -209,7 +244,7 @@ struct Q8_0 : BlockType<Q8_0> {
     QI_DEVICE explicit Q8_0(int n_cols) : highs(round16(i64(n_cols) / 2)), scales(2 * highs) {}
     QI_DEVICE Raw load(const u8* row, int block) const {
         return {load_stream16(row + 16 * i64(block)), load_stream16(row + highs + 16 * i64(block)),
-                load_shared_line2(row + scales + 2 * block)};
+                load_stream2(row + scales + 2 * block)};
     }
     QI_DEVICE static void codes(const Raw& raw, u32 (&out)[8]) {
 #pragma unroll
@@ -221,14 +256,20 @@ struct Q8_0 : BlockType<Q8_0> {
     QI_DEVICE static Factors<1> factors(const Raw& raw, int) {
         return {{f16_to_f32(raw.scale)}, {0.0f}};
     }
-    QI_DEVICE void decode8(const u8* row, int chunk, f32 (&out)[8]) const {
-        const u32 low = load_stream4(row + 4 * i64(chunk));
-        const u32 high = load_stream4(row + highs + 4 * i64(chunk));
-        const f32 scale = f16_to_f32(load_shared_line2(row + scales + 2 * (chunk / 4)));
+    struct Raw8 {
+        u32 low, high;
+        u16 scale;
+    };
+    QI_DEVICE Raw8 load8(const u8* row, int chunk) const {
+        return {load_stream4(row + 4 * i64(chunk)), load_stream4(row + highs + 4 * i64(chunk)),
+                load_stream2(row + scales + 2 * (chunk / 4))};
+    }
+    QI_DEVICE static void values8(const Raw8& raw, int, f32 (&out)[8]) {
+        const f32 scale = f16_to_f32(raw.scale);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            out[i] = scale * f32(i8(low >> 8 * i));
-            out[4 + i] = scale * f32(i8(high >> 8 * i));
+            out[i] = scale * f32(i8(raw.low >> 8 * i));
+            out[4 + i] = scale * f32(i8(raw.high >> 8 * i));
         }
     }
 };
@@ -248,8 +289,8 @@ struct Q2_K : BlockType<Q2_K> {
     QI_DEVICE explicit Q2_K(int n_cols)
         : halves(round16(i64(n_cols) / 4)), supers(halves + round16(i64(n_cols) / 16)) {}
     QI_DEVICE Raw load(const u8* row, int block) const {
-        return {load_stream8(row + 8 * i64(block)), load_shared_line2(row + halves + 2 * block),
-                load_shared_line4(row + supers + 4 * (block / 8))};
+        return {load_stream8(row + 8 * i64(block)), load_stream2(row + halves + 2 * block),
+                load_stream4(row + supers + 4 * (block / 8))};
     }
     QI_DEVICE static void codes(const Raw& raw, u32 (&out)[8]) {
 #pragma unroll
@@ -261,12 +302,13 @@ struct Q2_K : BlockType<Q2_K> {
         return {{d * f32(raw.halves & 15u), d * f32(raw.halves >> 8 & 15u)},
                 {-dmin * f32(raw.halves >> 4 & 15u), -dmin * f32(raw.halves >> 12)}};
     }
-    QI_DEVICE void decode8(const u8* row, int chunk, f32 (&out)[8]) const {
-        const int block = chunk / 4, q = chunk % 4;
-        const Raw raw = {load_stream8(row + 8 * i64(block)),
-                         load_shared_line2(row + halves + 2 * block),
-                         load_shared_line4(row + supers + 4 * (block / 8))};
-        const Factors<2> f = factors(raw, block);
+    using Raw8 = Raw;
+    QI_DEVICE Raw8 load8(const u8* row, int chunk) const {
+        return load(row, chunk / 4);
+    }
+    QI_DEVICE static void values8(const Raw8& raw, int chunk, f32 (&out)[8]) {
+        const int q = chunk % 4;
+        const Factors<2> f = factors(raw, chunk / 4);
         code_floats(two_bits(raw.codes.v[0], q), out, 0);
         code_floats(two_bits(raw.codes.v[1], q), out, 4);
 #pragma unroll
@@ -297,9 +339,9 @@ struct Q3_K : BlockType<Q3_K> {
           supers(scale_highs + round16(i64(n_cols) / 64)) {}
     QI_DEVICE Raw load(const u8* row, int block) const {
         return {load_stream8(row + 8 * i64(block)), load_stream4(row + highs + 4 * block),
-                load_shared_line4(row + scale_highs + 4 * (block / 8)),
-                u16(__ldg(row + scale_lows + block)),
-                load_shared_line2(row + supers + 2 * (block / 8))};
+                load_stream4(row + scale_highs + 4 * (block / 8)),
+                load_stream1(row + scale_lows + block),
+                load_stream2(row + supers + 2 * (block / 8))};
     }
     QI_DEVICE static void codes(const Raw& raw, u32 (&out)[8]) {
 #pragma unroll
@@ -313,9 +355,12 @@ struct Q3_K : BlockType<Q3_K> {
         const f32 second = d * f32(i32(raw.scale_lows >> 4 | (high >> 2 & 3u) << 4) - 32);
         return {{first, second}, {-4.0f * first, -4.0f * second}};
     }
-    QI_DEVICE void decode8(const u8* row, int chunk, f32 (&out)[8]) const {
+    using Raw8 = Raw;
+    QI_DEVICE Raw8 load8(const u8* row, int chunk) const {
+        return load(row, chunk / 4);
+    }
+    QI_DEVICE static void values8(const Raw8& raw, int chunk, f32 (&out)[8]) {
         const int q = chunk % 4;
-        const Raw raw = load(row, chunk / 4);
         const Factors<2> f = factors(raw, chunk / 4);
         code_floats(two_bits(raw.codes.v[0], q) | one_bit(raw.high, q) << 2, out, 0);
         code_floats(two_bits(raw.codes.v[1], q) | one_bit(raw.high, 4 + q) << 2, out, 4);
@@ -329,16 +374,14 @@ struct Q3_K : BlockType<Q3_K> {
 // as in the file.
 QI_DEVICE Factors<1> scale_min_of(const Quad& packed, int block) {
     const f32 d = f16_to_f32(u16(packed.v[0])), dmin = f16_to_f32(u16(packed.v[0] >> 16));
-    const int shift = 8 * (block % 4);
-    u32 scale = packed.v[1] >> shift, minimum = packed.v[2] >> shift;
-    if (block % 8 < 4) {
-        scale &= 63u;
-        minimum &= 63u;
-    } else {
-        const u32 low = packed.v[3] >> shift;
-        scale = (low & 15u) | (scale >> 6 & 3u) << 4;
-        minimum = (low >> 4 & 15u) | (minimum >> 6 & 3u) << 4;
-    }
+    // The first four have their low bits below their high ones; selected, not branched for.
+    const bool first = block % 8 < 4;
+    const int shift = 8 * (block % 4), high_bits = first ? 4 : 6;
+    const u32 scale_byte = packed.v[1] >> shift, minimum_byte = packed.v[2] >> shift;
+    const u32 lows = packed.v[3] >> shift;
+    const u32 scale = ((first ? scale_byte : lows) & 15u) | (scale_byte >> high_bits & 3u) << 4;
+    const u32 minimum =
+        ((first ? minimum_byte : lows >> 4) & 15u) | (minimum_byte >> high_bits & 3u) << 4;
     return {{d * f32(scale)}, {-dmin * f32(minimum)}};
 }
 
@@ -360,12 +403,18 @@ struct Q4_K : BlockType<Q4_K> {
     QI_DEVICE static Factors<1> factors(const Raw& raw, int block) {
         return scale_min_of(raw.factors, block);
     }
-    QI_DEVICE void decode8(const u8* row, int chunk, f32 (&out)[8]) const {
-        const u32 word = load_stream4(row + 4 * i64(chunk));
-        const Factors<1> f =
-            scale_min_of(load_stream16(row + supers + 16 * (chunk / 32)), chunk / 4);
-        code_floats(word & 0x0f0f0f0fu, out, 0);
-        code_floats(word >> 4 & 0x0f0f0f0fu, out, 4);
+    struct Raw8 {
+        u32 codes;
+        Quad factors;
+    };
+    QI_DEVICE Raw8 load8(const u8* row, int chunk) const {
+        return {load_stream4(row + 4 * i64(chunk)),
+                load_stream16(row + supers + 16 * (chunk / 32))};
+    }
+    QI_DEVICE static void values8(const Raw8& raw, int chunk, f32 (&out)[8]) {
+        const Factors<1> f = scale_min_of(raw.factors, chunk / 4);
+        code_floats(raw.codes & 0x0f0f0f0fu, out, 0);
+        code_floats(raw.codes >> 4 & 0x0f0f0f0fu, out, 4);
 #pragma unroll
         for (int i = 0; i < 8; ++i)
             out[i] = mul(f.scale[0], out[i]) + f.shift[0];
@@ -397,13 +446,17 @@ struct Q5_K : BlockType<Q5_K> {
     QI_DEVICE static Factors<1> factors(const Raw& raw, int block) {
         return scale_min_of(raw.factors, block);
     }
-    QI_DEVICE void decode8(const u8* row, int chunk, f32 (&out)[8]) const {
-        const int block = chunk / 4, q = chunk % 4;
-        const u32 word = load_stream4(row + 4 * i64(chunk));
-        const u32 high = load_shared_line4(row + highs + 4 * block);
-        const Factors<1> f = scale_min_of(load_stream16(row + supers + 16 * (block / 8)), block);
-        code_floats((word & 0x0f0f0f0fu) | one_bit(high, q) << 4, out, 0);
-        code_floats((word >> 4 & 0x0f0f0f0fu) | one_bit(high, 4 + q) << 4, out, 4);
+    struct Raw8 {
+        u32 codes, high;
+        Quad factors;
+    };
+    QI_DEVICE Raw8 load8(const u8* row, int chunk) const {
+        return {load_stream4(row + 4 * i64(chunk)), load_stream4(row + highs + 4 * (chunk / 4)),
+                load_stream16(row + supers + 16 * (chunk / 32))};
+    }
+    QI_DEVICE static void values8(const Raw8& raw, int chunk, f32 (&out)[8]) {
+        const Factors<1> f = scale_min_of(raw.factors, chunk / 4);
+        fifth_bit_floats(raw.codes, raw.high, chunk % 4, out);
 #pragma unroll
         for (int i = 0; i < 8; ++i)
             out[i] = mul(f.scale[0], out[i]) + f.shift[0];
@@ -429,8 +482,8 @@ struct Q6_K : BlockType<Q6_K> {
           supers(halves + i64(n_cols) / 16) {}
     QI_DEVICE Raw load(const u8* row, int block) const {
         return {load_stream16(row + 16 * i64(block)), load_stream8(row + highs + 8 * i64(block)),
-                load_shared_line2(row + halves + 2 * block),
-                load_shared_line2(row + supers + 2 * (block / 8))};
+                load_stream2(row + halves + 2 * block),
+                load_stream2(row + supers + 2 * (block / 8))};
     }
     QI_DEVICE static void codes(const Raw& raw, u32 (&out)[8]) {
         unpack_nibbles(raw.codes, out);
@@ -439,30 +492,41 @@ struct Q6_K : BlockType<Q6_K> {
             out[q] |= two_bits(raw.highs.v[q / 4], q % 4) << 4;
     }
     QI_DEVICE static Factors<2> factors(const Raw& raw, int) {
-        const f32 d = f16_to_f32(raw.d);
-        const f32 first = d * f32(i8(raw.halves)), second = d * f32(i8(raw.halves >> 8));
-        return {{first, second}, {-32.0f * first, -32.0f * second}};
+        return factors(raw.halves, raw.d);
     }
-    QI_DEVICE void decode8(const u8* row, int chunk, f32 (&out)[8]) const {
-        const int block = chunk / 4, q = chunk % 4;
-        const Raw raw = {{},
-                         load_stream8(row + highs + 8 * i64(block)),
-                         load_shared_line2(row + halves + 2 * block),
-                         load_shared_line2(row + supers + 2 * (block / 8))};
-        const u32 word = load_stream4(row + 4 * i64(chunk));
-        const Factors<2> f = factors(raw, block);
-        code_floats((word & 0x0f0f0f0fu) | two_bits(raw.highs.v[0], q) << 4, out, 0);
-        code_floats((word >> 4 & 0x0f0f0f0fu) | two_bits(raw.highs.v[1], q) << 4, out, 4);
+    struct Raw8 {
+        u32 codes;
+        Pair highs;
+        u16 halves, d;
+    };
+    QI_DEVICE Raw8 load8(const u8* row, int chunk) const {
+        const int block = chunk / 4;
+        return {load_stream4(row + 4 * i64(chunk)), load_stream8(row + highs + 8 * i64(block)),
+                load_stream2(row + halves + 2 * block),
+                load_stream2(row + supers + 2 * (block / 8))};
+    }
+    QI_DEVICE static void values8(const Raw8& raw, int chunk, f32 (&out)[8]) {
+        const int q = chunk % 4;
+        const Factors<2> f = factors(raw.halves, raw.d);
+        code_floats((raw.codes & 0x0f0f0f0fu) | two_bits(raw.highs.v[0], q) << 4, out, 0);
+        code_floats((raw.codes >> 4 & 0x0f0f0f0fu) | two_bits(raw.highs.v[1], q) << 4, out, 4);
 #pragma unroll
         for (int i = 0; i < 8; ++i)
             out[i] = f.scale[i / 4] * (out[i] - 32.0f);
+    }
+
+  private:
+    QI_DEVICE static Factors<2> factors(u16 halves, u16 half_d) {
+        const f32 d = f16_to_f32(half_d);
+        const f32 first = d * f32(i8(halves)), second = d * f32(i8(halves >> 8));
+        return {{first, second}, {-32.0f * first, -32.0f * second}};
     }
 };
 
 // ---- floats: one plane, rows padded with zeros to 16 bytes ----
 
 template <class Type>
-struct FloatType {
+struct FloatType : WeightType<Type> {
     static constexpr bool is_float = true;
     static constexpr int second_part = 4;
     QI_DEVICE static int first_column(int chunk) { return 8 * chunk; }
@@ -485,8 +549,12 @@ struct HalfType : FloatType<Type> {
             out[2 * i + 1] = Type::widen(u16(raw.v[i] >> 16));
         }
     }
-    QI_DEVICE void decode8(const u8* row, int chunk, f32 (&out)[8]) const {
-        values(load(row, chunk), out);
+    using Raw8 = Raw;
+    QI_DEVICE Raw8 load8(const u8* row, int chunk) const {
+        return load(row, chunk);
+    }
+    QI_DEVICE static void values8(const Raw8& raw, int, f32 (&out)[8]) {
+        values(raw, out);
     }
 };
 
@@ -513,15 +581,21 @@ struct F32 : FloatType<F32> {
         for (int i = 0; i < 4; ++i)
             out[i] = __uint_as_float(raw.v[i]);
     }
-    QI_DEVICE void decode8(const u8* row, int chunk, f32 (&out)[8]) const {
-        const Quad low = load_stream16(row + 32 * i64(chunk));
-        // The second four may lie beyond the padding.
-        Quad high = {};
-        if (8 * chunk + 4 < n_cols) high = load_stream16(row + 32 * i64(chunk) + 16);
+    struct Raw8 {
+        Quad low, high;
+        bool has_high;
+    };
+    // The second four may lie beyond the padding: then the first stand in for them.
+    QI_DEVICE Raw8 load8(const u8* row, int chunk) const {
+        const u8* at = row + 32 * i64(chunk);
+        const bool has_high = 8 * chunk + 4 < n_cols;
+        return {load_stream16(at), load_stream16(has_high ? at + 16 : at), has_high};
+    }
+    QI_DEVICE static void values8(const Raw8& raw, int, f32 (&out)[8]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            out[i] = __uint_as_float(low.v[i]);
-            out[4 + i] = __uint_as_float(high.v[i]);
+            out[i] = __uint_as_float(raw.low.v[i]);
+            out[4 + i] = raw.has_high ? __uint_as_float(raw.high.v[i]) : 0.0f;
         }
     }
 };
