@@ -24,7 +24,7 @@ TOKENS = np.random.default_rng(5).integers(0, 301, N_TOKENS).tolist()
 
 def _cuda() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
-    names = ("calls", "allocated", "copied_to_host", "live_objects")
+    names = ("calls", "allocated", "copied_to_host", "launches", "live_objects")
     for name in (f"standin_{name}" for name in names):
         getattr(library, name).restype = ctypes.c_uint64
     library.standin_fail_at.argtypes = [ctypes.c_int64, ctypes.c_int]
@@ -146,6 +146,18 @@ def replayed(path: str, share: str) -> dict[str, Any]:
             for layer in context.stats().layers
         ]
     return {"rows": rows, "n_graphs": int(counts[4]), "layers": layers}
+
+
+def launches(paths: list[str], share: str, mode: str) -> list[int]:
+    """Kernels that a replayed step launches, by model."""
+    counts = []
+    for path in paths:
+        with _shared(path, share, {"sparsity": mode}) as model, model.context() as context:
+            for token in TOKENS[:5]:  # by the third they are replayed
+                before = int(_cuda().standin_launches())
+                context.feed([token], generated=True)
+            counts.append(int(_cuda().standin_launches()) - before)
+    return counts
 
 
 def _shared(path: str, share: str, options: dict[str, Any] | None = None) -> Model:

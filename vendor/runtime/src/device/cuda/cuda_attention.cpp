@@ -191,11 +191,17 @@ void CudaDevice::attend_here(const AttendArgs& all) {
         return;
     }
     args.max_positions = std::min(launch_positions(), device_pages(needs_) * kernels::page_size);
+    // What comes next is most often a product. A part is not what it multiplies.
+    const int64_t n_cols = all.n_head * kv_.head_dim;
+    const bool quantised = kv_.head_dim % 32 == 0 && !all.terms;
+    const Q8 q8 = quantised ? Q8::at(q8_, n, n_cols) : Q8{};
+    if (quantised) prepared_ = {all.out, n, n_cols};
     for (int64_t first = 0; first < n; first += few_tokens) {
         AttendArgs some = args;
         some.n_tokens = std::min(few_tokens, n - first);
         some.q += size_t(first * all.q_stride) * sizeof(float);
         some.out += size_t(first * all.n_head * kv_.head_dim) * sizeof(float);
+        if (quantised) some.q8 = q8.from(first, n_cols);
         if (all.terms) some.terms += size_t(first * all.n_head * 2) * sizeof(float);
         some.kv.positions += size_t(first) * sizeof(int32_t);
         some.kv.tables += size_t(first) * sizeof(int32_t);
