@@ -153,9 +153,10 @@ def test_launches_of_a_layer(type_name: str, by_neuron: bool, mode: str, tmp_pat
         folder.mkdir()
         paths.append(Case("llama", type_name, by_neuron, sizes=sizes).write(folder))
     for share, exchanges in (("whole", 0), ("half", 2)):
-        few, many = on_gpu("launches", paths, share, mode)
+        (of_one, n_copies), (of_three, _) = on_gpu("launches", paths, share, mode)
         expected = LAUNCHES[type_name, by_neuron, mode] + exchanges
-        assert many - few == 2 * expected, share
+        assert of_three - of_one == 2 * expected, share
+        assert n_copies == 2, share  # what is known of the token, and its embedding
 
 
 @pytest.mark.parametrize("share", ["whole", "half"])

@@ -115,7 +115,8 @@ KvArgs CudaDevice::kv_of(int64_t layer) const {
     kv.pages = input(layout_.pages);
     kv.positions = input(layout_.positions);
     kv.tables = input(layout_.tables);
-    if (shared_kv_) kv.bounds = input(layout_.bounds + size_t(layer * batch_.n_tokens));
+    if (shared_kv_)
+        kv.bounds = input(layout_.bounds(batch_.n_tokens) + size_t(layer * batch_.n_tokens));
     return kv;
 }
 
@@ -135,7 +136,7 @@ void CudaDevice::append_kv(int64_t layer, const Heads& heads) {
     args.k = address(heads.k);
     args.v = address(heads.v);
     args.kv_stride = heads.kv_stride;
-    args.cos_sin = heads.n_rot > 0 ? input(layout_.cos_sin) : 0;
+    args.cos_sin = heads.n_rot > 0 ? input(layout_.cos_sin(batch_.n_tokens)) : 0;
     args.n_rot = heads.n_rot;
     args.neox = heads.neox;
     args.n_tokens = batch_.n_tokens;
@@ -185,7 +186,7 @@ void CudaDevice::attend_here(const AttendArgs& all) {
     AttendArgs args = all;
     const int64_t n = all.n_tokens;
     if (n > few_tokens && n_tiles_ > 0 && !needs_.deterministic) {
-        args.tiles = input(layout_.tiles);
+        args.tiles = input(layout_.tiles(batch_.n_tokens));
         args.n_tiles = n_tiles_;
         share_.kernels->attend_tiles(stream_, args);
         return;

@@ -190,7 +190,7 @@ void CudaDevice::begin(const BatchInputs& inputs) {
     staged_sent_.synchronize();
     auto* const words = reinterpret_cast<int32_t*>(staged_.data());
     int32_t *positions = words + layout_.positions, *tables = words + layout_.tables;
-    int32_t *tiles = words + layout_.tiles, *pages = words + layout_.pages;
+    int32_t *tiles = words + layout_.tiles(inputs.n_tokens), *pages = words + layout_.pages;
     auto* const rules = reinterpret_cast<uint8_t*>(words + layout_.rules);
     words[layout_.base] = exchange_ ? int32_t(exchange_->begin()) : 0;
     for (int64_t t = 0; t < inputs.n_tokens; ++t)
@@ -222,19 +222,19 @@ void CudaDevice::begin(const BatchInputs& inputs) {
             ++n_tiles_;
         }
     }
-    const size_t used = (layout_.pages + size_t(n_pages)) * sizeof(uint32_t);
-    stream_.copy_to_device(inputs_, words, used);
-    if (inputs.cos_sin) {
-        const size_t n = size_t(inputs.n_tokens * inputs.n_rot);
-        std::memcpy(words + layout_.cos_sin, inputs.cos_sin, n * sizeof(float));
-        stream_.copy_to_device(input(layout_.cos_sin), words + layout_.cos_sin, n * sizeof(float));
-    }
+    if (inputs.cos_sin)
+        std::memcpy(words + layout_.cos_sin(inputs.n_tokens), inputs.cos_sin,
+                    size_t(inputs.n_tokens * inputs.n_rot) * sizeof(float));
     if (shared_kv_) {
         shared_kv_->begin(inputs, n_placed);
-        shared_kv_->write_bounds(words + layout_.bounds);
-        stream_.copy_to_device(input(layout_.bounds), words + layout_.bounds,
-                               size_t(needs_.kv.n_layer * inputs.n_tokens) * sizeof(uint32_t));
+        shared_kv_->write_bounds(words + layout_.bounds(inputs.n_tokens));
     }
+    const auto send = [&](size_t from, size_t to) {
+        stream_.copy_to_device(input(from), words + from, (to - from) * sizeof(uint32_t));
+    };
+    send(0, layout_.pages + size_t(n_pages));
+    if (inputs.n_tokens > few_tokens)
+        send(layout_.tiles(inputs.n_tokens), layout_.end(inputs.n_tokens));
     staged_sent_.record(stream_);
 }
 

@@ -8,16 +8,17 @@
 
 namespace qi::cuda {
 
-InputLayout::InputLayout(const DeviceNeeds& needs) {
+InputLayout::InputLayout(const DeviceNeeds& needs)
+    : n_rot_(size_t(needs.kv.head_dim)),
+      n_bounds_(needs.kv_share.with_host ? size_t(needs.kv.n_layer) : 0) {
     const auto n = size_t(needs.n_batch);
     tables = n;
     rules = 2 * n;
-    tiles = rules + (n + 3) / 4;
-    base = tiles + 2 * n;
-    pages = base + 1;
-    cos_sin = pages + size_t(needs.n_pages);
-    bounds = cos_sin + n * size_t(needs.kv.head_dim);
-    n_words = bounds + (needs.kv_share.with_host ? n * size_t(needs.kv.n_layer) : 0);
+    base = rules + (n + 3) / 4;
+    few_ = base + 1;
+    pages = end(std::min(needs.n_batch, few_tokens));
+    many_ = pages + size_t(needs.n_pages);
+    n_words = needs.n_batch > few_tokens ? end(needs.n_batch) : many_;
 }
 
 WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, const KvArgs& kv_args) {
