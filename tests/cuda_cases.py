@@ -25,7 +25,7 @@ TOKENS = np.random.default_rng(5).integers(0, 301, N_TOKENS).tolist()
 
 def _cuda() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
-    names = ("calls", "allocated", "copied_to_host", "live_objects")
+    names = ("calls", "allocated", "copied_to_host", "copies_to_device", "launches", "live_objects")
     for name in (f"standin_{name}" for name in names):
         getattr(library, name).restype = ctypes.c_uint64
     library.standin_fail_at.argtypes = [ctypes.c_int64, ctypes.c_int]
@@ -147,6 +147,23 @@ def replayed(path: str, share: str) -> dict[str, Any]:
             for layer in context.stats().layers
         ]
     return {"rows": rows, "n_graphs": int(counts[4]), "layers": layers}
+
+
+def launches(paths: list[str], share: str, mode: str) -> list[tuple[int, int]]:
+    """Kernels that a replayed step launches and copies that it makes to the GPU, by model."""
+    cuda = _cuda()
+
+    def now() -> tuple[int, int]:
+        return int(cuda.standin_launches()), int(cuda.standin_copies_to_device())
+
+    counts = []
+    for path in paths:
+        with _shared(path, share, {"sparsity": mode}) as model, model.context() as context:
+            for token in TOKENS[:5]:  # by the third they are replayed
+                before = now()
+                context.feed([token], generated=True)
+            counts.append((now()[0] - before[0], now()[1] - before[1]))
+    return counts
 
 
 def _shared(path: str, share: str, options: dict[str, Any] | None = None) -> Model:

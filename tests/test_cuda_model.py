@@ -54,7 +54,7 @@ def on_gpu(
     name: str, *arguments: Any, variables: dict[str, str] | None = None, **settings: object
 ) -> Any:
     """What a function of cuda_cases, or `module.function`, answers; the stand-in is the GPU."""
-    words = json.dumps([name, [str(a) if isinstance(a, Path) else a for a in arguments]])
+    words = json.dumps([name, arguments], default=str)  # paths are said as texts
     environment = cuda_standin.environment(**settings) | (variables or {})
     environment["QINFER_CACHE_DIR"] = kernel_cache()
     environment["PYTHONPATH"] = os.pathsep.join([str(DATA.parent), *filter(None, sys.path)])
@@ -131,6 +131,32 @@ def test_steps_are_recorded_and_replayed(share: str) -> None:
     for seconds, on_gpu_seconds, on_host, waiting in found["layers"]:
         assert (on_host > 0) == (share != "whole")
         assert seconds == pytest.approx(on_gpu_seconds + waiting)
+
+
+# What a layer of a replayed step takes. norm, q·k·v, append, attend, output; norm, rows, down.
+LAUNCHES = {
+    ("f16", True, "off"): 8,
+    ("f16", True, "exact"): 8,
+    ("f16", True, "predict"): 11,  # and fc1, fc2, select
+    ("q4_0", True, "predict"): 12,  # and fc1's values quantised
+    ("q4_0", False, "off"): 9,  # and values quantised for down
+}
+
+
+@pytest.mark.parametrize(("type_name", "by_neuron", "mode"), LAUNCHES)
+def test_launches_of_a_layer(type_name: str, by_neuron: bool, mode: str, tmp_path: Path) -> None:
+    """A launch costs microseconds of every layer: none comes back unnoticed."""
+    paths = []
+    for n_layer in (1, 3):
+        sizes = {"n_layer": n_layer, "n_embd": 256, "n_head": 4, "n_head_kv": 2}
+        folder = tmp_path / str(n_layer)
+        folder.mkdir()
+        paths.append(Case("llama", type_name, by_neuron, sizes=sizes).write(folder))
+    for share, exchanges in (("whole", 0), ("half", 2)):
+        (of_one, n_copies), (of_three, _) = on_gpu("launches", paths, share, mode)
+        expected = LAUNCHES[type_name, by_neuron, mode] + exchanges
+        assert of_three - of_one == 2 * expected, share
+        assert n_copies == 2, share  # what is known of the token, and its embedding
 
 
 @pytest.mark.parametrize("share", ["whole", "half"])

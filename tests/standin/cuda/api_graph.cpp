@@ -221,6 +221,7 @@ STANDIN_API CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
                 std::memcpy(&copy, node.payload.data(), sizeof copy);
                 if (!d.find_device(copy.to, copy.bytes)) d.copied_to_host += copy.bytes;
             }
+            d.launches += node.kind == Kind::launch;
             if (node.module) {
                 // The real driver would run what is no longer there.
                 bool alive = false;

@@ -189,6 +189,7 @@ CUresult copy_in(Driver& d, std::unique_lock<std::mutex>& lock, Stream& stream, 
     require_host_pointer(d, from);
     require(d.find_device(to, bytes), CUDA_ERROR_INVALID_VALUE);
     const HostRange host = host_range(d, from, bytes);
+    d.copies_to_device += !stream.capture;
     if (host.pinned) {
         d.note_use(stream, to);
         d.note_use(stream, host.arena);

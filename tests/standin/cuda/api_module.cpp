@@ -189,6 +189,7 @@ STANDIN_API CUresult cuLaunchKernel(CUfunction handle, unsigned grid_x, unsigned
             dynamic_shared, info.packed_size};
         d.submit(stream, Kind::launch, {{&launch, sizeof launch}, {packed.data(), packed.size()}},
                  f.module);
+        d.launches += !stream.capture;
         return CUDA_SUCCESS;
     });
 }

@@ -169,6 +169,16 @@ STANDIN_API uint64_t standin_copied_to_host() {
     return driver().copied_to_host;
 }
 
+STANDIN_API uint64_t standin_copies_to_device() {
+    std::lock_guard lock(driver().mutex);
+    return driver().copies_to_device;
+}
+
+STANDIN_API uint64_t standin_launches() {
+    std::lock_guard lock(driver().mutex);
+    return driver().launches;
+}
+
 STANDIN_API uint64_t standin_live_objects(uint64_t* counts) {
     Driver& d = driver();
     std::lock_guard lock(d.mutex);

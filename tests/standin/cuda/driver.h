@@ -197,6 +197,8 @@ struct Driver {
     FreeRanges free_memory;             // of the device range
     uint64_t allocated = 0;             // bytes, on all devices
     uint64_t copied_to_host = 0;        // bytes, by copies
+    uint64_t copies_to_device = 0;      // from the host
+    uint64_t launches = 0;              // of kernels, those of graphs included
     std::map<uint64_t, Pinned> pinned;  // by host address
     FreeRanges free_arena;
     uint64_t pinned_bytes = 0;

@@ -115,7 +115,8 @@ KvArgs CudaDevice::kv_of(int64_t layer) const {
     kv.pages = input(layout_.pages);
     kv.positions = input(layout_.positions);
     kv.tables = input(layout_.tables);
-    if (shared_kv_) kv.bounds = input(layout_.bounds + size_t(layer * batch_.n_tokens));
+    if (shared_kv_)
+        kv.bounds = input(layout_.bounds(batch_.n_tokens) + size_t(layer * batch_.n_tokens));
     return kv;
 }
 
@@ -135,7 +136,7 @@ void CudaDevice::append_kv(int64_t layer, const Heads& heads) {
     args.k = address(heads.k);
     args.v = address(heads.v);
     args.kv_stride = heads.kv_stride;
-    args.cos_sin = heads.n_rot > 0 ? input(layout_.cos_sin) : 0;
+    args.cos_sin = heads.n_rot > 0 ? input(layout_.cos_sin(batch_.n_tokens)) : 0;
     args.n_rot = heads.n_rot;
     args.neox = heads.neox;
     args.n_tokens = batch_.n_tokens;
@@ -185,17 +186,23 @@ void CudaDevice::attend_here(const AttendArgs& all) {
     AttendArgs args = all;
     const int64_t n = all.n_tokens;
     if (n > few_tokens && n_tiles_ > 0 && !needs_.deterministic) {
-        args.tiles = input(layout_.tiles);
+        args.tiles = input(layout_.tiles(batch_.n_tokens));
         args.n_tiles = n_tiles_;
         share_.kernels->attend_tiles(stream_, args);
         return;
     }
     args.max_positions = std::min(launch_positions(), device_pages(needs_) * kernels::page_size);
+    // What comes next is most often a product. A part is not what it multiplies.
+    const int64_t n_cols = all.n_head * kv_.head_dim;
+    const bool quantised = kv_.head_dim % 32 == 0 && !all.terms;
+    const Q8 q8 = quantised ? Q8::at(q8_, n, n_cols) : Q8{};
+    if (quantised) prepared_ = {all.out, n, n_cols};
     for (int64_t first = 0; first < n; first += few_tokens) {
         AttendArgs some = args;
         some.n_tokens = std::min(few_tokens, n - first);
         some.q += size_t(first * all.q_stride) * sizeof(float);
         some.out += size_t(first * all.n_head * kv_.head_dim) * sizeof(float);
+        if (quantised) some.q8 = q8.from(first, n_cols);
         if (all.terms) some.terms += size_t(first * all.n_head * 2) * sizeof(float);
         some.kv.positions += size_t(first) * sizeof(int32_t);
         some.kv.tables += size_t(first) * sizeof(int32_t);

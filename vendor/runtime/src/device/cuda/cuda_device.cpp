@@ -35,27 +35,26 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     const WorkingSizes sizes(share_, needs_, kv_);
     inputs_ = take(sizes[inputs], "the inputs of a batch");
     q8_ = take(sizes[q8], "quantised activations");
+    predictor_q8_ = take(sizes[predictor_q8], "quantised activations");
     hidden_ = take(sizes[hidden], "activations");
     lifted_ = take(sizes[lifted], "activations");
     low_ = take(sizes[low], "predictions");
     predictions_ = take(sizes[predictions], "predictions");
     masks_ = take(sizes[masks], "predictions");
-    named_ = take(sizes[named], "predictions");
+    listed_ = take(sizes[listed], "predictions");
     if (sizes[list]) list_ = NeuronList::at(take(sizes[list], "predictions"), needs.n_ff);
+    select_ticket_ = take_zeros(sizes[select_ticket], "predictions");
     partial_ = take(sizes[partial], "activations");
+    down_tickets_ = take_zeros(sizes[down_tickets], "activations");
     attend_room_ = take(sizes[attend], "attention");
-    attend_tickets_ = take(sizes[attend_tickets], "attention");
-    stream_.fill(attend_tickets_, 0, sizes[attend_tickets]);
+    attend_tickets_ = take_zeros(sizes[attend_tickets], "attention");
     terms_ = take(sizes[terms], "log-probabilities");
-    tickets_ = take(sizes[tickets], "logits");
-    if (tickets_) stream_.fill(tickets_, 0, sizes[tickets]);
+    tickets_ = take_zeros(sizes[tickets], "logits");
     partial_best_ = take(sizes[partial_best], "logits");
     best_ = take(sizes[best], "logits");
-    totals_ = take(sizes[totals], "counters");
-    counts_ = take(sizes[counts], "counters");
+    totals_ = take_zeros(sizes[totals], "counters");
+    counts_ = take_zeros(sizes[counts], "counters");
     tallies_.resize(share_.weights->n_ffns());
-    stream_.fill(totals_, 0, sizes[totals]);
-    stream_.fill(counts_, 0, sizes[counts]);
     if (sizes.cublas()) {
         const CUdeviceptr narrow = take(sizes[narrowed], "activations");
         const CUdeviceptr wide = take(sizes[widened], "weights of prompts");
@@ -112,6 +111,12 @@ CUdeviceptr CudaDevice::take(size_t n_bytes, const char* what) {
     memory_.emplace_back(share_.gpu, share_.budget, n_bytes, what);
     scratch_bytes_ += memory_.back().n_bytes();
     return memory_.back().address();
+}
+
+CUdeviceptr CudaDevice::take_zeros(size_t n_bytes, const char* what) {
+    const CUdeviceptr at = take(n_bytes, what);
+    if (at) stream_.fill(at, 0, n_bytes);
+    return at;
 }
 
 void CudaDevice::set_cancel(const std::atomic<bool>* cancel) {
@@ -185,7 +190,7 @@ void CudaDevice::begin(const BatchInputs& inputs) {
     staged_sent_.synchronize();
     auto* const words = reinterpret_cast<int32_t*>(staged_.data());
     int32_t *positions = words + layout_.positions, *tables = words + layout_.tables;
-    int32_t *tiles = words + layout_.tiles, *pages = words + layout_.pages;
+    int32_t *tiles = words + layout_.tiles(inputs.n_tokens), *pages = words + layout_.pages;
     auto* const rules = reinterpret_cast<uint8_t*>(words + layout_.rules);
     words[layout_.base] = exchange_ ? int32_t(exchange_->begin()) : 0;
     for (int64_t t = 0; t < inputs.n_tokens; ++t)
@@ -217,19 +222,19 @@ void CudaDevice::begin(const BatchInputs& inputs) {
             ++n_tiles_;
         }
     }
-    const size_t used = (layout_.pages + size_t(n_pages)) * sizeof(uint32_t);
-    stream_.copy_to_device(inputs_, words, used);
-    if (inputs.cos_sin) {
-        const size_t n = size_t(inputs.n_tokens * inputs.n_rot);
-        std::memcpy(words + layout_.cos_sin, inputs.cos_sin, n * sizeof(float));
-        stream_.copy_to_device(input(layout_.cos_sin), words + layout_.cos_sin, n * sizeof(float));
-    }
+    if (inputs.cos_sin)
+        std::memcpy(words + layout_.cos_sin(inputs.n_tokens), inputs.cos_sin,
+                    size_t(inputs.n_tokens * inputs.n_rot) * sizeof(float));
     if (shared_kv_) {
         shared_kv_->begin(inputs, n_placed);
-        shared_kv_->write_bounds(words + layout_.bounds);
-        stream_.copy_to_device(input(layout_.bounds), words + layout_.bounds,
-                               size_t(needs_.kv.n_layer * inputs.n_tokens) * sizeof(uint32_t));
+        shared_kv_->write_bounds(words + layout_.bounds(inputs.n_tokens));
     }
+    const auto send = [&](size_t from, size_t to) {
+        stream_.copy_to_device(input(from), words + from, (to - from) * sizeof(uint32_t));
+    };
+    send(0, layout_.pages + size_t(n_pages));
+    if (inputs.n_tokens > few_tokens)
+        send(layout_.tiles(inputs.n_tokens), layout_.end(inputs.n_tokens));
     staged_sent_.record(stream_);
 }
 
@@ -252,7 +257,7 @@ void CudaDevice::replay_or_run(uint64_t key, const std::function<void()>& steps)
     }
     Recording& recording = recordings_[known];
     const Current current = enter();
-    prepared_from_ = 0;
+    forget_prepared();
     if (!recording.graph) {
         std::vector<Tally> before(tallies_.size());
         before.swap(tallies_);
@@ -278,7 +283,7 @@ void CudaDevice::replay_or_run(uint64_t key, const std::function<void()>& steps)
     recording.graph.launch(stream_);
     for (size_t i = 0; i < tallies_.size(); ++i)
         add_tally(recording.tallies[i]);
-    prepared_from_ = 0;
+    forget_prepared();
     // Rounds are numbered on from the layers: what has none leaves their number alone.
     if (recording.answers.empty()) return;
     exchange_->replay(stream_, recording.answers);
@@ -339,10 +344,13 @@ void CudaDevice::norm(const Norm& norm, const float* x, int64_t n_rows, float* o
     args.n = int64_t(norm.weight.size());
     args.out = address(out);
     args.q8 = Q8::at(q8_, n_rows, args.n);
+    // The norm before a network reads what a predictor looks at.
+    if (share_.weights->has_quantised_predictors() && predicts() && n_rows <= few_tokens) {
+        args.x_q8 = Q8::at(predictor_q8_, n_rows, args.n);
+        for_predictor_ = {args.x, n_rows, args.n};
+    }
     share_.kernels->norm(stream_, args);
-    prepared_from_ = args.out;
-    prepared_rows_ = n_rows;
-    prepared_cols_ = args.n;
+    prepared_ = {args.out, n_rows, args.n};
 }
 
 }  // namespace qi::cuda

@@ -5,6 +5,7 @@
 // memory at fixed addresses, so that the steps of a few tokens are recorded once and replayed.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -77,6 +78,7 @@ class CudaDevice final : public Device {
   private:
     void replay_or_run(uint64_t key, const std::function<void()>& steps);
     CUdeviceptr take(size_t n_bytes, const char* what);
+    CUdeviceptr take_zeros(size_t n_bytes, const char* what);
     // The calling thread's way into the GPU for one step; throws QI_CANCELLED after a cancel.
     Current enter() const;
     CUdeviceptr input(size_t word) const { return inputs_ + word * sizeof(uint32_t); }
@@ -93,6 +95,8 @@ class CudaDevice final : public Device {
 
     // x in the form that weights of that type want: quantised at most once while x does not change.
     Input prepared(Type type, CUdeviceptr x, int64_t n_rows, int64_t n_cols);
+    // The same in predictors' own room, of few tokens: what stands in the other is wanted later.
+    Input prepared_for_predictor(Type type, CUdeviceptr x, int64_t n_rows, int64_t n_cols);
     // Products of x with matrices of one type: by rows for few tokens, for many by tiles or through
     // cuBLAS, whichever is faster.
     void multiply(Type type, CUdeviceptr x, int64_t n_rows, int64_t n_cols,
@@ -111,19 +115,26 @@ class CudaDevice final : public Device {
     void compute_streamed(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
                           float* y);
     void add_trial(const FeedForward& ffn, const DeviceFfn& kept, bool streamed, double seconds);
-    void forget_prepared(const void* written) {
-        if (prepared_from_ == address(static_cast<const float*>(written))) prepared_from_ = 0;
+    void forget_prepared(const float* written) {
+        if (prepared_.from == address(written)) prepared_ = {};
+        if (for_predictor_.from == address(written)) for_predictor_ = {};
     }
+    void forget_prepared() { prepared_ = for_predictor_ = {}; }
 
     void predict(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch);
+    bool predicts() const { return std::ranges::count(batch_.rules, NeuronRule::predict) > 0; }
+    // Whether the neurons that tokens name are listed. Columns of an ordinary down are those of all
+    // slots.
+    bool lists_predicted(const FeedForward& ffn) const {
+        return batch_.n_tokens <= few_tokens && ffn.down_by_neuron;
+    }
     void compute_few(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
                      bool predicting, float* y);
     void compute_many(const FeedForward& ffn, const DeviceFfn& kept, const FfnBatch& batch,
                       float* y);
     void add_down(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h, int64_t h_stride,
                   int64_t n, CUdeviceptr y);
-    void count_active(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
-                      int64_t h_stride, int64_t first, int64_t n);
+    void count_active(const DeviceFfn& kept, CUdeviceptr h, int64_t h_stride, int64_t n);
     CUdeviceptr total(const DeviceFfn& kept, size_t which) const {
         return totals_ + (n_totals * kept.index + which) * sizeof(uint64_t);
     }
@@ -155,8 +166,9 @@ class CudaDevice final : public Device {
     const std::atomic<bool>* cancel_ = nullptr;
 
     // Addresses of the arrays that WorkingSizes lists.
-    CUdeviceptr inputs_, q8_, hidden_, lifted_, low_, predictions_, masks_, named_, partial_,
-        attend_room_, attend_tickets_, terms_, tickets_, partial_best_, best_, kv_terms_, kv_other_;
+    CUdeviceptr inputs_, q8_, predictor_q8_, hidden_, lifted_, low_, predictions_, masks_, listed_,
+        select_ticket_, partial_, down_tickets_, attend_room_, attend_tickets_, terms_, tickets_,
+        partial_best_, best_, kv_terms_, kv_other_;
     NeuronList list_;
     KvArgs kv_;
 
@@ -192,8 +204,13 @@ class CudaDevice final : public Device {
     int64_t n_tiles_ = 0;
     int64_t max_positions_ = 0;
 
-    CUdeviceptr prepared_from_ = 0;
-    int64_t prepared_rows_ = 0, prepared_cols_ = 0;
+    // Rows whose quantised copies stand in q8_ and in predictor_q8_; from 0: none.
+    struct Prepared {
+        CUdeviceptr from = 0;
+        int64_t n_rows = 0, n_cols = 0;
+        bool operator==(const Prepared&) const = default;
+    };
+    Prepared prepared_, for_predictor_;
 
     // What a network did since the counters were last collected, as far as the host knows; the rest
     // is counted in device memory: totals_ uint64 [n_ffns][n_totals], and by neuron

@@ -15,6 +15,11 @@ uint64_t bytes_of(const Linear& linear) {
     return uint64_t(linear.weight.n_rows) * linear.weight.row_bytes;
 }
 
+// Whose active neurons are summed.
+bool is_counted(NeuronRule rule) {
+    return rule != NeuronRule::all;
+}
+
 // Bytes of the neurons that the host keeps, as far as tokens of those rules read them whoever is
 // active; all together.
 uint64_t streamed_bytes(const FeedForward& ffn, const DeviceFfn& kept,
@@ -52,8 +57,7 @@ DeviceAct device_act(HiddenAct::Kind kind) {
 void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) {
     const Current current = enter();
     const DeviceFfn& kept = share_.weights->find(ffn);
-    const bool wanted = std::any_of(batch_.rules.begin(), batch_.rules.end(),
-                                    [](NeuronRule rule) { return rule == NeuronRule::predict; });
+    const bool wanted = predicts();
     const bool predicting = wanted && kept.n_slots() > 0;
     // Biases stand by neuron, not by slot.
     const bool by_slot = kept.whole() || (!kept.weights.gate_bias && !kept.weights.up_bias);
@@ -108,29 +112,30 @@ void CudaDevice::predict(const FeedForward& ffn, const DeviceFfn& kept, const Ff
     const int64_t n = batch_.n_tokens, n_embd = fc1.weight.n_cols, rank = fc1.weight.n_rows;
     for (int64_t first = 0; first < n; first += few_tokens) {
         const int64_t some = std::min(few_tokens, n - first);
-        const Input z = prepared(fc1.weight.type, address(batch.z + first * n_embd), some, n_embd);
-        const cuda::Product low{fc1.weight, fc1.bias, low_, rank};
+        const Input z = prepared_for_predictor(fc1.weight.type, address(batch.z + first * n_embd),
+                                               some, n_embd);
+        const cuda::Product low{fc1.weight, fc1.bias, low_, rank, true};
         share_.kernels->multiply(stream_, z, {&low, 1}, false);
-        ActMulArgs relu;
-        relu.act = DeviceAct::relu;
-        relu.gate = relu.h = low_;
-        relu.n_tokens = some;
-        relu.n = rank;
-        relu.q8 = wants_q8(fc2.weight.type) ? Q8::at(q8_, some, rank) : Q8{};
-        share_.kernels->act_mul(stream_, relu);
-        prepared_from_ = 0;
+        for_predictor_ = {};  // low_ is new
+        const Input in = prepared_for_predictor(fc2.weight.type, low_, some, rank);
         const cuda::Product out{fc2.weight, fc2.bias, predictions_, needs_.n_ff};
-        share_.kernels->multiply(stream_, {low_, relu.q8, some}, {&out, 1}, false);
-        share_.kernels->predicted_masks(
-            stream_, predictions_, batch.threshold, input(layout_.rules) + size_t(first), some,
-            needs_.n_ff, masks_ + size_t(first * name_words(needs_.n_ff)) * sizeof(uint32_t),
-            named_);
+        share_.kernels->multiply(stream_, in, {&out, 1}, false);
+        SelectArgs select;
+        select.predictions = predictions_;
+        select.threshold = batch.threshold;
+        select.rules = input(layout_.rules) + size_t(first);
+        select.n_tokens = some;
+        select.n_ff = needs_.n_ff;
+        select.masks = masks_ + size_t(first * name_words(needs_.n_ff)) * sizeof(uint32_t);
+        select.total = total(kept, 1);
+        if (lists_predicted(ffn)) {
+            select.list = &list_;
+            select.slot_of_neuron = kept.slot_of_neuron;
+            select.listed = listed_;
+            select.ticket = select_ticket_;
+        }
+        share_.kernels->select(stream_, select);
     }
-    for (int64_t t = 0; t < n; ++t)
-        if (batch_.rules[size_t(t)] == NeuronRule::predict)
-            share_.kernels->count_bits(
-                stream_, masks_ + size_t(t * name_words(needs_.n_ff)) * sizeof(uint32_t),
-                name_words(needs_.n_ff), total(kept, 1));
 }
 
 // Neuron by neuron, those that no token uses left out; a few tokens at a time.
@@ -150,11 +155,7 @@ void CudaDevice::compute_few(const FeedForward& ffn, const DeviceFfn& kept, cons
         if (predicting) {
             args.masks = masks_ + size_t(first * name_words(n_ff)) * sizeof(uint32_t);
             if (batch.check) check_predictions(ffn, kept, x, first, some);
-            // Columns of an ordinary down are those of all slots.
-            if (n <= few_tokens && ffn.down_by_neuron) {
-                kernels.compact(stream_, named_, kept.slot_of_neuron, n_ff, list_);
-                args.list = &list_;
-            }
+            if (lists_predicted(ffn)) args.list = &list_;
         }
         args.h_stride = args.list ? args.list->capacity : n_ff;
         if (ffn.gated && args.w.gate_type != args.w.up_type) {
@@ -167,18 +168,20 @@ void CudaDevice::compute_few(const FeedForward& ffn, const DeviceFfn& kept, cons
             args.gates = lifted_;
         }
         args.in = prepared(args.w.up_type, x, some, n_embd);
+        if (counting_) args.active = counts_of(kept.index);
+        args.rules = input(layout_.rules) + size_t(first);
+        if (std::ranges::any_of(batch_.rules, is_counted)) args.total = total(kept, 0);
         kernels.ffn_rows(stream_, args);
-        count_active(kept, args.list, hidden_, args.h_stride, first, some);
         const CUdeviceptr out = address(y + first * n_embd);
         if (ffn.down_by_neuron) {
             add_down(kept, args.list, hidden_, args.h_stride, some, out);
             continue;
         }
-        prepared_from_ = 0;
+        prepared_ = {};
         const Input h = prepared(kept.down.type, hidden_, some, kept.down.n_cols);
         const cuda::Product down{kept.down, kept.down_bias, out, n_embd};
         kernels.multiply(stream_, h, {&down, 1}, true);
-        prepared_from_ = 0;
+        prepared_ = {};
     }
 }
 
@@ -192,30 +195,30 @@ void CudaDevice::add_down(const DeviceFfn& kept, const NeuronList* list, CUdevic
     args.h_stride = h_stride;
     args.n_tokens = n;
     args.partial = partial_;
+    args.tickets = down_tickets_;
+    args.bias = kept.down_bias;
+    args.y = y;
     share_.kernels->down_rows(stream_, args);
-    share_.kernels->add_partials(stream_, partial_, kept.down_bias, 0, n, needs_.n_embd, y);
 }
 
-// Neurons that contributed to tokens [first, first + n), whose values begin at h, as far as they
-// are counted: the sum under rules other than `all`, neuron by neuron under every rule.
-void CudaDevice::count_active(const DeviceFfn& kept, const NeuronList* list, CUdeviceptr h,
-                              int64_t h_stride, int64_t first, int64_t n) {
-    DownArgs args;
-    args.w = kept.weights;
-    args.list = list;
+// Neurons that contributed to the tokens whose values begin at h, as far as they are counted: the
+// sum under rules other than `all`, neuron by neuron under every rule. All slots are looked at.
+void CudaDevice::count_active(const DeviceFfn& kept, CUdeviceptr h, int64_t h_stride, int64_t n) {
+    const NeuronList by_slot = kept.list_by_slot();
+    CountArgs args;
+    args.list = kept.whole() ? nullptr : &by_slot;
+    args.n_ff = needs_.n_ff;
     args.h_stride = h_stride;
     for (int64_t begin = 0, end; begin < n; begin = end) {
         // Runs of tokens that count, or do not.
-        const auto counts = [&](int64_t t) {
-            return batch_.rules[size_t(first + t)] != NeuronRule::all;
-        };
+        const bool counts = is_counted(batch_.rules[size_t(begin)]);
         for (end = begin + 1; end < n && end - begin < few_tokens; ++end)
-            if (counts(end) != counts(begin)) break;
-        if (!counts(begin) && !counting_) continue;
+            if (is_counted(batch_.rules[size_t(end)]) != counts) break;
+        if (!counts && !counting_) continue;
         args.h = h + size_t(begin * h_stride) * sizeof(float);
         args.n_tokens = end - begin;
         share_.kernels->count_active(stream_, args, counting_ ? counts_of(kept.index) : 0,
-                                     counts(begin) ? total(kept, 0) : 0);
+                                     counts ? total(kept, 0) : 0);
     }
 }
 

@@ -15,12 +15,19 @@ Input CudaDevice::prepared(Type type, CUdeviceptr x, int64_t n_rows, int64_t n_c
     Input in{x, {}, n_rows};
     if (!wants_q8(type)) return in;
     in.q8 = Q8::at(q8_, n_rows, n_cols);
-    if (prepared_from_ != x || prepared_rows_ != n_rows || prepared_cols_ != n_cols) {
-        share_.kernels->quantise(stream_, x, n_rows, n_cols, in.q8);
-        prepared_from_ = x;
-        prepared_rows_ = n_rows;
-        prepared_cols_ = n_cols;
-    }
+    const Prepared wanted{x, n_rows, n_cols};
+    if (prepared_ != wanted) share_.kernels->quantise(stream_, x, n_rows, n_cols, in.q8);
+    prepared_ = wanted;
+    return in;
+}
+
+Input CudaDevice::prepared_for_predictor(Type type, CUdeviceptr x, int64_t n_rows, int64_t n_cols) {
+    Input in{x, {}, n_rows};
+    if (!wants_q8(type)) return in;
+    in.q8 = Q8::at(predictor_q8_, n_rows, n_cols);
+    const Prepared wanted{x, n_rows, n_cols};
+    if (for_predictor_ != wanted) share_.kernels->quantise(stream_, x, n_rows, n_cols, in.q8);
+    for_predictor_ = wanted;
     return in;
 }
 
@@ -103,7 +110,7 @@ bool CudaDevice::choose_cublas(const DeviceWeight& w, What what, CUdeviceptr x, 
     if (what == What::rows) {
         const cuda::Product product{part, 0, lifted_, part.n_rows};
         tiles = seconds_of(stream_, share_.gpu, [&] {
-            prepared_from_ = 0;
+            prepared_ = {};
             share_.kernels->multiply(stream_, prepared(w.type, x, n_tokens, w.n_cols),
                                      {&product, 1}, false);
         });
@@ -140,7 +147,7 @@ void CudaDevice::choose_for(const FeedForward& ffn, const DeviceFfn& kept, CUdev
         choose_cublas(kept.by_neuron(), What::neurons, hidden_, n);
     else
         choose_cublas(kept.down, What::rows, hidden_, n);
-    prepared_from_ = 0;
+    prepared_ = {};
 }
 
 }  // namespace qi::cuda

@@ -40,15 +40,12 @@ void CudaDevice::compute_many(const FeedForward& ffn, const DeviceFfn& kept, con
         !by_neuron && wants_q8(kept.down.type) && !known_cublas(kept.down.type, What::rows, n);
     if (quantised) act.q8 = Q8::at(q8_, n, n_slots);
     kernels.act_mul(stream_, act);
-    const NeuronList by_slot = kept.list_by_slot();
-    count_active(kept, kept.whole() ? nullptr : &by_slot, hidden_, n_slots, 0, n);
-    prepared_from_ = quantised ? hidden_ : 0;
-    prepared_rows_ = n;
-    prepared_cols_ = n_slots;
+    count_active(kept, hidden_, n_slots, n);
+    prepared_ = {quantised ? hidden_ : 0, n, n_slots};
     if (!by_neuron) {
         const cuda::Product down{kept.down, kept.down_bias, address(y), n_embd};
         multiply(kept.down.type, hidden_, n, n_slots, {&down, 1}, true);
-        prepared_from_ = 0;
+        prepared_ = {};
         return;
     }
     DownTileArgs down;
@@ -67,9 +64,7 @@ void CudaDevice::compute_many(const FeedForward& ffn, const DeviceFfn& kept, con
 
 bool CudaDevice::streams(const FeedForward& ffn, const DeviceFfn& kept) {
     const int64_t n = batch_.n_tokens;
-    const bool predicted = std::any_of(batch_.rules.begin(), batch_.rules.end(),
-                                       [](NeuronRule r) { return r == NeuronRule::predict; });
-    if (!panels_ || n <= few_tokens || predicted || kept.whole()) return false;
+    if (!panels_ || n <= few_tokens || predicts() || kept.whole()) return false;
     if (panels_->neurons_together(ffn) == 0) return false;
     const Type type = ffn.up.weight.type;
     if (const auto known = share_.choice->known(type, What::streamed, n)) return *known;

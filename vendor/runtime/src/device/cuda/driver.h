@@ -45,9 +45,6 @@ inline constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75;
 inline constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76;
 inline constexpr int CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97;
 
-inline constexpr int CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES = 1;
-inline constexpr int CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES = 3;
-inline constexpr int CU_FUNC_ATTRIBUTE_NUM_REGS = 4;
 inline constexpr int CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8;
 
 inline constexpr unsigned CU_MEMHOSTALLOC_PORTABLE = 1;
@@ -82,8 +79,6 @@ inline constexpr int CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1;
     X(cuMemHostAlloc, "cuMemHostAlloc", (void**, size_t, unsigned flags))                         \
     X(cuMemFreeHost, "cuMemFreeHost", (void*))                                                    \
     X(cuMemHostGetDevicePointer, "cuMemHostGetDevicePointer_v2", (CUdeviceptr*, void*, unsigned)) \
-    X(cuMemcpyHtoD, "cuMemcpyHtoD_v2", (CUdeviceptr, const void*, size_t))                        \
-    X(cuMemcpyDtoH, "cuMemcpyDtoH_v2", (void*, CUdeviceptr, size_t))                              \
     X(cuMemcpyHtoDAsync, "cuMemcpyHtoDAsync_v2", (CUdeviceptr, const void*, size_t, CUstream))    \
     X(cuMemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2", (void*, CUdeviceptr, size_t, CUstream))          \
     X(cuMemcpyDtoDAsync, "cuMemcpyDtoDAsync_v2", (CUdeviceptr, CUdeviceptr, size_t, CUstream))    \
@@ -104,17 +99,13 @@ inline constexpr int CU_STREAM_CAPTURE_MODE_THREAD_LOCAL = 1;
       (CUmodule*, const void*, unsigned n_options, int* options, void** values))                  \
     X(cuModuleUnload, "cuModuleUnload", (CUmodule))                                               \
     X(cuModuleGetFunction, "cuModuleGetFunction", (CUfunction*, CUmodule, const char*))           \
-    X(cuFuncGetAttribute, "cuFuncGetAttribute", (int*, int attribute, CUfunction))                \
     X(cuFuncSetAttribute, "cuFuncSetAttribute", (CUfunction, int attribute, int value))           \
     X(cuLaunchKernel, "cuLaunchKernel",                                                           \
       (CUfunction, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,           \
        unsigned block_y, unsigned block_z, unsigned shared_bytes, CUstream, void** parameters,    \
        void** extra))                                                                             \
-    X(cuOccupancyMaxActiveBlocksPerMultiprocessor, "cuOccupancyMaxActiveBlocksPerMultiprocessor", \
-      (int*, CUfunction, int block_size, size_t shared_bytes))                                    \
     X(cuStreamBeginCapture, "cuStreamBeginCapture_v2", (CUstream, int mode))                      \
     X(cuStreamEndCapture, "cuStreamEndCapture", (CUstream, CUgraph*))                             \
-    X(cuStreamIsCapturing, "cuStreamIsCapturing", (CUstream, int* status))                        \
     X(cuGraphInstantiateWithFlags, "cuGraphInstantiateWithFlags",                                 \
       (CUgraphExec*, CUgraph, unsigned long long flags))                                          \
     X(cuGraphLaunch, "cuGraphLaunch", (CUgraphExec, CUstream))                                    \

@@ -87,7 +87,6 @@ void Exchange::try_out(const Stream& stream) {
         return;
     }
     limit_ns_ = std::min(trial_limit_ns, wait_limit_ns_);
-    std::vector<double> seconds;
     int n_unasked = 0;
     bool was_late = false;
     for (int i = 0; i < n_trials; ++i) {
@@ -95,10 +94,8 @@ void Exchange::try_out(const Stream& stream) {
         const Round round = send(stream, trial_base_, 0, {});
         receive(stream, trial_base_, round, 0, 0, false, 0);
         n_unasked += wait_for(stream, round.place, false);
-        const auto start = Clock::now();
         finish(round.place);
         stream.synchronize();
-        seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
         was_late |= flag(flags_, late).load() != 0;
         flag(flags_, to_host).store(0);
         flag(flags_, to_device).store(0);
@@ -115,8 +112,6 @@ void Exchange::try_out(const Stream& stream) {
                             : "the driver starts kernels only when it is asked about them"));
         return;
     }
-    std::nth_element(seconds.begin(), seconds.begin() + n_trials / 2, seconds.end());
-    round_trip_seconds_ = seconds[n_trials / 2];
     can_be_recorded_ = true;
 }
 

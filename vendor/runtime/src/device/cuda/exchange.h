@@ -85,8 +85,6 @@ class Exchange {
     };
     // Of each kind since they were last taken; waits for the stream.
     std::vector<Times> take_times(const Stream& stream);
-    // Of a round without work, median; 0 where rounds cannot be recorded.
-    double round_trip_seconds() const { return round_trip_seconds_; }
 
   private:
     bool wait_for(const Stream& stream, uint32_t number, bool replaying);
@@ -103,7 +101,6 @@ class Exchange {
     int64_t wait_limit_ns_, limit_ns_ = 0;  // of waits in replays, and of those enqueued now
     uint32_t base_ = 0, n_rounds_ = 0;
     bool can_be_recorded_ = false, recording_ = false;
-    double round_trip_seconds_ = 0;
     Answers kept_;
     std::future<bool> question_;  // to the driver, see has_come_to_rest
 };

@@ -422,40 +422,10 @@ Function Module::function(const char* name) const {
     return Function(handle, name);
 }
 
-namespace {
-
-int function_attribute(CUfunction function, int which) {
-    int value = 0;
-    check(driver().cuFuncGetAttribute(&value, which, function), "asking what a kernel needs");
-    return value;
-}
-
-}  // namespace
-
-int Function::n_registers() const {
-    return function_attribute(handle_, CU_FUNC_ATTRIBUTE_NUM_REGS);
-}
-
-int Function::shared_bytes() const {
-    return function_attribute(handle_, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES);
-}
-
-int Function::local_bytes() const {
-    return function_attribute(handle_, CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES);
-}
-
 void Function::allow_dynamic_shared(int n_bytes) const {
     const CUresult result = driver().cuFuncSetAttribute(
         handle_, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, n_bytes);
     check(result, format("giving the kernel %s %d bytes of shared memory", name_, n_bytes).c_str());
-}
-
-int Function::max_blocks_per_sm(int block_size, size_t shared_bytes) const {
-    int n = 0;
-    check(
-        driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(&n, handle_, block_size, shared_bytes),
-        "asking how many blocks fit");
-    return n;
 }
 
 void Function::launch_with(const Stream& stream, Size3 grid, Size3 block, unsigned shared_bytes,

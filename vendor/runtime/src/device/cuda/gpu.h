@@ -228,12 +228,8 @@ class Function {
     Function() = default;
 
     CUfunction handle() const { return handle_; }
-    int n_registers() const;
-    int shared_bytes() const;  // static
-    int local_bytes() const;   // per thread: spills and arrays
     // Needed once before launches with more than 48 KB of it.
     void allow_dynamic_shared(int n_bytes) const;
-    int max_blocks_per_sm(int block_size, size_t shared_bytes) const;
 
     // The arguments' types must be those of the kernel's parameters.
     template <typename... Arguments>

@@ -64,14 +64,10 @@ const char* kv_name(Type type) {
 
 // Tokens [first, first + n) of an input.
 Input part_of(const Input& in, int64_t n_cols, int64_t first, int64_t n) {
-    const auto width = size_t(q8_width(n_cols));
-    const auto skip = size_t(first);
     Input part;
     part.n_tokens = n;
-    if (in.x) part.x = in.x + skip * size_t(n_cols) * sizeof(float);
-    if (in.q8)
-        part.q8 = {in.q8.codes + skip * width, in.q8.scales + skip * width / 32 * sizeof(float),
-                   in.q8.sums + skip * width / 16 * sizeof(float)};
+    if (in.x) part.x = in.x + size_t(first * n_cols) * sizeof(float);
+    if (in.q8) part.q8 = in.q8.from(first, n_cols);
     return part;
 }
 
@@ -93,6 +89,11 @@ Q8 Q8::at(CUdeviceptr base, int64_t n_tokens, int64_t n_cols) {
     q8.scales = q8.codes + round256(n * width);
     q8.sums = q8.scales + round256(n * width / 32 * sizeof(float));
     return q8;
+}
+
+Q8 Q8::from(int64_t first, int64_t n_cols) const {
+    const auto skip = size_t(first * q8_width(n_cols));
+    return {codes + skip, scales + skip / 32 * sizeof(float), sums + skip / 16 * sizeof(float)};
 }
 
 size_t NeuronList::n_bytes(int64_t capacity) {
@@ -156,7 +157,6 @@ namespace names {
 constexpr const char* norm = "qi_norm";
 constexpr const char* quantise = "qi_quantise";
 constexpr const char* act_mul = "qi_act_mul";
-constexpr const char* add = "qi_add";
 constexpr const char* scale_rows = "qi_scale_rows";
 constexpr const char* narrow_rows = "qi_narrow_rows";
 constexpr const char* matvec[] = {"qi_matvec_1", "qi_matvec_1x2", "qi_matvec_2", "qi_matvec_3",
@@ -165,14 +165,10 @@ constexpr const char* matmul[] = {"qi_matmul_128x64", "qi_matmul_32x32", "qi_mat
 constexpr const char* ffn[] = {"qi_ffn_1", "qi_ffn_2", "qi_ffn_4", "qi_ffn_8"};
 constexpr const char* down[] = {"qi_down_1", "qi_down_2", "qi_down_4", "qi_down_8"};
 constexpr const char* down_tile = "qi_down_tile";
-constexpr const char* gather = "qi_gather";
 constexpr const char* widen_to_half = "qi_widen_to_half";
 constexpr const char* widen = "qi_widen";
-constexpr const char* predicted_masks = "qi_predicted_masks";
-constexpr const char* gate_masks = "qi_gate_masks";
-constexpr const char* compact = "qi_compact";
+constexpr const char* select = "qi_select";
 constexpr const char* count_active = "qi_count_active";
-constexpr const char* count_bits = "qi_count_bits";
 constexpr const char* place_records = "qi_place_records";
 constexpr const char* count_missed = "qi_count_missed";
 constexpr const char* add_partials = "qi_add_partials";
@@ -196,16 +192,15 @@ void Kernels::load_weight_kernels(Type type) {
     for (const char* name : names::down)
         function(Source::down, type, name);
     load(Source::down, type, {names::down_tile});
-    load(Source::rows, type, {names::gather, names::widen_to_half, names::widen});
+    load(Source::rows, type, {names::widen_to_half, names::widen});
 }
 
 void Kernels::load_common_kernels() {
     load(Source::norm, Type::f32,
-         {names::norm, names::quantise, names::act_mul, names::add, names::scale_rows,
-          names::narrow_rows});
+         {names::norm, names::quantise, names::act_mul, names::scale_rows, names::narrow_rows});
     load(Source::select, Type::f32,
-         {names::predicted_masks, names::gate_masks, names::compact, names::count_active,
-          names::count_bits, names::count_missed, names::add_partials, names::place_records});
+         {names::select, names::count_active, names::count_missed, names::add_partials,
+          names::place_records});
     load(Source::logits, Type::f32, {names::argmax, names::top_k, names::log_terms});
 }
 
@@ -217,7 +212,7 @@ void Kernels::norm(const Stream& stream, const NormArgs& args) {
     function(Source::norm, Type::f32, names::norm)
         .launch(stream, {unsigned(args.n_tokens)}, {threads}, 0, args.x, args.weight, args.bias,
                 args.epsilon, int(args.layer), int(args.n), args.out, args.q8.codes, args.q8.scales,
-                args.q8.sums);
+                args.q8.sums, args.x_q8.codes, args.x_q8.scales, args.x_q8.sums);
 }
 
 // Threads of elementwise kernels, each with four values.
@@ -235,12 +230,6 @@ void Kernels::act_mul(const Stream& stream, const ActMulArgs& args) {
         .launch(stream, {blocks(args.n, 4 * row_threads), unsigned(args.n_tokens)}, {row_threads},
                 0, int(args.act), args.threshold, args.gate, args.up, int(args.n), args.h,
                 args.q8.codes, args.q8.scales, args.q8.sums);
-}
-
-void Kernels::add(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n, CUdeviceptr y) {
-    function(Source::norm, Type::f32, names::add)
-        .launch(stream, {blocks(n, 4 * row_threads), unsigned(n_tokens)}, {row_threads}, 0, x,
-                int(n), y);
 }
 
 void Kernels::scale_rows(const Stream& stream, CUdeviceptr factors, CUdeviceptr bias,
@@ -309,7 +298,7 @@ void Kernels::launch_product(const Stream& stream, const Input& in,
                 (long long)y_stride[1], (long long)y_stride[2], rows[0], rows[1], rows[2],
                 (long long)first.row_stride, rows_of.slots, rows_of.ids, rows_of.n, int(by_neuron),
                 in.x, in.q8.codes, in.q8.scales, in.q8.sums, int(first.n_cols), int(n),
-                int(accumulate), warps_per_row);
+                int(accumulate), int(products[0].relu), warps_per_row);
 }
 
 namespace {
@@ -361,12 +350,14 @@ void Kernels::multiply(const Stream& stream, const Input& in, std::span<const Pr
                        bool accumulate, ProductKernel kernel) {
     for (const Product& product : products)
         if (product.w.type != products[0].w.type || product.w.n_cols != products[0].w.n_cols ||
-            product.w.row_stride != products[0].w.row_stride || products.size() > 3)
+            product.w.row_stride != products[0].w.row_stride || products.size() > 3 ||
+            product.relu != products[0].relu)
             fail(QI_INTERNAL, "products of one launch have one type and width, and are at most 3");
     if (kernel == ProductKernel::automatic)
         kernel = in.n_tokens > launch_tokens ? tile_for(products[0].w, in.n_tokens)
                                              : ProductKernel::rows;
     if (kernel != ProductKernel::rows) {
+        if (products[0].relu) fail(QI_INTERNAL, "tiles have no relu");
         for (const Product& product : products)
             launch_tiles(stream, in, product, accumulate, kernel);
         return;
@@ -395,27 +386,15 @@ void Kernels::multiply_listed(const Stream& stream, const Input& in, const Produ
 
 // ---- neurons ----
 
-void Kernels::predicted_masks(const Stream& stream, CUdeviceptr predictions, float threshold,
-                              CUdeviceptr rules, int64_t n_tokens, int64_t n_ff, CUdeviceptr masks,
-                              CUdeviceptr named) {
-    function(Source::select, Type::f32, names::predicted_masks)
-        .launch(stream, {blocks(n_ff, row_threads)}, {row_threads}, 0, predictions, threshold,
-                rules, int(n_tokens), int(n_ff), masks, named);
-}
-
-void Kernels::gate_masks(const Stream& stream, CUdeviceptr gates, float threshold,
-                         CUdeviceptr slot_of_neuron, bool within, int64_t n_tokens, int64_t n_ff,
-                         CUdeviceptr masks, CUdeviceptr named) {
-    function(Source::select, Type::f32, names::gate_masks)
-        .launch(stream, {blocks(n_ff, row_threads)}, {row_threads}, 0, gates, threshold,
-                slot_of_neuron, int(within), int(n_tokens), int(n_ff), masks, named);
-}
-
-void Kernels::compact(const Stream& stream, CUdeviceptr named, CUdeviceptr slot_of_neuron,
-                      int64_t n_ff, const NeuronList& list) {
-    function(Source::select, Type::f32, names::compact)
-        .launch(stream, {1}, {1024}, 0, named, slot_of_neuron, int(n_ff), list.ids, list.slots,
-                list.n, list.bounds);
+void Kernels::select(const Stream& stream, const SelectArgs& args) {
+    constexpr int64_t threads = 1024;
+    const NeuronList none;
+    const NeuronList& list = args.list ? *args.list : none;
+    function(Source::select, Type::f32, names::select)
+        .launch(stream, {blocks(args.n_ff, threads)}, {threads}, 0, args.predictions,
+                args.threshold, args.rules, int(args.n_tokens), int(args.n_ff), args.masks,
+                args.total, args.slot_of_neuron, args.listed, list.ids, list.slots, list.n,
+                list.bounds, args.ticket);
 }
 
 void Kernels::ffn_rows(const Stream& stream, const FfnArgs& args) {
@@ -436,16 +415,20 @@ void Kernels::ffn_rows(const Stream& stream, const FfnArgs& args) {
             args.gates ? args.gates + size_t(token * w.n_ff) * sizeof(float) : 0;
         const CUdeviceptr masks =
             args.masks ? args.masks + size_t(token * n_words) * sizeof(uint32_t) : 0;
+        const CUdeviceptr rules = args.rules ? args.rules + size_t(token) : 0;
         function(Source::ffn, w.up_type, names::ffn[names::power_index(n)])
             .launch(stream, {blocks(n_neurons, block_warps)}, {unsigned(block_warps * warp)}, 0,
                     w.records, (long long)w.layout.stride, (long long)w.layout.gate_offset,
                     (long long)w.layout.up_offset, int(w.gated), list.slots, list.ids, list.n,
                     int(w.n_ff), w.gate_bias, w.up_bias, int(args.act), args.threshold, gates,
                     (long long)w.n_ff, masks, int(n_words), h, (long long)args.h_stride,
-                    int(args.by_neuron), in.x, in.q8.codes, in.q8.scales, in.q8.sums, int(w.n_embd),
-                    int(n));
+                    int(args.by_neuron), rules, args.active, args.total, in.x, in.q8.codes,
+                    in.q8.scales, in.q8.sums, int(w.n_embd), int(n));
     }
 }
+
+// Columns of a block of down.cu.
+static constexpr int64_t down_cols = 256;
 
 void Kernels::down_rows(const Stream& stream, const DownArgs& args) {
     const NeuronWeights& w = args.w;
@@ -455,12 +438,17 @@ void Kernels::down_rows(const Stream& stream, const DownArgs& args) {
     const int64_t tokens_per_block = int64_t(1) << variant;
     function(Source::down, w.down_type, names::down[variant])
         .launch(stream,
-                {blocks(w.n_embd, 256), unsigned(n_partitions),
+                {blocks(w.n_embd, down_cols), unsigned(n_partitions),
                  blocks(args.n_tokens, tokens_per_block)},
                 {256}, 8 * 256 * sizeof(float), w.records + w.layout.down_offset,
                 (long long)w.layout.stride, int(w.n_embd), list.slots, list.bounds, int(w.n_ff),
                 args.h, (long long)args.h_stride, list.ids, int(args.by_neuron), int(args.n_tokens),
-                args.partial);
+                args.partial, args.tickets, args.bias, args.y);
+}
+
+size_t Kernels::down_ticket_bytes(int64_t n_tokens, int64_t n_embd) {
+    return size_t(ceil_div(n_tokens, launch_tokens) * ceil_div(n_embd, down_cols)) *
+           sizeof(uint32_t);
 }
 
 // What down_tile.cuh keeps of a step: rows as one or two halves, h as two with a power of two per
@@ -485,22 +473,19 @@ void Kernels::down_tiles(const Stream& stream, const DownTileArgs& args) {
                 down_tile_shared(w.type), w.data, (long long)w.row_stride, int(w.n_rows),
                 int(w.n_cols), args.h, (long long)args.h_stride, int(args.n_tokens), args.bias,
                 split ? args.room : args.y);
-    if (split)
-        add_partials(stream, args.room, args.bias, 0, args.n_tokens, w.n_cols, args.y, n_parts);
+    if (!split) return;
+    function(Source::select, Type::f32, names::add_partials)
+        .launch(stream, {blocks(w.n_cols, row_threads), unsigned(args.n_tokens)}, {row_threads}, 0,
+                args.room, int(n_parts), args.bias, int(args.n_tokens), int(w.n_cols), args.y);
 }
 
-void Kernels::count_active(const Stream& stream, const DownArgs& args, CUdeviceptr active,
+void Kernels::count_active(const Stream& stream, const CountArgs& args, CUdeviceptr active,
                            CUdeviceptr total) {
     const NeuronList none;
     const NeuronList& list = args.list ? *args.list : none;
     function(Source::select, Type::f32, names::count_active)
-        .launch(stream, {1}, {1024}, 0, args.h, (long long)args.h_stride, int(args.by_neuron),
-                list.ids, list.n, int(args.w.n_ff), int(args.n_tokens), active, total);
-}
-
-void Kernels::count_bits(const Stream& stream, CUdeviceptr words, int64_t n, CUdeviceptr total) {
-    function(Source::select, Type::f32, names::count_bits)
-        .launch(stream, {1}, {1024}, 0, words, int(n), total);
+        .launch(stream, {1}, {1024}, 0, args.h, (long long)args.h_stride, list.ids, list.n,
+                int(args.n_ff), int(args.n_tokens), active, total);
 }
 
 void Kernels::count_missed(const Stream& stream, CUdeviceptr gates, float threshold,
@@ -524,22 +509,7 @@ void Kernels::place_records(const Stream& stream, CUdeviceptr from, CUdeviceptr 
     }
 }
 
-void Kernels::add_partials(const Stream& stream, CUdeviceptr partial, CUdeviceptr bias,
-                           CUdeviceptr other, int64_t n_tokens, int64_t n_embd, CUdeviceptr y,
-                           int64_t n_partials) {
-    function(Source::select, Type::f32, names::add_partials)
-        .launch(stream, {blocks(n_embd, row_threads), unsigned(n_tokens)}, {row_threads}, 0,
-                partial, int(n_partials), bias, other, int(n_tokens), int(n_embd), y);
-}
-
 // ---- rows of a weight as numbers ----
-
-void Kernels::gather(const Stream& stream, const DeviceWeight& w, CUdeviceptr rows, int64_t n,
-                     bool accumulate, CUdeviceptr out) {
-    function(Source::rows, w.type, names::gather)
-        .launch(stream, {blocks(w.n_cols, 8 * row_threads), unsigned(n)}, {row_threads}, 0, w.data,
-                (long long)w.row_stride, int(w.n_cols), rows, int(accumulate), out);
-}
 
 void Kernels::widen(const Stream& stream, const DeviceWeight& w, int64_t first, int64_t n, Type to,
                     CUdeviceptr out) {

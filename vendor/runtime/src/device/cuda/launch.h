@@ -49,6 +49,8 @@ struct Q8 {
     // One allocation for all three, and their places in it.
     static size_t n_bytes(int64_t n_tokens, int64_t n_cols);
     static Q8 at(CUdeviceptr base, int64_t n_tokens, int64_t n_cols);
+    // Without the tokens before `first`.
+    Q8 from(int64_t first, int64_t n_cols) const;
 };
 
 // Block types are multiplied with q8 rows, float types with float rows.
@@ -69,6 +71,7 @@ struct Product {
     CUdeviceptr bias = 0;  // float [n_rows], or 0
     CUdeviceptr y = 0;     // [n_tokens][y_stride]
     int64_t y_stride = 0;
+    bool relu = false;  // y = max(W·x + bias, 0); by rows only, and for all products of a launch
 };
 
 // How a product is computed. `automatic` takes rows for up to 8 tokens and the tile that suits the
@@ -76,7 +79,7 @@ struct Product {
 // depends on which tile it is.
 enum class ProductKernel { automatic, rows, tile_128x64, tile_32x32, tile_32x16 };
 
-// Rows chosen by a list in device memory, as `compact` makes it.
+// Rows chosen by a list in device memory, as `select` makes it.
 struct NeuronList {
     CUdeviceptr ids = 0;     // int32, neurons, ascending
     CUdeviceptr slots = 0;   // int32, where each one's record is
@@ -101,7 +104,8 @@ struct NormArgs {
     CUdeviceptr x = 0;
     int64_t n_tokens = 0, n = 0;
     CUdeviceptr out = 0;  // or 0
-    Q8 q8;                // or none
+    Q8 q8;                // of out, or none
+    Q8 x_q8;              // of x, or none
 };
 
 // h = act(gate) ⊙ up, or act(gate) where up is 0.
@@ -181,6 +185,23 @@ struct NeuronWeights {
     CUdeviceptr up_bias = 0;    // [n_ff], or 0
 };
 
+// Which neurons tokens use, by what a predictor says of them.
+struct SelectArgs {
+    CUdeviceptr predictions = 0;  // float [n_tokens][n_ff]
+    float threshold = 0;
+    CUdeviceptr rules = 0;  // uint8 [n_tokens], NeuronRule's numbers
+    int64_t n_tokens = 0, n_ff = 0;
+    // uint32 [n_tokens][n_words], a bit per neuron: those whose prediction is not below the
+    // threshold for tokens of rule `predict`, all for other tokens.
+    CUdeviceptr masks = 0;
+    CUdeviceptr total = 0;  // uint64 [1], grows by the bits of tokens of rule `predict`; or 0
+    // Of the neurons that any token uses those that have a slot; or null, and the rest is 0.
+    const NeuronList* list = nullptr;
+    CUdeviceptr slot_of_neuron = 0;  // int32 [n_ff], below 0: none
+    CUdeviceptr listed = 0;          // room for uint32 [n_words]
+    CUdeviceptr ticket = 0;          // uint32, zeroed once
+};
+
 struct FfnArgs {
     NeuronWeights w;
     Input in;
@@ -192,6 +213,10 @@ struct FfnArgs {
     CUdeviceptr h = 0;      // [n_tokens][h_stride]
     int64_t h_stride = 0;
     bool by_neuron = false;  // h stands at the neuron's number, not at its place in the list
+    // Counts of values of h that are not 0, each of them or 0: active uint64 [n_ff] grows by the
+    // tokens that each listed neuron was active for, total uint64 [1] by their sum over tokens of a
+    // rule other than `all`; rules uint8 [n_tokens].
+    CUdeviceptr rules = 0, active = 0, total = 0;
 };
 
 struct DownArgs {
@@ -202,6 +227,19 @@ struct DownArgs {
     bool by_neuron = false;
     int64_t n_tokens = 0;
     CUdeviceptr partial = 0;  // [n_partitions][n_tokens][n_embd]
+    // down_ticket_bytes that were zeroed once, that every launch leaves zeroed, and that launches
+    // of fewer tokens may share.
+    CUdeviceptr tickets = 0;
+    CUdeviceptr bias = 0;  // [n_embd], or 0
+    CUdeviceptr y = 0;     // [n_tokens][n_embd]
+};
+
+// What `count_active` looks at: h of the listed neurons, as ffn_rows leaves it.
+struct CountArgs {
+    const NeuronList* list = nullptr;  // null: all n_ff neurons
+    int64_t n_ff = 0;
+    CUdeviceptr h = 0;
+    int64_t h_stride = 0, n_tokens = 0;
 };
 
 // y += h · w with rows of w along the inner dimension, for many tokens.
@@ -230,9 +268,6 @@ class Kernels {
     void norm(const Stream& stream, const NormArgs& args);
     void quantise(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n, const Q8& out);
     void act_mul(const Stream& stream, const ActMulArgs& args);
-    // y += x
-    void add(const Stream& stream, CUdeviceptr x, int64_t n_tokens, int64_t n, CUdeviceptr y);
-
     // y[t] = y[t] · factors[t] + bias; factors float [n_tokens], bias [n] or 0.
     void scale_rows(const Stream& stream, CUdeviceptr factors, CUdeviceptr bias, int64_t n_tokens,
                     int64_t n, CUdeviceptr y, int64_t y_stride);
@@ -267,41 +302,24 @@ class Kernels {
                       CUdeviceptr other_terms);
 
     // ---- neurons ----
-    // masks [n_tokens][n_words] and named [n_words], uint32 with a bit per neuron: those whose
-    // prediction is not below the threshold for tokens of rule `predict`, all for other tokens.
-    // rules: uint8 [n_tokens], NeuronRule's numbers.
-    void predicted_masks(const Stream& stream, CUdeviceptr predictions, float threshold,
-                         CUdeviceptr rules, int64_t n_tokens, int64_t n_ff, CUdeviceptr masks,
-                         CUdeviceptr named);
-    // The same for those whose gate passes the activation's threshold; `within` keeps to the masks
-    // found before. Neurons without a slot have no gate: slot_of_neuron int32 [n_ff], or 0.
-    void gate_masks(const Stream& stream, CUdeviceptr gates, float threshold,
-                    CUdeviceptr slot_of_neuron, bool within, int64_t n_tokens, int64_t n_ff,
-                    CUdeviceptr masks, CUdeviceptr named);
-    // The named neurons that have a slot.
-    void compact(const Stream& stream, CUdeviceptr named, CUdeviceptr slot_of_neuron, int64_t n_ff,
-                 const NeuronList& list);
+    void select(const Stream& stream, const SelectArgs& args);
     // h = act(gate·x) · (up·x) of the listed neurons, 0 where a token does not use one. Up to 8
     // tokens a launch. Gate and up of one type, unless the gates are known.
     void ffn_rows(const Stream& stream, const FfnArgs& args);
-    // The down rows of the listed neurons, weighed by h and added by partition.
+    // y += the down rows of the listed neurons, weighed by h and added by partition, + bias.
     void down_rows(const Stream& stream, const DownArgs& args);
-    // y += Σ partial + bias + other; bias [n_embd] and other [n_tokens][n_embd] may be 0.
-    void add_partials(const Stream& stream, CUdeviceptr partial, CUdeviceptr bias,
-                      CUdeviceptr other, int64_t n_tokens, int64_t n_embd, CUdeviceptr y,
-                      int64_t n_partials = n_partitions);
+    static size_t down_ticket_bytes(int64_t n_tokens, int64_t n_embd);
     // The down rows of all slots for many tokens, by tiles. A token's result depends on the number
     // of tokens, which decides whether sums are made in parts.
     void down_tiles(const Stream& stream, const DownTileArgs& args);
 
     // active uint64 [n_ff] (or 0) grows by the tokens each listed neuron was active for, total
-    // uint64 [1] (or 0) by their sum; h as in DownArgs.
-    void count_active(const Stream& stream, const DownArgs& args, CUdeviceptr active,
+    // uint64 [1] (or 0) by their sum.
+    void count_active(const Stream& stream, const CountArgs& args, CUdeviceptr active,
                       CUdeviceptr total);
-    // total uint64 [1] grows by the bits set in n words.
-    void count_bits(const Stream& stream, CUdeviceptr words, int64_t n, CUdeviceptr total);
     // totals uint64 [2] grow by the neurons whose gate passes the threshold, of tokens of rule
-    // `predict`, and by those of them that the masks leave out; gates as in gate_masks.
+    // `predict`, and by those of them that the masks leave out. Neurons without a slot have no
+    // gate: slot_of_neuron int32 [n_ff], or 0.
     void count_missed(const Stream& stream, CUdeviceptr gates, float threshold,
                       CUdeviceptr slot_of_neuron, CUdeviceptr masks, CUdeviceptr rules,
                       int64_t n_tokens, int64_t n_ff, CUdeviceptr totals);
@@ -311,10 +329,6 @@ class Kernels {
                        const NeuronWeights& w);
 
     // ---- rows of a weight as numbers ----
-    // Float rows of activations can be gathered too, where n_cols is a multiple of 4. out[i] = row
-    // rows[i] (or += it); rows int32 [n], below 0 leaves out[i] alone.
-    void gather(const Stream& stream, const DeviceWeight& w, CUdeviceptr rows, int64_t n,
-                bool accumulate, CUdeviceptr out);
     // out [n][n_cols] = rows first … first + n - 1, to f32, f16 or bf16.
     void widen(const Stream& stream, const DeviceWeight& w, int64_t first, int64_t n, Type to,
                CUdeviceptr out);

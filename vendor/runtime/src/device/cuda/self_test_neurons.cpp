@@ -67,45 +67,48 @@ void test_lists(Bench& bench, int64_t n_ff, int64_t n_tokens, int percent) {
     const std::vector<int32_t> slot_of_neuron = random_slots(bench, n_ff, false);
 
     const int64_t n_words = (n_ff + 31) / 32;
-    const CUdeviceptr masks = bench.room(size_t(n_tokens * n_words) * 4);
-    const CUdeviceptr named = bench.room(size_t(n_words) * 4);
-    const CUdeviceptr values_at = bench.upload(values), slots_at = bench.upload(slot_of_neuron);
+    const CUdeviceptr slots_at = bench.upload(slot_of_neuron), rules_at = bench.upload(rules);
+    const CUdeviceptr values_at = bench.upload(values);
     const NeuronList list = NeuronList::at(bench.room(NeuronList::n_bytes(n_ff)), n_ff);
-
     const auto predicted = [&](int64_t t, int64_t j) {
         return rules[size_t(t)] != uint8_t(NeuronRule::predict) ||
                !(values[size_t(t * n_ff + j)] < threshold);
     };
-    const auto passes = [&](int64_t t, int64_t j) {
-        return slot_of_neuron[size_t(j)] >= 0 && !(values[size_t(t * n_ff + j)] <= 0.1f);
-    };
-    const auto check = [&](const std::function<bool(int64_t, int64_t)>& wanted) {
-        std::vector<uint32_t> all;
-        for (int64_t t = 0; t < n_tokens; ++t) {
-            const auto words = bits_of(n_ff, [&](int64_t j) { return wanted(t, j); });
-            all.insert(all.end(), words.begin(), words.end());
-        }
-        expect_words(bench, masks, all);
-        const auto any = bits_of(n_ff, [&](int64_t j) {
-            for (int64_t t = 0; t < n_tokens; ++t)
-                if (wanted(t, j)) return true;
-            return false;
-        });
-        expect_words(bench, named, any);
-        const CUdeviceptr total = bench.zeros(8);
-        bench.kernels.count_bits(bench.stream, masks, n_tokens * n_words, total);
-        uint64_t n_bits = 0;
-        for (const uint32_t word : all)
-            n_bits += uint64_t(__builtin_popcount(word));
-        bench.expect(bench.download<uint64_t>(total, 1)[0] == n_bits);
-        bench.kernels.compact(bench.stream, named, slots_at, n_ff, list);
-        expect_list(bench, list, any, slot_of_neuron);
-    };
-    bench.kernels.predicted_masks(bench.stream, values_at, threshold, bench.upload(rules), n_tokens,
-                                  n_ff, masks, named);
-    check(predicted);
+    std::vector<uint32_t> all;
+    uint64_t n_predicted = 0;
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        const auto words = bits_of(n_ff, [&](int64_t j) { return predicted(t, j); });
+        all.insert(all.end(), words.begin(), words.end());
+        for (const uint32_t word : words)
+            if (rules[size_t(t)] == uint8_t(NeuronRule::predict))
+                n_predicted += uint64_t(__builtin_popcount(word));
+    }
+    const auto any = bits_of(n_ff, [&](int64_t j) {
+        for (int64_t t = 0; t < n_tokens; ++t)
+            if (predicted(t, j)) return true;
+        return false;
+    });
+    SelectArgs args;
+    args.predictions = values_at;
+    args.threshold = threshold;
+    args.rules = rules_at;
+    args.n_tokens = n_tokens;
+    args.n_ff = n_ff;
+    args.total = bench.zeros(8);
+    args.slot_of_neuron = slots_at;
+    args.listed = bench.room(size_t(n_words) * 4);
+    args.ticket = bench.zeros(4);
+    // With a list twice, as the ticket has to be left as it was found.
+    for (const int64_t turn : {1, 2, 3}) {
+        args.list = turn == 1 ? nullptr : &list;
+        args.masks = bench.room(size_t(n_tokens * n_words) * 4);
+        bench.kernels.select(bench.stream, args);
+        expect_words(bench, args.masks, all);
+        bench.expect(bench.download<uint64_t>(args.total, 1)[0] == uint64_t(turn) * n_predicted);
+        if (args.list) expect_list(bench, list, any, slot_of_neuron);
+    }
     const CUdeviceptr totals = bench.zeros(2 * 8);
-    bench.kernels.count_missed(bench.stream, values_at, -0.1f, slots_at, masks, bench.upload(rules),
+    bench.kernels.count_missed(bench.stream, values_at, -0.1f, slots_at, args.masks, rules_at,
                                n_tokens, n_ff, totals);
     uint64_t n_due = 0, n_missed = 0;
     for (int64_t t = 0; t < n_tokens; ++t) {
@@ -118,12 +121,6 @@ void test_lists(Bench& bench, int64_t n_ff, int64_t n_tokens, int percent) {
     }
     const auto found = bench.download<uint64_t>(totals, 2);
     bench.expect(found[0] == n_due && found[1] == n_missed);
-    bench.kernels.gate_masks(bench.stream, values_at, 0.1f, slots_at, true, n_tokens, n_ff, masks,
-                             named);
-    check([&](int64_t t, int64_t j) { return predicted(t, j) && passes(t, j); });
-    bench.kernels.gate_masks(bench.stream, values_at, 0.1f, slots_at, false, n_tokens, n_ff, masks,
-                             named);
-    check(passes);
 }
 
 // ---- moving records ----
@@ -232,16 +229,21 @@ void add_bias(TestProduct& product, const std::vector<float>& bias) {
 }
 
 // y += down of the h that the GPU has, against the CPU's row sums.
-void check_down(Bench& bench, const Layer& layer, const FfnCase& c, const DownArgs& args,
+void check_down(Bench& bench, const Layer& layer, const FfnCase& c, DownArgs args,
                 const std::vector<float>& h) {
     const auto n = size_t(c.n_tokens * c.n_embd);
     const std::vector<float> before = bench.normal(n), bias = bench.normal(size_t(c.n_embd));
-    const std::vector<float> other = bench.normal(n);
-    const CUdeviceptr y = bench.upload(before);
-    bench.kernels.down_rows(bench.stream, args);
-    bench.kernels.add_partials(bench.stream, args.partial, bench.upload(bias), bench.upload(other),
-                               c.n_tokens, c.n_embd, y);
-    const auto got = bench.download<float>(y, n);
+    args.tickets = bench.zeros(Kernels::down_ticket_bytes(c.n_tokens, c.n_embd));
+    args.bias = bench.upload(bias);
+    std::vector<float> got;
+    // Twice, as tickets have to be left as they were found.
+    for (int turn = 0; turn < 2; ++turn) {
+        args.y = bench.upload(before);
+        bench.kernels.down_rows(bench.stream, args);
+        const auto found = bench.download<float>(args.y, n);
+        bench.expect(turn == 0 || found == got);
+        got = found;
+    }
 
     std::vector<std::byte> scratch(kernels::row_sums_scratch_bytes() + 64);
     std::vector<float> want(n, 0.0f), sums(n);
@@ -256,26 +258,24 @@ void check_down(Bench& bench, const Layer& layer, const FfnCase& c, const DownAr
         for (size_t i = 0; i < n; ++i)
             want[i] += sums[i];
     }
-    // The CPU has a chain per partition, the GPU one per run, then 8 runs, 16 partitions and three
+    // The CPU has a chain per partition, the GPU one per run, then 8 runs, 16 partitions and two
     // more terms are added on both sides.
     const double roundings = double(c.n_ff) / 16.0 + double(c.n_ff) / 128.0 + 2 * 32.0;
     for (int64_t t = 0; t < c.n_tokens; ++t) {
         for (int64_t i = 0; i < c.n_embd; ++i) {
             const auto at = size_t(t * c.n_embd + i);
-            double size = std::fabs(double(before[at])) + std::fabs(double(other[at])) +
-                          std::fabs(double(bias[size_t(i)]));
+            double size = std::fabs(double(before[at])) + std::fabs(double(bias[size_t(i)]));
             for (int64_t j = 0; j < c.n_ff; ++j)
                 size += std::fabs(double(h[size_t(t * c.n_ff + j)]) *
                                   double(layer.down.values[size_t(j * c.n_embd + i)]));
-            const double value =
-                double(want[at]) + double(bias[size_t(i)]) + double(other[at]) + double(before[at]);
+            const double value = double(want[at]) + double(bias[size_t(i)]) + double(before[at]);
             bench.compare(double(got[at]), value, roundings * float_rounding * size);
         }
     }
 }
 
 // Counted twice, since counts grow.
-void check_counts(Bench& bench, const FfnCase& c, const DownArgs& args,
+void check_counts(Bench& bench, const FfnCase& c, const CountArgs& args,
                   const std::vector<float>& h) {
     const CUdeviceptr active = bench.zeros(size_t(c.n_ff) * 8), total = bench.zeros(8);
     bench.kernels.count_active(bench.stream, args, 0, total);
@@ -291,6 +291,23 @@ void check_counts(Bench& bench, const FfnCase& c, const DownArgs& args,
         all += count;
     }
     bench.expect(bench.download<uint64_t>(total, 1)[0] == 2 * all);
+}
+
+// What ffn_rows counted of the h that it made.
+void expect_counts(Bench& bench, const FfnArgs& args, int64_t n_ff,
+                   const std::vector<uint8_t>& rules, const std::vector<float>& h) {
+    const auto active = bench.download<uint64_t>(args.active, size_t(n_ff));
+    uint64_t total = 0;
+    for (int64_t j = 0; j < n_ff; ++j) {
+        uint64_t count = 0;
+        for (size_t t = 0; t < rules.size(); ++t) {
+            const bool is_active = h[t * size_t(n_ff) + size_t(j)] != 0.0f;
+            count += is_active;
+            total += is_active && rules[t] != uint8_t(NeuronRule::all);
+        }
+        bench.expect(active[size_t(j)] == count);
+    }
+    bench.expect(bench.download<uint64_t>(args.total, 1)[0] == total);
 }
 
 void test_ffn(Bench& bench, const FfnCase& c) {
@@ -309,45 +326,56 @@ void test_ffn(Bench& bench, const FfnCase& c) {
     const NeuronList list = NeuronList::at(bench.room(NeuronList::n_bytes(n_ff)), n_ff);
     const CUdeviceptr slots_at = bench.upload(layer.slot_of_neuron);
     const CUdeviceptr masks = bench.room(size_t(n * n_words) * 4);
-    const CUdeviceptr named = bench.room(size_t(n_words) * 4);
+    SelectArgs select;
+    select.n_tokens = n;
+    select.n_ff = n_ff;
+    select.masks = masks;
+    select.list = &list;
+    select.slot_of_neuron = slots_at;
+    select.listed = bench.room(size_t(n_words) * 4);
+    select.ticket = bench.zeros(4);
+    const std::vector<uint8_t> predict(static_cast<size_t>(n), uint8_t(NeuronRule::predict));
+    const std::vector<uint8_t> exact(static_cast<size_t>(n), uint8_t(NeuronRule::exact));
     std::vector<uint32_t> mask_words(size_t(n * n_words), ~0u);
     std::vector<float> gates;
     if (c.way == FfnCase::Way::predicted) {
-        const std::vector<float> predictions = bench.normal(size_t(n * n_ff));
-        const std::vector<uint8_t> rules(static_cast<size_t>(n), uint8_t(NeuronRule::predict));
-        bench.kernels.predicted_masks(bench.stream, bench.upload(predictions), 0.7f,
-                                      bench.upload(rules), n, n_ff, masks, named);
-        args.masks = masks;
-        mask_words = bench.download<uint32_t>(masks, mask_words.size());
+        select.predictions = bench.upload(bench.normal(size_t(n * n_ff)));
+        select.threshold = 0.7f;
+        select.rules = bench.upload(predict);
     } else if (c.way == FfnCase::Way::exact) {
         // All gates of the neurons that are here, then those that pass.
-        std::vector<uint32_t> everything(size_t(n_words), ~0u);
-        everything.back() = n_ff % 32 ? (1u << n_ff % 32) - 1u : ~0u;
-        const NeuronList here = NeuronList::at(bench.room(NeuronList::n_bytes(n_ff)), n_ff);
-        bench.kernels.compact(bench.stream, bench.upload(everything), slots_at, n_ff, here);
+        select.rules = bench.upload(exact);
+        bench.kernels.select(bench.stream, select);
         args.gates = bench.room(size_t(n * n_ff) * sizeof(float));
         const CUdeviceptr rows = layer.device.records + layer.device.layout.gate_offset;
         const DeviceWeight w{c.type, rows, n_ff, c.n_embd, layer.device.layout.stride};
         bench.kernels.multiply_listed(bench.stream, in.device,
-                                      {w, layer.device.gate_bias, args.gates, n_ff}, here, true);
-        bench.kernels.gate_masks(bench.stream, args.gates, limit, slots_at, false, n, n_ff, masks,
-                                 named);
+                                      {w, layer.device.gate_bias, args.gates, n_ff}, list, true);
+        select.predictions = args.gates;
+        select.threshold = std::nextafter(limit, HUGE_VALF);
+        select.rules = bench.upload(predict);
         gates = bench.download<float>(args.gates, size_t(n * n_ff));
         for (size_t i = 0; i < gates.size(); ++i)
             if (layer.slot_of_neuron[i % size_t(n_ff)] >= 0)
                 bench.compare(double(gates[i]), double(gate.y[i]), gate.tolerance[i]);
-        args.masks = masks;
-        mask_words = bench.download<uint32_t>(masks, mask_words.size());
     }
     if (c.way != FfnCase::Way::all) {
-        bench.kernels.compact(bench.stream, named, slots_at, n_ff, list);
+        bench.kernels.select(bench.stream, select);
+        args.masks = masks;
         args.list = &list;
+        mask_words = bench.download<uint32_t>(masks, mask_words.size());
     }
+    // Tokens of the rule `all` are not summed.
+    std::vector<uint8_t> rules = exact;
+    if (n > 2) rules[1] = uint8_t(NeuronRule::all);
+    args.rules = bench.upload(rules);
 
     for (const bool by_neuron : {false, true}) {
         args.by_neuron = by_neuron;
         args.h_stride = n_ff + 5;
         args.h = bench.zeros(size_t(n * args.h_stride) * sizeof(float));
+        args.active = bench.zeros(size_t(n_ff) * 8);
+        args.total = bench.zeros(8);
         bench.kernels.ffn_rows(bench.stream, args);
         const auto got = bench.download<float>(args.h, size_t(n * args.h_stride));
         std::vector<int32_t> ids(static_cast<size_t>(n_ff));
@@ -393,7 +421,8 @@ void test_ffn(Bench& bench, const FfnCase& c) {
                             n,
                             bench.room(size_t(n_partitions * n * c.n_embd) * sizeof(float))};
         check_down(bench, layer, c, down, h);
-        check_counts(bench, c, down, h);
+        expect_counts(bench, args, n_ff, rules, h);
+        if (!by_neuron) check_counts(bench, c, {args.list, n_ff, args.h, args.h_stride, n}, h);
     }
 }
 

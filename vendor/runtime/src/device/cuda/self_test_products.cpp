@@ -58,9 +58,9 @@ void test_alone(Bench& bench, Type type) {
     const int64_t n_cols = columns_of(type, 9), n_rows = 7, n = 8;
     const TestWeight w(bench, type, n_rows, n_cols);
     const TestInput in(bench, bench.normal(size_t(n * n_cols)), n, n_cols);
-    const auto multiply = [&](const Input& input) {
+    const auto multiply = [&](const Input& input, bool relu = false) {
         const CUdeviceptr y = bench.room(size_t(n * n_rows) * sizeof(float));
-        const Product product{w.device, 0, y, n_rows};
+        const Product product{w.device, 0, y, n_rows, relu};
         bench.kernels.multiply(bench.stream, input, {&product, 1}, false);
         return bench.download<float>(y, size_t(input.n_tokens * n_rows));
     };
@@ -71,6 +71,9 @@ void test_alone(Bench& bench, Type type) {
         const std::vector<float> some = multiply(fewer);
         bench.expect(std::memcmp(some.data(), all.data(), some.size() * sizeof(float)) == 0);
     }
+    const std::vector<float> positive = multiply(in.device, true);
+    for (size_t i = 0; i < all.size(); ++i)
+        bench.expect(positive[i] == std::max(all[i], 0.0f));
 }
 
 // Three matrices in one launch, as q, k and v.
@@ -119,29 +122,6 @@ void test_not_finite(Bench& bench, Type type) {
     for (int64_t t = 0; t < n; ++t)
         for (int64_t r = 0; r < n_rows; ++r)
             bench.expect(std::isfinite(got[size_t(t * n_rows + r)]) == (t == 2));
-}
-
-void test_gather(Bench& bench, Type type) {
-    const int64_t n_cols = columns_of(type, 9), n_rows = 13;
-    const TestWeight w(bench, type, n_rows, n_cols);
-    const std::vector<int32_t> rows = {12, 0, -1, 5, 5};
-    const std::vector<float> before = bench.normal(rows.size() * size_t(n_cols));
-    const CUdeviceptr rows_at = bench.upload(rows);
-    for (const bool accumulate : {false, true}) {
-        const CUdeviceptr out = bench.upload(before);
-        bench.kernels.gather(bench.stream, w.device, rows_at, int64_t(rows.size()), accumulate,
-                             out);
-        const auto got = bench.download<float>(out, before.size());
-        for (size_t i = 0; i < got.size(); ++i) {
-            const int32_t row = rows[i / size_t(n_cols)];
-            float want = before[i];
-            if (row >= 0) {
-                const float value = w.values[size_t(row * n_cols) + i % size_t(n_cols)];
-                want = accumulate ? want + value : value;
-            }
-            bench.expect(got[i] == want);
-        }
-    }
 }
 
 void test_widen(Bench& bench, Type type) {
@@ -205,7 +185,6 @@ void add_product_tests(std::vector<SelfTest>& tests) {
         tests.push_back({"three products " + name, [=](Bench& bench) { test_three(bench, type); }});
         tests.push_back(
             {"not finite " + name, [=](Bench& bench) { test_not_finite(bench, type); }});
-        tests.push_back({"gather " + name, [=](Bench& bench) { test_gather(bench, type); }});
         tests.push_back({"widen " + name, [=](Bench& bench) { test_widen(bench, type); }});
     }
     for (const Type type : {Type::f16, Type::q4_0, Type::q6_k})

@@ -41,8 +41,10 @@ void test_norm(Bench& bench, bool layer, int64_t n, int64_t n_tokens) {
     }
     const CUdeviceptr x_at = bench.upload(x), out = bench.room(x.size() * sizeof(float));
     const Q8 q8 = Q8::at(bench.room(Q8::n_bytes(n_tokens, n)), n_tokens, n);
-    bench.kernels.norm(bench.stream, {layer, 1e-5f, bench.upload(weight),
-                                      biased ? bench.upload(bias) : 0, x_at, n_tokens, n, out, q8});
+    const Q8 x_q8 = Q8::at(bench.room(Q8::n_bytes(n_tokens, n)), n_tokens, n);
+    bench.kernels.norm(bench.stream,
+                       {layer, 1e-5f, bench.upload(weight), biased ? bench.upload(bias) : 0, x_at,
+                        n_tokens, n, out, q8, x_q8});
     const auto got = bench.download<float>(out, x.size());
     // The sum of squares (and the mean) may each be off by the roundings of its longest chain, a
     // quarter of the row in the narrowest kernel of the CPU's, and the root halves that; then come
@@ -56,6 +58,7 @@ void test_norm(Bench& bench, bool layer, int64_t n, int64_t n_tokens) {
         bench.compare(double(got[i]), double(want[i]), relative * size);
     }
     compare_q8(bench, q8, TestInput(bench, got, n_tokens, n));
+    compare_q8(bench, x_q8, TestInput(bench, x, n_tokens, n));
 }
 
 void test_quantise(Bench& bench, int64_t n, int64_t n_tokens) {
@@ -129,15 +132,6 @@ void test_act_mul(Bench& bench, DeviceAct act, bool gated, int64_t n, int64_t n_
     compare_q8(bench, q8, TestInput(bench, got, n_tokens, n));
 }
 
-void test_add(Bench& bench, int64_t n, int64_t n_tokens) {
-    const std::vector<float> x = bench.normal(size_t(n * n_tokens)), y = bench.normal(x.size());
-    const CUdeviceptr y_at = bench.upload(y);
-    bench.kernels.add(bench.stream, bench.upload(x), n_tokens, n, y_at);
-    const auto got = bench.download<float>(y_at, y.size());
-    for (size_t i = 0; i < got.size(); ++i)
-        bench.expect(got[i] == x[i] + y[i]);
-}
-
 // Rows within f16's range, beyond it, below it, of zeros, and not finite.
 void test_narrow(Bench& bench, int64_t n) {
     constexpr float sizes[] = {1.0f, 1e6f, 1e-5f, 0.0f, HUGE_VALF};
@@ -206,8 +200,6 @@ void add_row_tests(std::vector<SelfTest>& tests) {
                              [=](Bench& bench) { test_norm(bench, layer, n, n_tokens); }});
         tests.push_back({format("quantise %lld", (long long)n),
                          [=](Bench& bench) { test_quantise(bench, n, n_tokens); }});
-        tests.push_back({format("add %lld", (long long)n),
-                         [=](Bench& bench) { test_add(bench, n, n_tokens); }});
         tests.push_back(
             {format("narrow %lld", (long long)n), [=](Bench& bench) { test_narrow(bench, n); }});
         tests.push_back({format("scale %lld", (long long)n),

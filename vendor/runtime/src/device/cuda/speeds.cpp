@@ -74,16 +74,22 @@ class Probe {
         h_ = weights_.allocate(size_t(n_ff) * sizeof(float));
         y_ = weights_.allocate(size_t(n_embd) * sizeof(float));
         partial_ = weights_.allocate(size_t(n_partitions * n_embd) * sizeof(float));
-        named_ = weights_.allocate(one_in * n_name_bytes(n_ff));
+        tickets_ = weights_.allocate(n_ticket_bytes(n_embd));
+        masks_ = weights_.allocate(2 * n_name_bytes(n_ff));
+        predictions_ = weights_.allocate(size_t(n_ff + one_in) * sizeof(float));
+        rules_ = weights_.allocate(1);
         stream_.emplace(share.gpu);
         stream_->copy_to_device(x_, x.data(), x.size() * sizeof(float));
         if (wants_q8(ffn.up.weight.type)) kernels_.quantise(*stream_, x_, 1, n_embd, q8_);
         stream_->fill(y_, 0, size_t(n_embd) * sizeof(float));
-        std::vector<uint32_t> names(one_in * n_name_bytes(n_ff) / sizeof(uint32_t), 0);
-        for (int64_t first = 0; first < one_in; ++first)
-            for (const int32_t j : some_neurons(n, first))
-                names[size_t(first * name_words(n_ff) + j / 32)] |= 1u << j % 32;
-        stream_->copy_to_device(named_, names.data(), names.size() * sizeof(uint32_t));
+        stream_->fill(tickets_, 0, n_ticket_bytes(n_embd));
+        stream_->fill(rules_, uint8_t(NeuronRule::predict), 1);
+        // Predictions from the k-th on name every tenth neuron, others for each k below ten.
+        std::vector<float> predictions(size_t(n_ff + one_in), -1.0f);
+        for (int64_t j = 0; j < n_ff + one_in; j += one_in)
+            predictions[size_t(j)] = 1.0f;
+        stream_->copy_to_device(predictions_, predictions.data(),
+                                predictions.size() * sizeof(float));
         stream_->synchronize();
     }
 
@@ -92,8 +98,8 @@ class Probe {
         const auto n_ff = size_t(ffn.up.weight.n_rows), n_embd = size_t(ffn.up.weight.n_cols);
         return Weights::bytes_of(ffn, n) + NeuronList::n_bytes(int64_t(n_ff)) +
                Q8::n_bytes(1, int64_t(n_embd)) +
-               ((2 + n_partitions) * n_embd + n_ff) * sizeof(float) +
-               one_in * n_name_bytes(int64_t(n_ff)) + 8 * 256;
+               ((2 + n_partitions) * n_embd + 2 * n_ff + one_in) * sizeof(float) +
+               2 * n_name_bytes(int64_t(n_ff)) + n_ticket_bytes(int64_t(n_embd)) + 11 * 256;
     }
 
     // As steps are replayed: networks of a graph, each with other neurons, which are in no cache.
@@ -101,8 +107,8 @@ class Probe {
         const DeviceFfn& kept = weights_.find(ffn_);
         launch(kept, 0);  // loads the kernels
         const Graph networks(*stream_, [&] {
-            for (int64_t first = 0; first < one_in; ++first)
-                launch(kept, first);
+            for (int64_t turn = 0; turn < one_in; ++turn)
+                launch(kept, turn);
         });
         const Event begin(stream_->gpu(), true), end(stream_->gpu(), true);
         std::vector<double> seconds;
@@ -118,12 +124,25 @@ class Probe {
 
   private:
     static size_t n_name_bytes(int64_t n_ff) { return size_t(name_words(n_ff)) * sizeof(uint32_t); }
+    // Of the sums of down, and the list's behind them.
+    static size_t n_ticket_bytes(int64_t n_embd) {
+        return Kernels::down_ticket_bytes(1, n_embd) + sizeof(uint32_t);
+    }
 
-    // Of every tenth neuron from `first` on.
-    void launch(const DeviceFfn& kept, int64_t first) {
+    // Of every tenth neuron, in each turn others.
+    void launch(const DeviceFfn& kept, int64_t turn) {
         const int64_t n_embd = ffn_.up.weight.n_cols, n_ff = ffn_.up.weight.n_rows;
-        const CUdeviceptr named = named_ + size_t(first) * n_name_bytes(n_ff);
-        kernels_.compact(*stream_, named, kept.slot_of_neuron, n_ff, list_);
+        SelectArgs select;
+        select.predictions = predictions_ + size_t(turn) * sizeof(float);
+        select.rules = rules_;
+        select.n_tokens = 1;
+        select.n_ff = n_ff;
+        select.masks = masks_;
+        select.list = &list_;
+        select.slot_of_neuron = kept.slot_of_neuron;
+        select.listed = masks_ + n_name_bytes(n_ff);
+        select.ticket = tickets_ + Kernels::down_ticket_bytes(1, n_embd);
+        kernels_.select(*stream_, select);
         FfnArgs rows;
         rows.w = kept.weights;
         // Gates of another type cost about what these do.
@@ -141,14 +160,16 @@ class Probe {
         down.h_stride = list_.capacity;
         down.n_tokens = 1;
         down.partial = partial_;
+        down.tickets = tickets_;
+        down.y = y_;
         kernels_.down_rows(*stream_, down);
-        kernels_.add_partials(*stream_, partial_, 0, 0, 1, n_embd, y_);
     }
 
     Kernels& kernels_;
     const FeedForward& ffn_;
     Weights weights_;
-    CUdeviceptr x_ = 0, h_ = 0, y_ = 0, partial_ = 0, named_ = 0;
+    CUdeviceptr x_ = 0, h_ = 0, y_ = 0, partial_ = 0, tickets_ = 0, masks_ = 0, predictions_ = 0,
+                rules_ = 0;
     Q8 q8_;
     NeuronList list_;
     std::optional<Stream> stream_;

@@ -90,6 +90,8 @@ class Weights {
 
     // Whether nothing of the networks kept is left to the host.
     bool all_resident() const { return all_resident_; }
+    // Whether inputs of predictors are quantised.
+    bool has_quantised_predictors() const { return has_quantised_predictors_; }
     size_t n_ffns() const { return ffns_.size(); }
 
     // Throw QI_INTERNAL when it was never kept.
@@ -115,7 +117,7 @@ class Weights {
     Event sent_[2];
     std::vector<DeviceMemory> memory_;
     size_t used_ = 0;  // of the last of them
-    bool all_resident_ = true;
+    bool all_resident_ = true, has_quantised_predictors_ = false;
     std::unordered_map<const void*, DeviceLinear> linears_;
     std::unordered_map<const void*, DeviceNorm> norms_;
     std::unordered_map<const void*, DeviceFfn> ffns_;

@@ -8,31 +8,37 @@
 
 namespace qi::cuda {
 
-InputLayout::InputLayout(const DeviceNeeds& needs) {
+InputLayout::InputLayout(const DeviceNeeds& needs)
+    : n_rot_(size_t(needs.kv.head_dim)),
+      n_bounds_(needs.kv_share.with_host ? size_t(needs.kv.n_layer) : 0) {
     const auto n = size_t(needs.n_batch);
     tables = n;
     rules = 2 * n;
-    tiles = rules + (n + 3) / 4;
-    base = tiles + 2 * n;
-    pages = base + 1;
-    cos_sin = pages + size_t(needs.n_pages);
-    bounds = cos_sin + n * size_t(needs.kv.head_dim);
-    n_words = bounds + (needs.kv_share.with_host ? n * size_t(needs.kv.n_layer) : 0);
+    base = rules + (n + 3) / 4;
+    few_ = base + 1;
+    pages = end(std::min(needs.n_batch, few_tokens));
+    many_ = pages + size_t(needs.n_pages);
+    n_words = needs.n_batch > few_tokens ? end(needs.n_batch) : many_;
 }
 
 WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, const KvArgs& kv_args) {
     const int64_t n = needs.n_batch, few = std::min(n, few_tokens), n_ff = needs.n_ff;
     const int64_t widest =
         std::max({needs.n_embd, n_ff, needs.n_head * needs.kv.head_dim, needs.predictor_rank});
+    const bool predicts = needs.predictor_rank > 0;
     bytes_[inputs] = InputLayout(needs).n_words * sizeof(uint32_t);
     bytes_[q8] = Q8::n_bytes(n, widest);
+    bytes_[predictor_q8] =
+        predicts ? Q8::n_bytes(few, std::max(needs.n_embd, needs.predictor_rank)) : 0;
     bytes_[hidden] = bytes_[lifted] = size_t(n * n_ff) * sizeof(float);
     bytes_[low] = size_t(few * needs.predictor_rank) * sizeof(float);
-    bytes_[predictions] = needs.predictor_rank ? size_t(few * n_ff) * sizeof(float) : 0;
-    bytes_[masks] = needs.predictor_rank ? size_t(n * name_words(n_ff)) * sizeof(uint32_t) : 0;
-    bytes_[named] = needs.predictor_rank ? size_t(name_words(n_ff)) * sizeof(uint32_t) : 0;
-    bytes_[list] = needs.predictor_rank ? NeuronList::n_bytes(n_ff) : 0;
+    bytes_[predictions] = predicts ? size_t(few * n_ff) * sizeof(float) : 0;
+    bytes_[masks] = predicts ? size_t(n * name_words(n_ff)) * sizeof(uint32_t) : 0;
+    bytes_[listed] = predicts ? size_t(name_words(n_ff)) * sizeof(uint32_t) : 0;
+    bytes_[list] = predicts ? NeuronList::n_bytes(n_ff) : 0;
+    bytes_[select_ticket] = predicts ? sizeof(uint32_t) : 0;
     bytes_[partial] = size_t(n_partitions * few * needs.n_embd) * sizeof(float);
+    bytes_[down_tickets] = Kernels::down_ticket_bytes(few, needs.n_embd);
     AttendArgs attend_args;
     attend_args.kv = kv_args;
     attend_args.n_head = needs.n_head;

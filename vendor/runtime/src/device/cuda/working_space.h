@@ -36,12 +36,22 @@ inline int64_t device_pages(const DeviceNeeds& needs) {
     return needs.kv_share.with_host ? needs.kv_share.n_pages : needs.n_pages;
 }
 
-// Where everything lies that begin() brings: one array of 32-bit words.
-struct InputLayout {
-    // base: what rounds of an Exchange are counted from. bounds: [n_layer][n_tokens] of SharedKv.
-    size_t positions = 0, tables, rules, tiles, base, pages, cos_sin, bounds, n_words;
+// Where everything lies that begin() brings: one array of 32-bit words. What a few tokens need
+// comes before the pages, so that one copy brings it together with those that are used.
+class InputLayout {
+  public:
+    // base: what rounds of an Exchange are counted from.
+    size_t positions = 0, tables, rules, base, pages, n_words;
 
     explicit InputLayout(const DeviceNeeds& needs);
+    size_t tiles(int64_t n_tokens) const { return n_tokens <= few_tokens ? few_ : many_; }
+    size_t cos_sin(int64_t n_tokens) const { return tiles(n_tokens) + 2 * size_t(n_tokens); }
+    // [n_layer][n_tokens] of SharedKv.
+    size_t bounds(int64_t n_tokens) const { return cos_sin(n_tokens) + size_t(n_tokens) * n_rot_; }
+    size_t end(int64_t n_tokens) const { return bounds(n_tokens) + size_t(n_tokens) * n_bounds_; }
+
+  private:
+    size_t few_, many_, n_rot_, n_bounds_;
 };
 
 // Arrays in device memory that a context has beside those it allocates, and their bytes.
@@ -50,14 +60,17 @@ class WorkingSizes {
     enum Array {
         inputs,
         q8,
+        predictor_q8,
         hidden,
         lifted,
         low,
         predictions,
         masks,
-        named,
+        listed,
         list,
+        select_ticket,
         partial,
+        down_tickets,
         attend,
         attend_tickets,
         terms,

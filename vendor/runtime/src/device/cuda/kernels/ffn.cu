@@ -34,6 +34,14 @@ struct Choice {
     int by_id;
 };
 
+// What is counted of values that are not 0: active[id] grows by their number, total by that of
+// tokens of a rule other than `all`. Each may be null.
+struct Counts {
+    const u8* rules;  // [n_tokens]
+    u64* active;      // [n_ff]
+    u64* total;
+};
+
 QI_DEVICE bool may_be_zero(int act) {
     return act == act_relu || act == act_fatrelu || act == act_relu_relu;
 }
@@ -48,7 +56,8 @@ QI_DEVICE void sum_lanes(f32 (&acc)[n_columns][1], const f32* bias, int id) {
 }
 
 template <int n_columns>
-QI_DEVICE void ffn_rows(const Neurons& neurons, const Choice& choice, const Activations& in) {
+QI_DEVICE void ffn_rows(const Neurons& neurons, const Choice& choice, const Counts& counts,
+                        const Activations& in) {
     using Type = QI_WEIGHT;
     const Type type(in.n_cols);
     const int total = neurons.slots ? *neurons.n_listed : neurons.n_neurons;
@@ -100,29 +109,40 @@ QI_DEVICE void ffn_rows(const Neurons& neurons, const Choice& choice, const Acti
         dot_rows<Type, n_columns, 1>(type, row, in, lane_id(), warp_size, up);
         sum_lanes(up, neurons.up_bias, id);
     }
+    f32 mine = 0.0f;  // of lane c: token c's
 #pragma unroll
     for (int c = 0; c < n_columns; ++c) {
         if (lane_id() != c || c >= in.n_tokens) continue;
-        f32 h = 0.0f;
         if (wanted[c])
-            h = neurons.gated ? activate_mul(choice.act, choice.threshold, first[c][0], up[c][0])
-                              : activate(choice.act, choice.threshold, first[c][0]);
-        choice.h[c * choice.h_stride + (choice.by_id ? id : place)] = h;
+            mine = neurons.gated ? activate_mul(choice.act, choice.threshold, first[c][0], up[c][0])
+                                 : activate(choice.act, choice.threshold, first[c][0]);
+        choice.h[c * choice.h_stride + (choice.by_id ? id : place)] = mine;
     }
+    if (!counts.active && !counts.total) return;
+    const u32 active = __ballot_sync(QI_WARP_MASK, mine != 0.0f);
+    if (lane_id() != 0 || !active) return;
+    if (counts.active) counts.active[id] += u64(__popc(active));
+    if (!counts.total) return;
+    u64 n = 0;
+#pragma unroll
+    for (int c = 0; c < n_columns; ++c)
+        n += (active >> c & 1u) && counts.rules[c] != rule_all;
+    if (n) atomicAdd(counts.total, n);
 }
 
-#define QI_FFN(name, n_columns)                                                                 \
-    QI_KERNEL name(const u8* records, i64 record_stride, i64 gate_offset, i64 up_offset,        \
-                   int gated, const i32* slots, const i32* ids, const i32* n_listed,            \
-                   int n_neurons, const f32* gate_bias, const f32* up_bias, int act,            \
-                   f32 threshold, const f32* gates, i64 gate_stride, const u32* masks,          \
-                   int n_words, f32* h, i64 h_stride, int by_id, const f32* x, const i8* codes, \
-                   const f32* scales, const f32* sums, int n_cols, int n_tokens) {              \
-        ffn_rows<n_columns>(                                                                    \
-            {records, record_stride, gate_offset, up_offset, gated, slots, ids, n_listed,       \
-             n_neurons, gate_bias, up_bias},                                                    \
-            {act, threshold, gates, gate_stride, masks, n_words, h, h_stride, by_id},           \
-            {x, codes, scales, sums, n_cols, n_tokens});                                        \
+#define QI_FFN(name, n_columns)                                                                   \
+    QI_KERNEL name(const u8* records, i64 record_stride, i64 gate_offset, i64 up_offset,          \
+                   int gated, const i32* slots, const i32* ids, const i32* n_listed,              \
+                   int n_neurons, const f32* gate_bias, const f32* up_bias, int act,              \
+                   f32 threshold, const f32* gates, i64 gate_stride, const u32* masks,            \
+                   int n_words, f32* h, i64 h_stride, int by_id, const u8* rules, u64* active,    \
+                   u64* total, const f32* x, const i8* codes, const f32* scales, const f32* sums, \
+                   int n_cols, int n_tokens) {                                                    \
+        ffn_rows<n_columns>(                                                                      \
+            {records, record_stride, gate_offset, up_offset, gated, slots, ids, n_listed,         \
+             n_neurons, gate_bias, up_bias},                                                      \
+            {act, threshold, gates, gate_stride, masks, n_words, h, h_stride, by_id},             \
+            {rules, active, total}, {x, codes, scales, sums, n_cols, n_tokens});                  \
     }
 
 QI_FFN(qi_ffn_1, 1)

@@ -30,7 +30,7 @@ struct RowList {
 
 template <int n_columns, int n_rows>
 QI_DEVICE void matvec(const Output (&outputs)[n_outputs], i64 row_stride, const RowList& list,
-                      const Activations& in, int accumulate, int warps_per_row) {
+                      const Activations& in, int accumulate, int relu, int warps_per_row) {
     using Type = QI_WEIGHT;
     constexpr int n_results = n_columns * n_rows;
     __shared__ f32 parts[n_warps][n_results];
@@ -91,24 +91,26 @@ QI_DEVICE void matvec(const Output (&outputs)[n_outputs], i64 row_stride, const 
         const Output output = index == 0 ? outputs[0] : index == 1 ? outputs[1] : outputs[2];
         const int id = list.ids ? list.ids[row] : row;
         if (output.bias) mine += output.bias[id];
+        if (relu && mine <= 0.0f) mine = 0.0f;  // not a number stays what it is
         f32* at = output.y + c * output.y_stride + (list.by_id ? id : row);
         *at = accumulate ? *at + mine : mine;
     }
 }
 
-// n_columns is at least n_tokens; y += … with accumulate. grid: rows / rows per block.
+// n_columns is at least n_tokens; y += … with accumulate, y = max(…, 0) with relu. grid: rows /
+// rows per block.
 #define QI_MATVEC(name, n_columns, n_rows)                                                         \
     QI_KERNEL name(const u8* w0, const u8* w1, const u8* w2, const f32* bias0, const f32* bias1,   \
                    const f32* bias2, f32* y0, f32* y1, f32* y2, i64 y_stride0, i64 y_stride1,      \
                    i64 y_stride2, int n_rows0, int n_rows1, int n_rows2, i64 row_stride,           \
                    const i32* slots, const i32* ids, const i32* n_listed, int by_id, const f32* x, \
                    const i8* codes, const f32* scales, const f32* sums, int n_cols, int n_tokens,  \
-                   int accumulate, int warps_per_row) {                                            \
+                   int accumulate, int relu, int warps_per_row) {                                  \
         const Output outputs[n_outputs] = {{w0, bias0, y0, y_stride0, n_rows0},                    \
                                            {w1, bias1, y1, y_stride1, n_rows1},                    \
                                            {w2, bias2, y2, y_stride2, n_rows2}};                   \
         matvec<n_columns, n_rows>(outputs, row_stride, {slots, ids, n_listed, by_id},              \
-                                  {x, codes, scales, sums, n_cols, n_tokens}, accumulate,          \
+                                  {x, codes, scales, sums, n_cols, n_tokens}, accumulate, relu,    \
                                   warps_per_row);                                                  \
     }
 

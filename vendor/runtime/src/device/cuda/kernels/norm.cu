@@ -10,14 +10,17 @@
 #include "q8.cuh"
 
 // out[t] = x[t] / sqrt(mean(x²) + epsilon) · weight, or with layer (x - mean) / sqrt(variance +
-// epsilon) · weight + bias. out and bias may be null. grid n_tokens.
+// epsilon) · weight + bias, and the q8 copies of out and of x. out and bias may be null, and so may
+// either copy. grid n_tokens.
 QI_KERNEL qi_norm(const f32* x, const f32* weight, const f32* bias, f32 epsilon, int layer, int n,
-                  f32* out, i8* codes, f32* scales, f32* sums) {
+                  f32* out, i8* codes, f32* scales, f32* sums, i8* x_codes, f32* x_scales,
+                  f32* x_sums) {
     __shared__ f32 room[warp_size];
     const i64 token = blockIdx.x;
     const f32* row = x + token * n;
     const bool aligned = n % 4 == 0;
-    const Q8Rows q8 = {codes, scales, sums, ceil_div(n, warp_size) * warp_size};
+    const int width = ceil_div(n, warp_size) * warp_size;
+    const Q8Rows q8 = {codes, scales, sums, width}, x_q8 = {x_codes, x_scales, x_sums, width};
     // Whole warps stay together through the shuffles of store_q8.
     const int n_quads = ceil_div(n, 4 * warp_size) * warp_size;
 
@@ -35,6 +38,7 @@ QI_KERNEL qi_norm(const f32* x, const f32* weight, const f32* bias, f32 epsilon,
     for (int quad = int(threadIdx.x); quad < n_quads; quad += int(blockDim.x)) {
         f32 v[4];
         load_quad(row, quad, n, aligned, v);
+        if (x_codes) store_q8(x_q8, token, quad, v);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const f32 distance = 4 * quad + i < n ? v[i] - mean : 0.0f;
@@ -86,20 +90,6 @@ QI_KERNEL qi_act_mul(int act, f32 threshold, const f32* gate, const f32* up, int
     }
     if (h) store_quad(h + token * n, quad, n, aligned, g);
     if (codes) store_q8({codes, scales, sums, ceil_div(n, warp_size) * warp_size}, token, quad, g);
-}
-
-// y[t] += x[t]. grid (quads of a row / 256, n_tokens).
-QI_KERNEL qi_add(const f32* x, int n, f32* y) {
-    const i64 token = blockIdx.y;
-    const int quad = int(blockIdx.x * blockDim.x + threadIdx.x);
-    const bool aligned = n % 4 == 0;
-    f32 a[4], b[4];
-    load_quad(x + token * n, quad, n, aligned, a);
-    load_quad(y + token * n, quad, n, aligned, b);
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-        a[i] += b[i];
-    store_quad(y + token * n, quad, n, aligned, a);
 }
 
 // y[t] = y[t] · factors[t] + bias, where there is anything to do; bias may be null. Rows of y are

@@ -36,6 +36,9 @@ struct alignas(16) Float4 {
     f32 v[4];
 };
 
+// NeuronRule's numbers: which neurons a token uses.
+enum Rule { rule_all, rule_exact, rule_predict };
+
 QI_DEVICE int ceil_div(int a, int b) {
     return (a + b - 1) / b;
 }

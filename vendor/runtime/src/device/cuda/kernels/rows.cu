@@ -1,5 +1,4 @@
-// Rows of a weight as floats: embedding look-up, and pieces of a matrix for cuBLAS; QI_WEIGHT names
-// the weights' type.
+// Rows of a weight as numbers, pieces of a matrix for cuBLAS; QI_WEIGHT names the weights' type.
 //
 // Bytes: the rows once, and 2 or 4 bytes per value written, which is what dominates (a Q4_0 matrix
 // grows from 0.56 to 2 bytes per weight). Shape: a thread per eight values, blocks of 256 threads
@@ -19,17 +18,6 @@ QI_DEVICE void widen(const u8* row, int n_cols, Store store) {
         const int column = at + (i < 4 ? i : Type::second_part + i - 4);
         if (column < n_cols) store(column, values[i]);
     }
-}
-
-// out[i] = table[rows[i]], or out[i] += with accumulate; a row below 0 leaves its place alone. grid
-// (n_cols / 2048, n).
-QI_KERNEL qi_gather(const u8* table, i64 row_stride, int n_cols, const i32* rows, int accumulate,
-                    f32* out) {
-    const i32 row = rows[blockIdx.y];
-    if (row < 0) return;
-    f32* to = out + i64(blockIdx.y) * n_cols;
-    widen(table + row * row_stride, n_cols,
-          [&](int column, f32 value) { to[column] = accumulate ? to[column] + value : value; });
 }
 
 // out[i] = rows first + i, as f16 or with `bf16` as bfloat16. grid (n_cols / 2048, n).
