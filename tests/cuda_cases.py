@@ -439,6 +439,33 @@ def too_large(path: str) -> str:
     return ""
 
 
+def promised(path: str) -> list[list[int]]:
+    """The budget that is measured, and what of it is there once contexts have computed.
+
+    Prompts, single tokens recorded for several lengths, and keys and values of another type.
+    """
+    cuda = _cuda()
+    parts = [1, 1, 1, 24, 1, 1, 1, 60, 1, 1, 1, 60, 1, 1, 1]
+    found = []
+    with Model(path, device="cuda:1", n_ctx=256, sparsity="off") as model:
+        _keep_half(model)
+        for kv_type in ("f16", "q8_0", "f16"):
+            with model.context(n_batch=64, kv_type=kv_type) as context:
+                for n in parts:
+                    context.feed((TOKENS * 3)[:n], generated=n == 1)
+                assert context.info.on_gpu
+                free, total, primary = ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_void_p()
+                assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(primary), 1) == 0
+                assert cuda.cuCtxPushCurrent_v2(primary) == 0
+                assert cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)) == 0
+                assert cuda.cuCtxPopCurrent_v2(ctypes.byref(primary)) == 0
+                assert cuda.cuDevicePrimaryCtxRelease_v2(1) == 0
+                assert model.placement is not None
+                there = free.value + int(cuda.standin_allocated())
+                found.append([model.placement.budget_bytes, there])
+    return found
+
+
 def early(path: str, sizes: list[str]) -> list[dict[str, Any]]:
     """Errors of logits whose predictions are made one layer early, by what a budget keeps."""
     rows = []

@@ -220,6 +220,16 @@ def test_a_split_too_large_says_what_helps() -> None:
     assert says.endswith("a larger budget is needed, a split made for less, or a smaller context")
 
 
+def test_a_budget_that_is_measured_leaves_room_for_code(tmp_path: Path) -> None:
+    """And for recorded steps: what was promised is there when all of them are loaded."""
+    path = Case("llama", "f16", sizes={"n_embd": 256, "n_head": 8, "n_ff": 512}).write(tmp_path)
+    found = on_gpu("promised", path, devices=2)
+    for budget, there in found:
+        assert 0.99 * 2**30 - (64 << 20) < budget <= there
+    first, other, again = (budget for budget, _ in found)
+    assert first > other == again
+
+
 def test_predictions_one_layer_early() -> None:
     """On the GPU, and where the layer before is on another device."""
     rows = on_gpu("early", STORIES, ["5MiB", "8MiB", "60MiB"])

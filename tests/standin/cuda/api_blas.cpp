@@ -62,6 +62,11 @@ STANDIN_API int standin_gemm(CUstream handle, const Gemm* gemm) {
             !d.find_device(g.c, c * bytes_of(g.type_c)))
             return d.complain(CUDA_ERROR_ILLEGAL_ADDRESS,
                               "cublasGemmEx of a matrix outside of device memory");
+        const std::array product{int(g.type_ab), int(g.transpose_a), int(g.n > 64)};
+        if (!d.products.contains(product)) {
+            d.require_free(product_bytes);
+            d.products.insert(product);
+        }
         d.note_use(stream, g.a);
         d.note_use(stream, g.b);
         d.note_use(stream, g.c);

@@ -194,6 +194,7 @@ STANDIN_API CUresult cuGraphInstantiateWithFlags(CUgraphExec* executable, CUgrap
         require(executable && flags < 16, CUDA_ERROR_INVALID_VALUE);
         auto made = std::make_unique<GraphExec>();
         made->nodes = d.graphs.get(graph).nodes;
+        d.require_free(made->nodes.size() * node_bytes);
         made->context = &d.current();
         *executable = d.executables.add(std::move(made));
         return CUDA_SUCCESS;

@@ -122,10 +122,22 @@ uint64_t Driver::allocated_on(const Context& context) const {
     return bytes;
 }
 
+uint64_t Driver::free_on(const Context& context) const {
+    uint64_t taken = context_bytes + allocated_on(context) + products.size() * product_bytes;
+    for (const auto& [handle, module] : modules)
+        if (module->context == &context) taken += module->functions.size() * kernel_bytes;
+    for (const auto& [handle, graph] : executables)
+        if (graph->context == &context) taken += graph->nodes.size() * node_bytes;
+    return settings.memory - std::min(settings.memory, taken);
+}
+
+void Driver::require_free(uint64_t bytes) const {
+    require(bytes <= free_on(*context_stack().back()), CUDA_ERROR_OUT_OF_MEMORY);
+}
+
 uint64_t Driver::allocate(uint64_t bytes) {
     Context& context = current();
-    require(bytes <= settings.memory - context_bytes - allocated_on(context),
-            CUDA_ERROR_OUT_OF_MEMORY);
+    require_free(bytes);
     const uint64_t pages = device_pages(bytes);
     const uint64_t start = take(free_memory, pages);
     // It ends at the last page, as nearly as its alignment allows.
@@ -265,7 +277,7 @@ STANDIN_API CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {
     return api("cuMemGetInfo_v2", everything, [&](Driver& d, auto&) {
         require(free && total, CUDA_ERROR_INVALID_VALUE);
         *total = d.settings.memory;
-        *free = d.settings.memory - context_bytes - d.allocated_on(d.current());
+        *free = d.free_on(d.current());
         return CUDA_SUCCESS;
     });
 }

@@ -38,6 +38,10 @@ CUresult load(Driver& d, CUmodule* handle, const void* image) {
     const LoadedModule loaded =
         d.gpu.load_module({static_cast<const std::byte*>(image), info.bytes});
     if (loaded.id == 0) d.complain(CUDA_ERROR_INVALID_IMAGE, "cuModuleLoadData: " + loaded.text);
+    if (loaded.kernels.size() * kernel_bytes > d.free_on(d.current())) {
+        d.gpu.send(Kind::unload_module, 0, 0, {{&loaded.id, sizeof loaded.id}});
+        throw Failure{CUDA_ERROR_OUT_OF_MEMORY};
+    }
     auto module = std::make_unique<Module>();
     module->context = &d.current();
     module->id = loaded.id;

@@ -237,7 +237,8 @@ CUBLAS_API cublasStatus_t cublasGemmEx(cublasHandle_t handle, int op_a, int op_b
         g.transpose_b = op_b != CUBLAS_OP_N;
         g.alpha = *static_cast<const float*>(alpha);
         g.beta = *static_cast<const float*>(beta);
-        return driver()->gemm(h.stream, &g) == 0 ? CUBLAS_STATUS_SUCCESS
-                                                 : CUBLAS_STATUS_EXECUTION_FAILED;
+        const int code = driver()->gemm(h.stream, &g);
+        if (code == 2) return CUBLAS_STATUS_ALLOC_FAILED;
+        return code == 0 ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
     });
 }

@@ -46,6 +46,7 @@ void Driver::destroy_context(Context& context) {
         if (alive) gpu.send(Kind::unload_module, 0, 0, {{&module->id, sizeof module->id}});
     }
     captures.clear();
+    products.clear();
     streams.remove_if(lives_here);
     events.remove_if(lives_here);
     modules.remove_if(lives_here);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <unistd.h>
+#include <array>
 #include <atomic>
 #include <map>
 #include <memory>
@@ -41,6 +42,9 @@ struct Settings {
 };
 
 inline constexpr uint64_t context_bytes = 24ull << 20;  // device memory that a context takes
+// Device memory that the driver takes by itself: for each kernel and each node of a graph that can
+// be launched; and cuBLAS for each kind of product.
+inline constexpr uint64_t kernel_bytes = 16 << 10, node_bytes = 8, product_bytes = 1 << 20;
 inline constexpr uint32_t default_shared = 48 << 10;
 
 struct Capture;
@@ -194,12 +198,13 @@ struct Driver {
     std::set<std::shared_ptr<Capture>> captures;
 
     std::map<uint64_t, Allocation> memory;
-    FreeRanges free_memory;             // of the device range
-    uint64_t allocated = 0;             // bytes, on all devices
-    uint64_t copied_to_host = 0;        // bytes, by copies
-    uint64_t copies_to_device = 0;      // from the host
-    uint64_t launches = 0;              // of kernels, those of graphs included
-    std::map<uint64_t, Pinned> pinned;  // by host address
+    FreeRanges free_memory;                 // of the device range
+    uint64_t allocated = 0;                 // bytes, on all devices
+    std::set<std::array<int, 3>> products;  // of which cuBLAS has loaded the code
+    uint64_t copied_to_host = 0;            // bytes, by copies
+    uint64_t copies_to_device = 0;          // from the host
+    uint64_t launches = 0;                  // of kernels, those of graphs included
+    std::map<uint64_t, Pinned> pinned;      // by host address
     FreeRanges free_arena;
     uint64_t pinned_bytes = 0;
 
@@ -233,6 +238,9 @@ struct Driver {
     Pinned* find_pinned(uint64_t address, uint64_t bytes);   // by host address
     bool device_readable(uint64_t address, uint64_t bytes);  // device memory or mapped pinned
     uint64_t allocated_on(const Context& context) const;
+    // Of a context's device memory: what is neither allocated nor taken by code and graphs.
+    uint64_t free_on(const Context& context) const;
+    void require_free(uint64_t bytes) const;
     uint64_t take_arena(uint64_t bytes);
     void give_arena(uint64_t start, uint64_t bytes);
     void note_use(Stream& stream, uint64_t address);

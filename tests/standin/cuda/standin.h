@@ -4,7 +4,8 @@
 //   STANDIN_CAPABILITY       10 · major + minor of every device               90
 //   STANDIN_DEVICES          how many there are                               1
 //   STANDIN_DRIVER_VERSION   1000 · major + 10 · minor                        13000
-//   STANDIN_MEMORY           bytes of each; 24 MiB go to its context          1 GiB
+//   STANDIN_MEMORY           bytes of each; 24 MiB go to its context, and
+//                            kernels, graphs and cuBLAS's products take some  1 GiB
 //   STANDIN_MULTIPROCESSORS  of each                                          8
 //   STANDIN_DELAY_US         every operation waits up to this long at random  0
 //   STANDIN_SEED             shuffles blocks, threads and the nodes of graphs;

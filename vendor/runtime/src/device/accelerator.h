@@ -49,9 +49,10 @@ class Accelerator {
     virtual ~Accelerator() = default;
 
     virtual std::string name() const = 0;  // "NVIDIA H100 80GB HBM3 (cuda:0)"
-    // Makes ready for weights and keys of these types. What is free then can all be given away:
-    // without a budget of its own, or with one beyond that, it is the budget from then on.
-    virtual void prepare(std::span<const Type> weight_types, Type kv_type) = 0;
+    // Makes ready for weights of these types and a context of these needs. What is free then can
+    // all be given away: without a budget of its own, or with one beyond that, it is the budget
+    // from then on, less what code for later contexts takes.
+    virtual void prepare(std::span<const Type> weight_types, const DeviceNeeds& needs) = 0;
     virtual size_t budget() const = 0;
     virtual size_t used() const = 0;
 

@@ -141,7 +141,7 @@ bool keeps_the_same(const Placement& a, const Placement& b) {
 
 // Where nobody computes: what is kept by now makes room.
 void Offload::place_anew(const DeviceNeeds& needs, const KvWish& kv, Device& host) {
-    accelerator_->prepare(weight_types(*model_), needs.kv.type);
+    accelerator_->prepare(weight_types(*model_), needs);
     SplitChoice split = split_;
     split.cache = cache();
     if (split.cache == NeuronCache::balance || is_balanced_) measure_speeds(host);

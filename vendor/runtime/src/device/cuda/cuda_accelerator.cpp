@@ -1,9 +1,12 @@
 #include "device/cuda/cuda_accelerator.h"
 
+#include <algorithm>
+
 #include "base/error.h"
 #include "base/log.h"
 #include "device/cuda/cuda_device.h"
 #include "device/cuda/neuron_mover.h"
+#include "device/cuda/rehearsal.h"
 #include "device/cuda/speeds.h"
 
 namespace qi::cuda {
@@ -27,18 +30,23 @@ class CudaAccelerator final : public Accelerator {
     }
     size_t used() const override { return share_.budget ? share_.budget->used_bytes() : 0; }
 
-    void prepare(std::span<const Type> weight_types, Type kv_type) override {
+    void prepare(std::span<const Type> weight_types, const DeviceNeeds& needs) override {
         const Current current(*share_.gpu);
         if (!is_prepared_) forget_budget_beyond_free();
         is_prepared_ = true;
         share_.kernels->load_common_kernels();
         find_cublas();
         // Code takes memory, too; under a budget it is not counted, and loaded when first used.
+        if (is_measured_) return load_more(needs.kv.type);
         if (share_.budget) return;
         for (const Type type : weight_types)
             share_.kernels->load_weight_kernels(type);
-        share_.kernels->load_kv_kernels(kv_type);
+        share_.kernels->load_kv_kernels(needs.kv.type);
+        share_.kernels->load_exchange_kernels();
+        if (share_.has_cublas) load_cublas(weight_types, needs);
+        const RecordedSteps steps(share_, needs);
         take_budget(share_.gpu->free_bytes());
+        is_measured_ = true;
     }
 
     size_t bytes_of(const Linear& linear) const override { return Weights::bytes_of(linear); }
@@ -84,10 +92,20 @@ class CudaAccelerator final : public Accelerator {
     }
 
     std::unique_ptr<Device> make_device(const DeviceNeeds& needs, Device& host) override {
+        const Current current(*share_.gpu);
+        // Beside other contexts nobody has asked to prepare for its type.
+        share_.kernels->load_kv_kernels(needs.kv.type);
         return std::make_unique<CudaDevice>(share_, needs, host);
     }
 
   private:
+    // For a context that is not the first.
+    void load_more(Type kv_type) {
+        const size_t before = share_.gpu->free_bytes();
+        share_.kernels->load_kv_kernels(kv_type);
+        const size_t after = share_.gpu->free_bytes();
+        share_.budget->lower(before - std::min(before, after));
+    }
     void find_cublas() {
         if (share_.choice) return;
         share_.choice = std::make_shared<ProductChoice>(*share_.gpu);
@@ -98,10 +116,21 @@ class CudaAccelerator final : public Accelerator {
                 Cublas(Stream(share_.gpu), std::make_shared<Budget>(Budget::unlimited));
             share_.has_cublas = true;
         } catch (const Error& error) {
-            log(LogLevel::info,
-                format("prompts are multiplied without cuBLAS, which may be slower: %s",
-                       error.what()));
+            do_without_cublas(error);
         }
+    }
+    void load_cublas(std::span<const Type> weight_types, const DeviceNeeds& needs) {
+        try {
+            load_products(share_, weight_types, needs);
+        } catch (const Error& error) {
+            if (error.status() != QI_MEMORY) throw;
+            do_without_cublas(error);
+        }
+    }
+    void do_without_cublas(const Error& why) {
+        share_.has_cublas = false;
+        log(LogLevel::info,
+            format("prompts are multiplied without cuBLAS, which may be slower: %s", why.what()));
     }
     // A budget is what may be used; where less is free, all of that may be.
     void forget_budget_beyond_free() {
@@ -121,6 +150,7 @@ class CudaAccelerator final : public Accelerator {
 
     GpuShare share_;
     bool is_prepared_ = false;
+    bool is_measured_ = false;  // the budget, not given
 };
 
 }  // namespace

@@ -164,10 +164,15 @@ Current::~Current() {
 
 // ---- memory ----
 
+void Budget::lower(size_t n_bytes) {
+    const size_t limit = limit_bytes();
+    limit_ = std::max(used_bytes(), limit - std::min(limit, n_bytes));
+}
+
 bool Budget::take(size_t n_bytes) {
     size_t used = used_.load(std::memory_order_relaxed);
     do {
-        if (n_bytes > limit_ - used) return false;
+        if (n_bytes > limit_bytes() - used) return false;
     } while (!used_.compare_exchange_weak(used, used + n_bytes, std::memory_order_relaxed));
     const size_t now = used + n_bytes;
     size_t peak = peak_.load(std::memory_order_relaxed);
@@ -453,7 +458,7 @@ void Graph::abandon(const Stream& stream) noexcept {
         d->cuGraphDestroy(graph);
 }
 
-void Graph::finish(const Stream& stream) {
+void Graph::finish(const Stream& stream, std::span<Graph> others) {
     const Driver& d = driver();
     CUgraph graph = nullptr;
     const CUresult ended = d.cuStreamEndCapture(stream.handle(), &graph);
@@ -462,9 +467,17 @@ void Graph::finish(const Stream& stream) {
         abandon(stream);
         fail_cuda(ended, "recording a graph");
     }
-    const CUresult result = d.cuGraphInstantiateWithFlags(&executable_, graph, 0);
+    CUresult result = d.cuGraphInstantiateWithFlags(&executable_, graph, 0);
+    for (Graph& other : others) {
+        if (result != CUDA_SUCCESS) break;
+        other = Graph(stream.gpu());
+        result = d.cuGraphInstantiateWithFlags(&other.executable_, graph, 0);
+    }
     d.cuGraphDestroy(graph);
-    check(result, "making a graph ready");
+    if (result == CUDA_SUCCESS) return;
+    // A constructor that throws has no destructor.
+    if (executable_ != nullptr) d.cuGraphExecDestroy(std::exchange(executable_, nullptr));
+    fail_cuda(result, "making a graph ready");
 }
 
 Graph::~Graph() {

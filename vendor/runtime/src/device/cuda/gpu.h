@@ -12,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -115,17 +116,19 @@ class Budget {
     static constexpr size_t unlimited = SIZE_MAX;
     explicit Budget(size_t limit_bytes) : limit_(limit_bytes) {}
 
-    size_t limit_bytes() const { return limit_; }
+    size_t limit_bytes() const { return limit_.load(std::memory_order_relaxed); }
+    // By n bytes, which others have taken; not below what is used.
+    void lower(size_t n_bytes);
     size_t used_bytes() const { return used_.load(std::memory_order_relaxed); }
     size_t peak_bytes() const { return peak_.load(std::memory_order_relaxed); }
-    size_t left_bytes() const { return limit_ - used_bytes(); }
+    size_t left_bytes() const { return limit_bytes() - used_bytes(); }
 
     // Counts n bytes; false, with nothing counted, when they do not fit.
     bool take(size_t n_bytes);
     void give_back(size_t n_bytes) { used_.fetch_sub(n_bytes, std::memory_order_relaxed); }
 
   private:
-    size_t limit_;
+    std::atomic<size_t> limit_;
     std::atomic<size_t> used_{0};
     std::atomic<size_t> peak_{0};
 };
@@ -278,7 +281,10 @@ class Graph : public OnGpu {
     Graph() = default;
     // Calls `record`, which enqueues on `stream` and neither allocates nor waits.
     template <typename Record>
-    Graph(const Stream& stream, Record&& record) : OnGpu(stream.gpu()) {
+    Graph(const Stream& stream, Record&& record) : Graph(stream, record, {}) {}
+    // Takes the driver's memory for others of the same work, too.
+    template <typename Record>
+    Graph(const Stream& stream, Record&& record, std::span<Graph> others) : OnGpu(stream.gpu()) {
         begin(stream);
         try {
             record();
@@ -286,7 +292,7 @@ class Graph : public OnGpu {
             abandon(stream);
             throw;
         }
-        finish(stream);
+        finish(stream, others);
     }
     ~Graph();
     Graph(Graph&& other) noexcept;
@@ -296,9 +302,10 @@ class Graph : public OnGpu {
     void launch(const Stream& stream) const;
 
   private:
+    explicit Graph(std::shared_ptr<Gpu> gpu) : OnGpu(std::move(gpu)) {}
     static void begin(const Stream& stream);
     static void abandon(const Stream& stream) noexcept;
-    void finish(const Stream& stream);
+    void finish(const Stream& stream, std::span<Graph> others);
 
     CUgraphExec executable_ = nullptr;
 };

@@ -204,6 +204,12 @@ void Kernels::load_common_kernels() {
     load(Source::logits, Type::f32, {names::argmax, names::top_k, names::log_terms});
 }
 
+void Kernels::load_exchange_kernels() {
+    exchange_ = gpu_->module("exchange.cu");
+    for (const char* name : {"qi_send", "qi_receive"})
+        exchange_->function(name);
+}
+
 // ---- rows ----
 
 void Kernels::norm(const Stream& stream, const NormArgs& args) {

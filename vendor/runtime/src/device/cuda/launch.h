@@ -263,6 +263,8 @@ class Kernels {
     void load_weight_kernels(Type type);
     void load_kv_kernels(Type type);
     void load_common_kernels();
+    // Those of Exchange, kept loaded.
+    void load_exchange_kernels();
 
     // ---- rows ----
     void norm(const Stream& stream, const NormArgs& args);
@@ -390,6 +392,7 @@ class Kernels {
     std::shared_ptr<Gpu> gpu_;
     std::mutex units_mutex_;
     std::map<std::pair<Source, Type>, Unit> units_;
+    std::shared_ptr<Module> exchange_;
 };
 
 }  // namespace qi::cuda
