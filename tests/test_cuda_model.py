@@ -114,6 +114,18 @@ def test_quantised_weights(name: str, tmp_path: Path) -> None:
             assert np.median(found[share][mode]["7"]) < 2e-2, (share, mode)
 
 
+@pytest.mark.parametrize("type_name", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
+def test_blocks_of_256_neurons(type_name: str, tmp_path: Path) -> None:
+    """An ordinary down of these types is split in blocks of 256; the GPU has every other."""
+    case = Case("llama", type_name, by_neuron=False, sizes={"n_layer": 1, "n_ff": 1024})
+    found = on_gpu("compare", case.write(tmp_path), ["whole", "half"], ["off"], [0, 7])
+    assert found["whole"]["n_neurons"] == 1024
+    assert found["half"]["n_neurons"] == 512
+    for share in ("whole", "half"):
+        assert np.median(found[share]["off"]["0"]) < 1e-5, share
+        assert np.median(found[share]["off"]["7"]) < 2e-2, share
+
+
 def test_q8_0_keys_and_values(tmp_path: Path) -> None:
     sizes = {"n_embd": 128, "n_head": 4, "n_ff": 256}
     path = Case("llama", "f32", sizes=sizes).write(tmp_path)

@@ -5,6 +5,7 @@
 // with an activation that is never 0 both rows at once. Shape: a warp per neuron with four 16-byte
 // loads per lane on the way, blocks of 4 warps, neurons dealt out by their rank in the list, as
 // many blocks as the list can have entries / 4: blocks beyond its length leave at once.
+// With eight tokens L1 is the limit, as in matvec.cu: rows one at a time reach as little as there.
 #include "activation.cuh"
 #include "dot.cuh"
 

@@ -1,11 +1,15 @@
 // y[t][r] = W[r] · x[t] for one to eight tokens; QI_WEIGHT names the weights' type.
 //
-// Bytes: every weight once (n_rows · row stride), which is all that counts; x (44 bytes per 32
-// values as q8, 128 as f32) is read by every warp and comes from L1, since weights pass by it.
-// Shape: a warp takes one or two rows whole and has four 16-byte loads per lane and their scales on
-// the way, more than 2 KB per warp; blocks of 4 warps, of which 54 to 76 registers let 6 to 9 onto
-// an SM, so that 50 to 80 KB are on the way. Where a matrix has too few rows for that, 2 or 4 warps
-// share a row. Two rows per warp halve what is read of x; weights are unpacked once for all tokens.
+// Bytes: every weight once (n_rows · row stride), which is all that counts up to four tokens; x (44
+// bytes per 32 values as q8, 128 as f32) is read by every warp and comes from L1, since weights
+// pass by it. From five tokens on a warp has one row, and L1 is the limit: eight tokens take 16
+// bytes of x per byte of F16, 20 of Q4_0 and 10 of Q8_0, while L1 gives about 8.5 in the time of
+// one byte of memory (H100: 128 of L1 and 15 of memory per clock and SM). That leaves 0.5, 0.4 and
+// 0.8 of memory speed at most, by calculation. Shape: a warp takes one or two rows whole and has
+// four 16-byte loads per lane and their scales on the way, more than 2 KB per warp; blocks of 4
+// warps, of which 54 to 76 registers let 6 to 9 onto an SM, so that 50 to 80 KB are on the way.
+// Where a matrix has too few rows for that, 2 or 4 warps share a row. Two rows per warp halve what
+// is read of x; weights are unpacked once for all tokens.
 #include "dot.cuh"
 
 constexpr int n_warps = 4;
