@@ -67,19 +67,20 @@ QI_DEVICE void down_rows(const u8* rows, i64 row_stride, int n_cols, const i32* 
         for (u32 left = __ballot_sync(QI_WARP_MASK, any); left;) {
             f32 factors[rows_ahead][n_columns];
             const u8* row[rows_ahead];
+            bool present[rows_ahead];
             typename Type::Raw8 raw[rows_ahead];
             int lane = 0;
 #pragma unroll
             for (int u = 0; u < rows_ahead; ++u) {
                 // Where none is left the last one stands in, with factors of 0.
-                const bool is_one = left != 0;
-                if (is_one) lane = __ffs(int(left)) - 1;
+                present[u] = left != 0;
+                if (present[u]) lane = __ffs(int(left)) - 1;
                 left &= left - 1;
                 row[u] = rows + i64(__shfl_sync(QI_WARP_MASK, slot, lane)) * row_stride;
 #pragma unroll
                 for (int c = 0; c < n_columns; ++c) {
                     const f32 value = __shfl_sync(QI_WARP_MASK, values[c], lane);
-                    factors[u][c] = is_one ? value : 0.0f;
+                    factors[u][c] = present[u] ? value : 0.0f;
                 }
             }
             // All loads before the first use.
@@ -88,6 +89,8 @@ QI_DEVICE void down_rows(const u8* rows, i64 row_stride, int n_cols, const i32* 
                 raw[u] = type.load8(row[u], safe_chunk);
 #pragma unroll
             for (int u = 0; u < rows_ahead; ++u) {
+                // A branch before each use keeps its arithmetic behind all loads.
+                if (!present[u]) break;
                 f32 w[8];
                 Type::values8(raw[u], safe_chunk, w);
 #pragma unroll
