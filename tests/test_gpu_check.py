@@ -40,12 +40,12 @@ SANITIZER = """\
 shift 4
 "$@" && exit {status}
 """
-# Compiles kernels that add one too much in `qi_add`.
+# Compiles kernels that add one too much in `qi_scale_rows`.
 BROKEN_COMPILER = """\
 #!/bin/sh
 for word; do
     case "$word" in
-        */in) sed -i 's/a\\[i\\] += b\\[i\\];/a[i] += b[i] + 1.0f;/' "$word"/norm.cu ;;
+        */in) sed -i 's/factor) + b\\[i\\];/factor) + b[i] + 1.0f;/' "$word"/norm.cu ;;
     esac
 done
 exec c++ "$@"
@@ -75,7 +75,7 @@ def test_everything_in_small(tmp_path: Path) -> None:
     """Each part answers, as JSON and in the table; peers' output is understood."""
     output = tmp_path / "out.jsonl"
     done = run_check(
-        "--word", "add ", "--types", "f16", "--shares", "1,0.5", "--output", output,
+        "--word", "scale ", "--types", "f16", "--shares", "1,0.5", "--output", output,
         "--llama-bench", program(tmp_path / "llama-bench", LLAMA_BENCH),
         "--powerinfer-main", program(tmp_path / "main", POWERINFER),
     )  # fmt: skip
@@ -85,7 +85,7 @@ def test_everything_in_small(tmp_path: Path) -> None:
     assert found["card", "what it is"]["values"]["card"] == "Stand-in GPU 0"
     assert found["card", "bandwidth"]["values"]["bandwidth"] > 0
     assert sum(part == "kernels" for part, _ in found) == len(
-        [name for name in _cuda.self_test_names() if "add " in name]
+        [name for name in _cuda.self_test_names() if "scale " in name]
     )
     assert found["golden", "stories260K.F32.gguf: Once upon a time"]["status"] == "passed"
     for share in ("whole", "half", "none"):
@@ -170,10 +170,10 @@ def test_a_wrong_kernel_is_found(tmp_path: Path) -> None:
         "STANDIN_CACHE": str(tmp_path / "kernels"),
         "QINFER_CACHE_DIR": str(tmp_path / "cache"),
     }
-    done = run_check("--word", "add 3", "--parts", "kernels", variables=variables)
+    done = run_check("--word", "scale 3", "--parts", "kernels", variables=variables)
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(
-        r"^FAILED kernels add 31: error inf of 1, \d+ values", done.stdout, re.MULTILINE
+        r"^FAILED kernels scale 31: error inf of 1, \d+ values", done.stdout, re.MULTILINE
     )
     assert re.search(r"^kernels +0 +1 +0$", done.stdout, re.MULTILINE)
 
@@ -195,12 +195,12 @@ def test_shares_of_the_self_tests_are_all_of_them() -> None:
 import json, sys
 from gpu_check_parts import Settings, kernels
 for i in range(3):
-    settings = Settings(gpu=0, quick=True, word="add ", share=(i, 3))
+    settings = Settings(gpu=0, quick=True, word="scale ", share=(i, 3))
     print(json.dumps([result.name for result in kernels(settings)]))
 """
     shares = [json.loads(line) for line in on_gpu(code).splitlines()]
     assert all(shares)
-    names = [name for name in _cuda.self_test_names() if "add " in name]
+    names = [name for name in _cuda.self_test_names() if "scale " in name]
     assert [name for share in shares for name in share] == names
 
 
@@ -234,9 +234,9 @@ def test_self_tests_go_on_behind_one_that_takes_its_process_down(
         "command_of",
         lambda _, settings: [sys.executable, "-c", FAULTY, json.dumps(asdict(settings))],
     )
-    settings = gpu_check.Settings(gpu=0, quick=True, word="add ")
+    settings = gpu_check.Settings(gpu=0, quick=True, word="scale ")
     found = list(gpu_check.self_tests(settings, time.monotonic() + 60))
-    names = [name for name in _cuda.self_test_names() if "add " in name]
+    names = [name for name in _cuda.self_test_names() if "scale " in name]
     assert len(names) == 7
     assert [result.name for result in found] == names
     assert [i for i, result in enumerate(found) if result.status == "failed"] == [1, 3, 5]
