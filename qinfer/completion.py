@@ -57,6 +57,7 @@ class Stats:
         generated_seconds: spent computing the latter.
         sample_seconds: spent drawing tokens.
         weight_bytes_read: by generated tokens.
+        n_launches: of a GPU's kernels, by generated tokens before they are drawn.
         layers: what the feed-forward network of each layer did.
     """
 
@@ -66,6 +67,7 @@ class Stats:
     generated_seconds: float = 0.0
     sample_seconds: float = 0.0
     weight_bytes_read: int = 0
+    n_launches: int = 0
     layers: tuple[LayerStats, ...] = ()
 
     def __sub__(self, earlier: Stats) -> Stats:

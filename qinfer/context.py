@@ -641,6 +641,7 @@ class Context:
             generated_seconds=out.generated_seconds,
             sample_seconds=out.sample_seconds,
             weight_bytes_read=out.weight_bytes_read,
+            n_launches=out.n_launches,
             layers=tuple(layers),
         )
 

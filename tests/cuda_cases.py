@@ -159,10 +159,12 @@ def launches(paths: list[str], share: str, mode: str) -> list[tuple[int, int]]:
     counts = []
     for path in paths:
         with _shared(path, share, {"sparsity": mode}) as model, model.context() as context:
+            first = now()
             for token in TOKENS[:5]:  # by the third they are replayed
                 before = now()
                 context.feed([token], generated=True)
             counts.append((now()[0] - before[0], now()[1] - before[1]))
+            assert context.stats().n_launches == now()[0] - first[0]
     return counts
 
 

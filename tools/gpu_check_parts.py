@@ -58,7 +58,7 @@ class Settings:
 
     gpu: int
     quick: bool
-    word: str = ""
+    word: str = ""  # in the names of self-tests to run; or one of several, "one|another"
     share: tuple[int, int] = (0, 1)  # of the self-tests: the i-th of n runs,
     skip: int = 0  # the first so many of which have been run
     golden: str = ""
@@ -68,6 +68,7 @@ class Settings:
     budget_share: float = 1.0  # of its size; 1: no limit
     bandwidth: float = 0.0  # of the card, bytes per second; 0: not known
     host_bandwidth: float = 0.0  # of the processor's memory
+    launch_seconds: float = 0.0  # of a kernel that does nothing, in a graph
     n_prompt: int = 512
     n_generate: int = 32
     rounds: int = 5
@@ -154,7 +155,8 @@ def bandwidth(settings: Settings, free_bytes: int) -> Iterator[Result]:
 def own_tests(settings: Settings) -> list[int]:
     """Numbers of a process's share of the self-tests; neighbours use the same kernels."""
     names = enumerate(_cuda.self_test_names())
-    chosen = [number for number, name in names if settings.word in name]
+    words = settings.word.split("|")
+    chosen = [number for number, name in names if any(word in name for word in words)]
     share, n_shares = settings.share
     return chosen[share * len(chosen) // n_shares : (share + 1) * len(chosen) // n_shares]
 

@@ -99,8 +99,15 @@ def speed(settings: Settings) -> Iterator[Result]:
         "n_neurons": placement.n_neurons,
         "n_moved": placement.n_moved,
     }
+    launches = stats.n_launches / stats.n_generated_tokens
+    values["launches_per_token"] = launches
     if read.seconds > 0:
-        values |= {"limit_seconds": read.seconds, "share": read.seconds * rate}
+        both = read.seconds + launches * settings.launch_seconds
+        values |= {
+            "limit_seconds": read.seconds,
+            "share": read.seconds * rate,
+            "share_with_launches": both * rate,
+        }
     exceeded = placement.used_bytes > placement.budget_bytes
     detail = f"{placement.summary}; sparsity {mode}, {len(prompt)} rounds, loaded in {loaded:.1f} s"
     if exceeded:

@@ -473,6 +473,7 @@ typedef struct qi_stats {
     double generated_seconds;
     double sample_seconds;
     uint64_t weight_bytes_read; /* by generated tokens */
+    uint64_t n_launches;        /* of a device's kernels, by generated tokens before sampling */
 } qi_stats;
 
 /* What one layer's feed-forward network did; neurons are summed over tokens. */

@@ -219,6 +219,8 @@ class Device {
     }
     // Brings what feed_forward() has counted up to date; devices may count by themselves meanwhile.
     virtual void collect_counters() {}
+    // Kernels launched so far, those of replays included.
+    virtual uint64_t n_launches() const { return 0; }
     // y += FFN(x), each token by the neurons its rule chooses. Its result depends on nothing else
     // in the batch; with down by neuron, `exact` gives the bits that `all` gives.
     virtual void feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) = 0;

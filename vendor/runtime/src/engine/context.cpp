@@ -178,6 +178,7 @@ void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done
     const auto start_time = Clock::now();
     if (!generating) collect_counters();
     const uint64_t ffn_bytes_before = ffn_bytes_counted();
+    const uint64_t launches_before = accelerator_ ? accelerator_->n_launches() : 0;
     monitor_.check = check_every_ > 0 && (!generating || n_until_check_ == 0);
     if (generating && check_every_ > 0)
         n_until_check_ = monitor_.check ? check_every_ - 1 : n_until_check_ - 1;
@@ -208,6 +209,7 @@ void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done
         stats_.n_generated_tokens += tokens.size();
         stats_.generated_seconds += seconds_since(start_time);
         stats_.weight_bytes_read += model_->n_bytes_per_token() - model_->n_ffn_bytes_per_token();
+        if (accelerator_) stats_.n_launches += accelerator_->n_launches() - launches_before;
     } else {
         ffn_bytes_of_prompts_ += ffn_bytes_counted() - ffn_bytes_before;
         stats_.n_prompt_tokens += tokens.size();

@@ -68,6 +68,7 @@ class CudaDevice final : public Device {
                 float* out) override;
     double kv_host_share(int64_t layer) const override;
     void collect_counters() override;
+    uint64_t n_launches() const override { return stream_.n_launches(); }
     void feed_forward(const FeedForward& ffn, const FfnBatch& batch, float* y) override;
     void log_probabilities(const float* logits, int64_t n, int64_t n_vocab, const int32_t* targets,
                            float* out) override;

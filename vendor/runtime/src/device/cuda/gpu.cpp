@@ -298,11 +298,14 @@ Stream::~Stream() {
 }
 
 Stream::Stream(Stream&& other) noexcept
-    : OnGpu(std::move(other)), handle_(std::exchange(other.handle_, nullptr)) {}
+    : OnGpu(std::move(other)),
+      handle_(std::exchange(other.handle_, nullptr)),
+      n_launches_(other.n_launches_) {}
 
 Stream& Stream::operator=(Stream&& other) noexcept {
     OnGpu::operator=(std::move(other));
     std::swap(handle_, other.handle_);
+    std::swap(n_launches_, other.n_launches_);
     return *this;
 }
 
@@ -442,6 +445,7 @@ void Function::launch_with(const Stream& stream, Size3 grid, Size3 block, unsign
         fail_cuda(result, format("launching the kernel %s, grid %u·%u·%u, block %u·%u·%u", name_,
                                  grid.x, grid.y, grid.z, block.x, block.y, block.z)
                               .c_str());
+    ++stream.n_launches_;
 }
 
 // ---- graphs ----
@@ -460,6 +464,8 @@ void Graph::abandon(const Stream& stream) noexcept {
 
 void Graph::finish(const Stream& stream, std::span<Graph> others) {
     const Driver& d = driver();
+    // What was recorded has not been launched.
+    n_launches_ = std::exchange(stream.n_launches_, n_launches_) - n_launches_;
     CUgraph graph = nullptr;
     const CUresult ended = d.cuStreamEndCapture(stream.handle(), &graph);
     if (ended != CUDA_SUCCESS) {
@@ -471,6 +477,7 @@ void Graph::finish(const Stream& stream, std::span<Graph> others) {
     for (Graph& other : others) {
         if (result != CUDA_SUCCESS) break;
         other = Graph(stream.gpu());
+        other.n_launches_ = n_launches_;
         result = d.cuGraphInstantiateWithFlags(&other.executable_, graph, 0);
     }
     d.cuGraphDestroy(graph);
@@ -487,16 +494,20 @@ Graph::~Graph() {
 }
 
 Graph::Graph(Graph&& other) noexcept
-    : OnGpu(std::move(other)), executable_(std::exchange(other.executable_, nullptr)) {}
+    : OnGpu(std::move(other)),
+      executable_(std::exchange(other.executable_, nullptr)),
+      n_launches_(other.n_launches_) {}
 
 Graph& Graph::operator=(Graph&& other) noexcept {
     OnGpu::operator=(std::move(other));
     std::swap(executable_, other.executable_);
+    std::swap(n_launches_, other.n_launches_);
     return *this;
 }
 
 void Graph::launch(const Stream& stream) const {
     check(driver().cuGraphLaunch(executable_, stream.handle()), "replaying a graph");
+    stream.n_launches_ += n_launches_;
 }
 
 }  // namespace qi::cuda

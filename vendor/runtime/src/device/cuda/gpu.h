@@ -199,8 +199,15 @@ class Stream : public OnGpu {
     void copy_on_device(CUdeviceptr to, CUdeviceptr from, size_t n_bytes) const;
     void fill(CUdeviceptr at, uint8_t value, size_t n_bytes) const;
 
+    // Of kernels so far, those of replayed graphs included.
+    uint64_t n_launches() const { return n_launches_; }
+
   private:
+    friend class Function;
+    friend class Graph;
+
     CUstream handle_ = nullptr;
+    mutable uint64_t n_launches_ = 0;
 };
 
 class Event : public OnGpu {
@@ -284,12 +291,14 @@ class Graph : public OnGpu {
     Graph(const Stream& stream, Record&& record) : Graph(stream, record, {}) {}
     // Takes the driver's memory for others of the same work, too.
     template <typename Record>
-    Graph(const Stream& stream, Record&& record, std::span<Graph> others) : OnGpu(stream.gpu()) {
+    Graph(const Stream& stream, Record&& record, std::span<Graph> others)
+        : OnGpu(stream.gpu()), n_launches_(stream.n_launches_) {
         begin(stream);
         try {
             record();
         } catch (...) {
             abandon(stream);
+            stream.n_launches_ = n_launches_;
             throw;
         }
         finish(stream, others);
@@ -308,6 +317,7 @@ class Graph : public OnGpu {
     void finish(const Stream& stream, std::span<Graph> others);
 
     CUgraphExec executable_ = nullptr;
+    uint64_t n_launches_ = 0;  // of a replay
 };
 
 }  // namespace qi::cuda
