@@ -35,7 +35,8 @@ _SPLITS = {
     "'balance'": "--balance-gpu-index",
     "'none'": "--disable-gpu-index",
 }
-_VALUE = r"PosixPath\('[^']*'\)|'[^']*'|\"[^\"]*\"|[\w.+-]*[\w]"
+_QUOTED = r"'[^']*'|\"[^\"]*\""
+_VALUE = rf"PosixPath\((?:{_QUOTED})\)|{_QUOTED}|[\w.+-]*[\w]|(?=[\[{{(])"
 _ARGUMENT = re.compile(
     rf"(?<![\w/.-])({'|'.join(_NAMES)})=({_VALUE})?"
     # Without a value a name is a word of English, if it is one word.
@@ -55,5 +56,6 @@ def _option(match: re.Match[str]) -> str:
         return _SPLITS[value]
     if value is None or value in ("True", "False"):
         return option
-    value = value.removeprefix("PosixPath(").removesuffix(")")
+    if value.startswith("PosixPath("):
+        value = value[len("PosixPath(") : -1]
     return f"{option} {value.strip(chr(39) + chr(34))}"

@@ -123,9 +123,9 @@ class Context:
         params.kv_ratio = math.nan if kv_place.ratio is None else kv_place.ratio
         params.kv_step = kv_place.step or 0.0
         params.deterministic = flag("deterministic", deterministic)
-        self.on_gpu = weights.offload is not None
+        self.on_gpu = weights.offload is not None and not weights.offload.has_failed
         on_gpu = partial(self._create_on_gpu, may_do_without=kv_place.is_default)
-        pointer = self._create(params) if weights.offload is None else on_gpu(params)
+        pointer = on_gpu(params) if self.on_gpu else self._create(params)
         self._handle = Handle(pointer, lib.qi_context_close, "this context")
         self._lock = threading.Lock()
         self.n_seq = n_seq
@@ -161,18 +161,19 @@ class Context:
             except OutOfMemory as error:
                 if may_free and self._weights.free_idle():
                     continue
+                if not (share.optional or share.is_placed):
+                    raise
                 if not may_do_without:
                     raise OutOfMemory(
                         f"{error}; without kv_mode, kv_ratio and kv_step the processor takes "
                         "what does not fit"
                     ) from None
-                if not (share.optional or share.is_placed):
-                    raise
                 share.warn_of_context(error)
                 break
             except DeviceError as error:
                 if not share.optional or share.is_placed:
                     raise
+                share.has_failed = True
                 share.warn_of_context(error)
                 break
         params.offload = ffi.NULL
@@ -182,7 +183,8 @@ class Context:
     @property
     def lacks_gpu(self) -> bool:
         """Whether it is computed without the GPU that the model is on, for want of memory there."""
-        return not self.on_gpu and self._weights.offload is not None
+        share = self._weights.offload
+        return not self.on_gpu and share is not None and not share.has_failed
 
     @property
     def placement(self) -> Placement | None:

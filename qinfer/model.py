@@ -595,7 +595,7 @@ class Model:
         """What of the model a GPU keeps; None where none is used. Raises Closed after `close()`."""
         self._weights.pointer  # noqa: B018  raises Closed
         share = self._weights.offload
-        return None if share is None else share.placement
+        return None if share is None or share.has_failed else share.placement
 
     @property
     def metadata(self) -> Mapping[str, object]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +21,14 @@ from ._checks import is_number, one_of
 from ._files import StrPath
 from ._kv_place import KvPlace, for_gpus
 from ._native import Handle, check, ffi, lib, new_error, text
-from .errors import ArgumentError, DeviceError, OutOfMemory, QInferError
+from .errors import (
+    ArgumentError,
+    DeviceError,
+    FileError,
+    FormatError,
+    OutOfMemory,
+    QInferError,
+)
 
 if TYPE_CHECKING:
     from ._weights import Weights
@@ -99,6 +107,7 @@ class Offload:
         check(status, error)
         self._handle = Handle(out[0], lib.qi_offload_close, f"the share of {weights.path}")
         self.optional = optional
+        self.has_failed = False  # before it held anything: nothing is tried there any more
         self._has_warned = False
         self.gpu = self.placement.device  # its name
         self.kind = f"{self.gpu}-{budget}"  # what speed depends on
@@ -170,7 +179,7 @@ class Offload:
 
     @property
     def is_placed(self) -> bool:
-        """Whether it holds something of the model."""
+        """Whether it is decided what of the model it holds."""
         try:
             return self.placement.is_placed
         except DeviceError:  # lost, before there was a budget to tell of
@@ -302,9 +311,6 @@ def _unnamed(weights: Weights, budget: int | None, kv_type: str) -> Offload:
 
 def _split(share: Offload, weights: Weights, gpu_split: GpuSplit) -> None:
     """Tells the runtime which neurons to prefer."""
-    from . import _fingerprint
-    from .activation import check_model, read_activations
-
     info = weights.info
     if gpu_split == "none":
         for layer in range(info.n_layer):
@@ -320,26 +326,59 @@ def _split(share: Offload, weights: Weights, gpu_split: GpuSplit) -> None:
         return
     beside = Path(weights.path + ".generated.gpuidx")
     folder = Path(weights.path).parent / "activation"
-    if gpu_split == "auto" and beside.is_file():
-        index = _index(beside, weights)
-        # Made for some budget, perhaps another: its neurons are taken first, as many as fit.
-        for layer in range(info.n_layer):
-            counts = np.zeros(info.n_ff, np.float32)
-            counts[index.neurons(layer)] = 1.0
-            share.count_neurons(layer, counts)
+    counted = None
+    if gpu_split == "auto":
+        # What lies there may be another's: nobody asked for it.
+        if beside.is_file():
+            counted = _unless_refused(_counts_of_split, beside, weights)
+        if counted is None and folder.is_dir():
+            counted = _unless_refused(_counts, folder, weights)
     elif folder.is_dir():
-        counted = read_activations(folder, n_layers=info.n_layer, n_ff=info.n_ff)
-        if not check_model(folder, _fingerprint.of_model(weights.file)):
-            _say_unchecked(folder, "which model it is of")
-        for layer, counts in enumerate(counted):
-            share.count_neurons(layer, counts)
-        if gpu_split == "balance":
-            share.balance_layers()
-    elif gpu_split != "auto":
+        counted = _counts(folder, weights)
+    else:
         raise ArgumentError(
             f"gpu_split={gpu_split!r} goes by counts of activations, and there is no folder "
             f"{folder}: qinfer profile MODEL -f TEXT -o {folder.parent} writes it"
         )
+    for layer, counts in enumerate(counted or []):
+        share.count_neurons(layer, counts)
+    if gpu_split == "balance":
+        share.balance_layers()
+
+
+def _unless_refused(
+    read: Callable[[Path, Weights], list[NDArray[Any]]], path: Path, weights: Weights
+) -> list[NDArray[Any]] | None:
+    """What is read; None, and a warning, where it is not for this model."""
+    try:
+        return read(path, weights)
+    except (ArgumentError, FileError, FormatError) as error:
+        logger.warning("neurons for the GPU are chosen without %s: %s", path, error)
+        return None
+
+
+def _counts_of_split(path: Path, weights: Weights) -> list[NDArray[Any]]:
+    """By layer, 1 for the neurons of a split and 0 for others: shape (n_ff,).
+
+    It was made for some budget, perhaps another: its neurons are taken first, as many as fit.
+    """
+    index = _index(path, weights)
+    counts = np.zeros((weights.info.n_layer, weights.info.n_ff), np.float32)
+    for layer, of_layer in enumerate(counts):
+        of_layer[index.neurons(layer)] = 1.0
+    return list(counts)
+
+
+def _counts(folder: Path, weights: Weights) -> list[NDArray[Any]]:
+    """By layer, how often each neuron was active: shape (n_ff,)."""
+    from . import _fingerprint
+    from .activation import check_model, read_activations
+
+    info = weights.info
+    counted = read_activations(folder, n_layers=info.n_layer, n_ff=info.n_ff)
+    if not check_model(folder, _fingerprint.of_model(weights.file)):
+        _say_unchecked(folder, "which model it is of")
+    return counted
 
 
 def _index(path: StrPath, weights: Weights) -> GpuIndex:

@@ -262,7 +262,7 @@ def _seconds_per_token(
     known = known if isinstance(known, dict) else {}
     seconds = known[key] = _measure(weights, candidates, policy, make_context)
     if weights.offload is not None:
-        has_run = weights.offload.placement.is_placed
+        has_run = weights.offload.is_placed
         # What is kept is to be the same in a run that finds these times in the cache.
         weights.offload.reset()
         if not has_run:

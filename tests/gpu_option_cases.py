@@ -31,7 +31,7 @@ def files_called(path: str, names: list[str]) -> dict[str, str]:
 
 
 def splits(path: str, choices: list[str]) -> list[str]:
-    """The error of each choice of neurons, or what is said of its being checked."""
+    """The error of each choice of neurons, or what is said of its being checked or left out."""
     lines = _log()
     answers = []
     for choice in choices:
@@ -41,7 +41,8 @@ def splits(path: str, choices: list[str]) -> list[str]:
         except QInferError as error:
             answers.append(f"{type(error).__name__}: {error}")
         else:
-            answers.append("".join(line for line in lines if "does not say" in line))
+            words = ("does not say", "are chosen without")
+            answers.append("".join(line for line in lines if any(word in line for word in words)))
     return answers
 
 

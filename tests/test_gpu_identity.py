@@ -108,6 +108,11 @@ def test_other_files_splits_are_refused(model: Path, tmp_path: Path) -> None:
             path,
             [str(tmp_path / "known"), str(tmp_path / "unknown"), "auto"],
         )
+        assert by_name.startswith("ArgumentError: " if says else "")
+        # Nobody asked for what was only found: that is no reason not to run.
+        assert found.startswith(
+            f"neurons for the GPU are chosen without {beside}: " if says else ""
+        )
         for answer in (by_name, found):
             assert says in answer
             assert bool(answer) == bool(says)
@@ -123,7 +128,10 @@ def test_other_models_counts_are_refused(model: Path, tmp_path: Path) -> None:
     says = []
     for fingerprint in (of_model, b"", bytes(32)):
         write_activations(tmp_path / "activation", counts, fingerprint)
-        says += on_gpu("gpu_option_cases.splits", own, ["counts"])
-    assert says[0] == ""
-    assert "does not say which model it is of" in says[1]
-    assert "holds activation counts of another model" in says[2]
+        says.append(on_gpu("gpu_option_cases.splits", own, ["counts", "auto"]))
+    assert says[0] == ["", ""]
+    assert all("does not say which model it is of" in answer for answer in says[1])
+    assert all("holds activation counts of another model" in answer for answer in says[2])
+    asked, found = says[2]
+    assert asked.startswith("ArgumentError: ")
+    assert found.startswith("neurons for the GPU are chosen without ")

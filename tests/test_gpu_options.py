@@ -196,6 +196,8 @@ def test_advice_for_a_place_without_room() -> None:
         ("gpu_split='balance': no", "--balance-gpu-index: no"),
         ("and gpu_split='none' keeps none", "and --disable-gpu-index keeps none"),
         ("gpu_split=PosixPath('a b.idx'), so", "--gpu-index a b.idx, so"),
+        ('gpu_split=PosixPath("it\'s"), so', "--gpu-index it's, so"),
+        ("stop=['a', 'b'] is", "--stop ['a', 'b'] is"),
         ("n_ctx=5 is; n_ctx= overrides this", "--ctx-size 5 is; --ctx-size overrides this"),
         ("not with deterministic=True", "not with --deterministic"),
         ("vram_budget: 'six' is not a size", "--vram-budget: 'six' is not a size"),

@@ -56,7 +56,7 @@ from gpu_check_parts import (
     write_model,
 )  # fmt: skip
 from gpu_check_peers import run_peer
-from gpu_check_process import ALL_OF_IT, own_status, results_of
+from gpu_check_process import ALL_OF_IT, TOO_LONG, own_status, results_of
 from gpu_check_speed import share_name, speed
 
 from qinfer import _cuda, _machine
@@ -228,14 +228,17 @@ class Check:
         if seconds < LEAST:
             self.add(Result("sanitizer", tool, SKIPPED, "time is up"))
             return
-        n_failed = n_passed = 0
+        n_failed = n_passed = n_skipped = 0
         for result in results_of("sanitizer", command, seconds, status_is):
+            if result.name == ALL_OF_IT and result.detail.startswith(TOO_LONG):
+                result = replace(result, status=SKIPPED)  # it is slow, and saw nothing so far
             n_failed += result.status == FAILED
             n_passed += result.status == PASSED
             self.add(replace(result, part="sanitizer", name=f"{tool}, {result.name}"))
-        if n_failed == 0 and n_passed == 0:
+            n_skipped += result.status == SKIPPED
+        if n_failed == n_passed == n_skipped == 0:
             self.add(Result("sanitizer", tool, FAILED, "no self-test has run"))
-        elif n_failed == 0:
+        elif n_failed == 0 and n_passed > 0:
             self.add(Result("sanitizer", tool, PASSED, f"no errors in {n_passed} self-tests"))
 
     # ---- speed ----

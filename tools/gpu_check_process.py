@@ -16,6 +16,7 @@ from contextlib import suppress
 from gpu_check_parts import FAILED, Result
 
 ALL_OF_IT = "all of it"  # the name of a result that is about the process itself
+TOO_LONG = "took longer than"  # how it says that time was up
 # A process that the driver holds fast does not even die; it is left behind.
 _SECONDS_TO_DIE = 10.0
 
@@ -49,24 +50,28 @@ def results_of(
         )  # fmt: skip
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=_pass_on, args=(process, lines), daemon=True).start()
-        problem = ""
+        problem, others = "", list[str]()
         quiet_until = deadline if silence is None else min(deadline, time.monotonic() + silence)
         try:
             while line := lines.get(timeout=max(0, quiet_until - time.monotonic())):
-                with suppress(json.JSONDecodeError, TypeError):  # others may print, too
-                    yield Result(**json.loads(line))
-                    if silence is not None:
-                        quiet_until = min(deadline, time.monotonic() + silence)
+                try:
+                    result = Result(**json.loads(line))
+                except (json.JSONDecodeError, TypeError):
+                    others.append(line)  # as a sanitizer prints
+                    continue
+                yield result
+                if silence is not None:
+                    quiet_until = min(deadline, time.monotonic() + silence)
             problem = status_is(process.wait(max(0, deadline - time.monotonic())))
         except (queue.Empty, subprocess.TimeoutExpired):
-            problem = f"took longer than {seconds:.0f} s"
+            problem = f"{TOO_LONG} {seconds:.0f} s"
             if silence is not None and time.monotonic() < deadline:
                 problem = f"hangs: silent for {silence:.0f} s"
         finally:
             _end(process)
         if problem:
             said.seek(0)
-            last = said.read()[-2000:].strip()
+            last = "".join(others)[-2000:].strip() + said.read()[-2000:].strip()
             yield Result(part, ALL_OF_IT, FAILED, problem + (f": {last}" if last else ""))
 
 

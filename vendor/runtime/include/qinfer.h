@@ -342,8 +342,8 @@ typedef struct qi_offload_info {
 } qi_offload_info;
 
 /* device: "cuda" or "cuda:N". budget_bytes: of its memory, everything counted; below 0, or beyond
- * what is free: all that is free less a reserve. What is kept there is decided when the first
- * context with it is made, and again for one of other sizes when no other is alive. */
+ * what is free: all that is free once kernels are loaded. What is kept there is decided when the
+ * first context with it is made, and again for one of other sizes when no other is alive. */
 int32_t qi_offload_create(qi_model* model, const char* device, int64_t budget_bytes,
                           qi_offload** out, qi_error* error);
 void qi_offload_close(qi_offload* offload); /* contexts keep it alive */

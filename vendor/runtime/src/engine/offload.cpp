@@ -125,10 +125,6 @@ std::vector<Type> weight_types(const Model& model) {
     return {types.begin(), types.end()};
 }
 
-}  // namespace
-
-namespace {
-
 // Whether the same is kept; contexts may differ.
 bool keeps_the_same(const Placement& a, const Placement& b) {
     const auto kept = [](const Placement& p) {

@@ -273,10 +273,6 @@ void Plan::add_neurons(const SplitChoice& split) {
     used += result.neuron_bytes;
 }
 
-}  // namespace
-
-namespace {
-
 // Whether keys and values that are all on the device would take more room than they leave for
 // neurons that want it, or some of what those asked for by name need.
 bool crowds_neurons_out(const Plan& whole, const DeviceNeeds& alone, const DeviceNeeds& none,

@@ -32,7 +32,7 @@ class CudaAccelerator final : public Accelerator {
 
     void prepare(std::span<const Type> weight_types, const DeviceNeeds& needs) override {
         const Current current(*share_.gpu);
-        if (!is_prepared_) forget_budget_beyond_free();
+        if (!is_prepared_) forget_budget_near_free();
         is_prepared_ = true;
         share_.kernels->load_common_kernels();
         find_cublas();
@@ -45,7 +45,14 @@ class CudaAccelerator final : public Accelerator {
         share_.kernels->load_exchange_kernels();
         if (share_.has_cublas) load_cublas(weight_types, needs);
         const RecordedSteps steps(share_, needs);
-        take_budget(share_.gpu->free_bytes());
+        const size_t free = share_.gpu->free_bytes();
+        constexpr auto gib = double(1 << 30);
+        if (asked_ && *asked_ > free)
+            log(LogLevel::info,
+                format("%s: %.2f GiB of its memory may be used, %.2f GiB are free: all that is "
+                       "free is the budget",
+                       name().c_str(), double(*asked_) / gib, double(free) / gib));
+        take_budget(asked_ ? std::min(*asked_, free) : free);
         is_measured_ = true;
     }
 
@@ -123,7 +130,7 @@ class CudaAccelerator final : public Accelerator {
         try {
             load_products(share_, weight_types, needs);
         } catch (const Error& error) {
-            if (error.status() != QI_MEMORY) throw;
+            // A card that is lost fails in what is called next.
             do_without_cublas(error);
         }
     }
@@ -132,15 +139,15 @@ class CudaAccelerator final : public Accelerator {
         log(LogLevel::info,
             format("prompts are multiplied without cuBLAS, which may be slower: %s", why.what()));
     }
-    // A budget is what may be used; where less is free, all of that may be.
-    void forget_budget_beyond_free() {
-        const size_t free = share_.gpu->free_bytes();
-        if (!share_.budget || share_.budget->limit_bytes() <= free) return;
-        constexpr auto gib = double(1 << 30);
-        log(LogLevel::info,
-            format("%s: %.2f GiB of its memory may be used, %.2f GiB are free: all that is free is "
-                   "the budget",
-                   name().c_str(), double(share_.budget->limit_bytes()) / gib, double(free) / gib));
+    // A budget is what may be used; where less is free, all of that may be. Where it is close, it
+    // is measured what is left beside code.
+    void forget_budget_near_free() {
+        if (!share_.budget) return;
+        const size_t limit = share_.budget->limit_bytes(), free = share_.gpu->free_bytes();
+        const auto all = size_t(share_.gpu->attributes().memory_bytes);
+        const size_t code_at_most = std::min(size_t(512) << 20, all / 16);
+        if (limit < free && free - limit >= code_at_most) return;
+        asked_ = limit;
         share_.budget = nullptr;
     }
     void take_budget(size_t n_bytes) {
@@ -150,7 +157,8 @@ class CudaAccelerator final : public Accelerator {
 
     GpuShare share_;
     bool is_prepared_ = false;
-    bool is_measured_ = false;  // the budget, not given
+    bool is_measured_ = false;     // the budget, not given, or so large that code may want a part
+    std::optional<size_t> asked_;  // where that is so
 };
 
 }  // namespace

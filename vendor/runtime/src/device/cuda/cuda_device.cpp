@@ -274,6 +274,7 @@ void CudaDevice::replay_or_run(uint64_t key, const std::function<void()>& steps)
             log(LogLevel::warning,
                 format("steps are not recorded any more, which makes them slower: %s",
                        error.what()));
+            forget_prepared();
             return steps();
         }
         if (exchange_) recording.answers = exchange_->end_recording();

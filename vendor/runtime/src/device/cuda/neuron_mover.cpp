@@ -194,6 +194,11 @@ bool NeuronMover::Step::at_rest() const {
 void NeuronMover::place_if_landed(const Stream& stream, bool may_place) {
     const State seen = state_;
     if (seen != State::half_placed && !(seen == State::landed && may_place)) return;
+    try {
+        if (seen == State::landed && !landed_.done()) return;
+    } catch (const Error& error) {
+        return give_up(error.what());
+    }
     std::unique_lock turn(turnstile_, std::defer_lock);
     std::unique_lock steps(steps_, std::try_to_lock);
     if (!steps.owns_lock()) {
@@ -202,15 +207,7 @@ void NeuronMover::place_if_landed(const Stream& stream, bool may_place) {
         steps.lock();
     }
     n_refused_ = 0;
-    if (state_ == State::landed) {
-        try {
-            if (!landed_.done()) return;
-        } catch (const Error& error) {
-            return give_up(error.what());
-        }
-    } else if (state_ != State::half_placed) {
-        return;  // another step was faster
-    }
+    if (state_ != State::landed && state_ != State::half_placed) return;  // another was faster
     const std::lock_guard lock(mutex_);
     const bool any_lost = std::any_of(members_.begin(), members_.end(),
                                       [](const Member* member) { return member->is_lost_; });

@@ -111,10 +111,12 @@ double measure_read_bandwidth(const std::shared_ptr<Gpu>& gpu, size_t n_bytes) {
     const std::shared_ptr<Module> module = gpu->module("probe.cu");
     const Function kernel = module->function("probe_read");
     stream.fill(from.address(), 1, n_bytes);
-    // Two blocks of 1024 threads fill a multiprocessor; with less to read some are idle.
-    const Size3 grid{unsigned(2 * gpu->attributes().n_sm)};
+    // As many threads as are resident at one time, if registers allow it.
+    constexpr int n_threads = 512;
+    const Gpu::Attributes& card = gpu->attributes();
+    const Size3 grid{unsigned(card.n_sm * card.max_threads_per_sm / n_threads)};
     const auto read = [&] {
-        kernel.launch(stream, grid, {1024}, 0, from.address(), (long long)(n_bytes / 16),
+        kernel.launch(stream, grid, {n_threads}, 0, from.address(), (long long)(n_bytes / 16),
                       out.address());
     };
     const Graph reads(stream, [&] {
