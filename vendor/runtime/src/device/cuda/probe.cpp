@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/median.h"
 #include "device/cuda/gpu.h"
 
 namespace qi::cuda {
@@ -78,11 +79,6 @@ ProbeReport probe(int ordinal, size_t n_bytes, size_t budget_bytes) {
 }
 
 namespace {
-
-double median(std::vector<double> values) {
-    std::nth_element(values.begin(), values.begin() + int64_t(values.size() / 2), values.end());
-    return values[values.size() / 2];
-}
 
 // The median over several replays, by the GPU's clock; the first one warms up.
 double replay_seconds(const Stream& stream, const Graph& graph) {

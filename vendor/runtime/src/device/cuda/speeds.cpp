@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <random>
 
 #include "base/error.h"
+#include "base/median.h"
 #include "device/cuda/weights.h"
 
 namespace qi::cuda {
@@ -15,11 +15,6 @@ namespace {
 // A token names about so much of a sparse network.
 constexpr int64_t one_in = 10;
 constexpr int n_rounds = 9;
-
-double median(std::vector<double> values) {
-    std::nth_element(values.begin(), values.begin() + int64_t(values.size() / 2), values.end());
-    return values[values.size() / 2];
-}
 
 // Every tenth of the first n neurons, from `first` on.
 std::vector<int32_t> some_neurons(int64_t n, int64_t first) {
