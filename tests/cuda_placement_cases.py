@@ -228,7 +228,8 @@ def distrusted(path: str, cache: str) -> list[Any]:
     true_tests = _cuda.self_tests
 
     def one_fails(number: int, numbers: list[int]) -> Any:
-        for count, test in enumerate(true_tests(number, numbers)):
+        # Some are enough: all of them are run where none is to fail.
+        for count, test in enumerate(true_tests(number, numbers[:5])):
             yield test if count else replace(test, passed=False, error=7.0)
 
     _cuda_check._cuda.self_tests = one_fails  # type: ignore[assignment]

@@ -176,8 +176,12 @@ void check_repacking() {
                   "a neuron's rows do not follow each other");
 }
 
-void run_self_tests(const std::shared_ptr<Gpu>& gpu, const char* word) {
-    for (size_t i = 0; i < n_self_tests(); ++i) {
+// The share-th of n_shares runs of those whose names have the word; neighbours use the same
+// kernels.
+void run_self_tests(const std::shared_ptr<Gpu>& gpu, const char* word, size_t share,
+                    size_t n_shares) {
+    const size_t n = n_self_tests();
+    for (size_t i = share * n / n_shares; i < (share + 1) * n / n_shares; ++i) {
         if (self_test_name(i).find(word) == std::string::npos) continue;
         const SelfTestResult result = run_self_test(gpu, i);
         checks.expect(result.passed(), "%s: %.3g times its tolerance over %zu values",
@@ -199,6 +203,9 @@ int main(int argc, char** argv) {
         std::fprintf(stderr, "skipped: no CUDA device for the kernels: %s\n", error.what());
         return checks.status() == 0 ? skipped : 1;
     }
-    run_self_tests(gpu, argc > 1 ? argv[1] : "");
+    // [WORD [SHARE N_SHARES]]
+    const bool is_share = argc > 3;
+    run_self_tests(gpu, argc > 1 ? argv[1] : "", is_share ? std::stoul(argv[2]) : 0,
+                   is_share ? std::stoul(argv[3]) : 1);
     return checks.status();
 }
