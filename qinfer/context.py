@@ -123,7 +123,7 @@ class Context:
         params.kv_ratio = math.nan if kv_place.ratio is None else kv_place.ratio
         params.kv_step = kv_place.step or 0.0
         params.deterministic = flag("deterministic", deterministic)
-        self.on_gpu = weights.offload is not None and not weights.offload.has_failed
+        self.on_gpu = weights.offload is not None
         on_gpu = partial(self._create_on_gpu, may_do_without=kv_place.is_default)
         pointer = on_gpu(params) if self.on_gpu else self._create(params)
         self._handle = Handle(pointer, lib.qi_context_close, "this context")
@@ -157,7 +157,9 @@ class Context:
         for may_free in (True, False):
             try:
                 with nullcontext() if share.is_placed else said_if_slow(placing):
-                    return self._create(params)
+                    created = self._create(params)
+                share.has_failed = False
+                return created
             except OutOfMemory as error:
                 if may_free and self._weights.free_idle():
                     continue

@@ -107,7 +107,7 @@ class Offload:
         check(status, error)
         self._handle = Handle(out[0], lib.qi_offload_close, f"the share of {weights.path}")
         self.optional = optional
-        self.has_failed = False  # before it held anything: nothing is tried there any more
+        self.has_failed = False  # when it was to hold the first of it, the last time it was tried
         self._has_warned = False
         self.gpu = self.placement.device  # its name
         self.kind = f"{self.gpu}-{budget}"  # what speed depends on

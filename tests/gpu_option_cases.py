@@ -83,9 +83,10 @@ def caches(path: str) -> list[list[str]]:
 
 def kept_without_room(path: str) -> dict[str, str]:
     """The error of a context whose keys and values are to be where there is no room."""
-    with Model(path, device="cuda", vram_budget="300KiB", n_ctx=512, sparsity="off") as model:
+    options: dict[str, Any] = {"vram_budget": "6MiB", "n_ctx": 64, "sparsity": "off"}
+    with Model(path, device="cuda", **options) as model, model.context():
         try:
-            model.context(kv_mode="device")
+            model.context(kv_mode="device", n_ctx=16384)
         except QInferError as error:
             return {"error": f"{type(error).__name__}: {error}"}
     return {"error": ""}

@@ -28,6 +28,7 @@ FORBIDDEN = re.compile(
 STANDARD_LIBRARY = {
     ("thread_pool.cpp.o", "_ZSt9terminatev"),
     ("neuron_mover.cpp.o", "_ZSt9terminatev"),
+    ("exchange.cpp.o", "_ZSt9terminatev"),
 }
 
 # What `import qinfer` leaves to the moment it is needed.

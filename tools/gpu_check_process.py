@@ -71,7 +71,8 @@ def results_of(
             _end(process)
         if problem:
             said.seek(0)
-            last = "".join(others)[-2000:].strip() + said.read()[-2000:].strip()
+            words = ["".join(others)[-2000:].strip(), said.read()[-2000:].strip()]
+            last = "\n".join(filter(None, words))
             yield Result(part, ALL_OF_IT, FAILED, problem + (f": {last}" if last else ""))
 
 
