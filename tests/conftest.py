@@ -20,6 +20,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 sys.path.insert(0, str(HERE.parent / "tools"))  # for make_model, whose random models tests use
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the tables that tests recorded, also those of other processes."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, table in report.user_properties:
+                if name == "table" and report.when == "call":
+                    terminalreporter.write_line(f"\n{table}")
+
+
 @pytest.fixture(scope="session")
 def stories260k() -> Path:
     """The trained TinyStories model of 260 000 parameters, F32."""

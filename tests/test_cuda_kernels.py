@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,7 +67,7 @@ def compiled(nvrtc: Path, jobs: list[cubins.Job]) -> Iterator[cubins.Result]:
 
 
 def test_every_kernel_compiles_for_every_architecture_without_spills(
-    nvrtc: Path, capsys: pytest.CaptureFixture[str]
+    nvrtc: Path, record_property: Callable[[str, object], None]
 ) -> None:
     jobs = [
         cubins.Job(unit, architecture, ("--ptxas-options=-v",))
@@ -86,12 +86,12 @@ def test_every_kernel_compiles_for_every_architecture_without_spills(
             row[architecture] = kernel["registers"] + (f"+{spilled}B" if spilled else "")
             if spilled:
                 spilling.append(f"{kernel['name']} of {unit}, sm_{architecture}: {spilled} bytes")
-    with capsys.disabled():
-        print("\nregisters per thread (+ bytes spilled), by NVRTC 12.9")
-        print(" " * 68 + "".join(f"{f'sm_{a}':>8}" for a in cubins.ARCHITECTURES))
-        for (unit, name), row in table.items():
-            cells = "".join(f"{row.get(a, '-'):>8}" for a in cubins.ARCHITECTURES)
-            print(f"{unit:<36}{name:<32}{cells}")
+    lines = ["registers per thread (+ bytes spilled), by NVRTC 12.9"]
+    lines.append(" " * 68 + "".join(f"{f'sm_{a}':>8}" for a in cubins.ARCHITECTURES))
+    for (unit, name), row in table.items():
+        cells = "".join(f"{row.get(a, '-'):>8}" for a in cubins.ARCHITECTURES)
+        lines.append(f"{unit:<36}{name:<32}{cells}")
+    record_property("table", "\n".join(lines))
     assert spilling == []
 
 
