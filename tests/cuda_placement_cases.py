@@ -203,7 +203,11 @@ def contexts(path: str) -> dict[str, Any]:
 
 
 def automatic(path: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What device="auto" does here."""
+    """What device="auto" does here, with some of the self-tests: all are run by others."""
+    from qinfer import _cuda_check
+
+    true_tests = _cuda_check._cuda.self_tests
+    _cuda_check._cuda.self_tests = lambda gpu, numbers: true_tests(gpu, list(numbers)[::9])  # type: ignore[assignment]
     lines = _log()
     with Model(path, n_ctx=64, **options or {}) as model:
         placement = model.placement
