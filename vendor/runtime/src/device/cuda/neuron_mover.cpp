@@ -196,8 +196,8 @@ void NeuronMover::place_if_landed(const Stream& stream, bool may_place) {
     if (seen != State::half_placed && !(seen == State::landed && may_place)) return;
     try {
         if (seen == State::landed && !landed_.done()) return;
-    } catch (const Error& error) {
-        return give_up(error.what());
+    } catch (const Error&) {
+        // It is asked again below, where no other step can be placing.
     }
     std::unique_lock turn(turnstile_, std::defer_lock);
     std::unique_lock steps(steps_, std::try_to_lock);
@@ -207,7 +207,15 @@ void NeuronMover::place_if_landed(const Stream& stream, bool may_place) {
         steps.lock();
     }
     n_refused_ = 0;
-    if (state_ != State::landed && state_ != State::half_placed) return;  // another was faster
+    if (state_ == State::landed) {
+        try {
+            if (!landed_.done()) return;
+        } catch (const Error& error) {
+            return give_up(error.what());
+        }
+    } else if (state_ != State::half_placed) {
+        return;  // another step was faster
+    }
     const std::lock_guard lock(mutex_);
     const bool any_lost = std::any_of(members_.begin(), members_.end(),
                                       [](const Member* member) { return member->is_lost_; });
