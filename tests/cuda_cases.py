@@ -25,9 +25,9 @@ TOKENS = np.random.default_rng(5).integers(0, 301, N_TOKENS).tolist()
 
 def _cuda() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
-    names = ("calls", "allocated", "copied_to_host", "copies_to_device", "launches", "live_objects")
-    for name in (f"standin_{name}" for name in names):
-        getattr(library, name).restype = ctypes.c_uint64
+    counted = ("copied_to_host", "copies_to_device", "launches", "lone_launches", "graph_launches")
+    for name in ("calls", "allocated", "live_objects", *counted):
+        getattr(library, f"standin_{name}").restype = ctypes.c_uint64
     library.standin_fail_at.argtypes = [ctypes.c_int64, ctypes.c_int]
     library.standin_fail_at.restype = None
     library.standin_kill.restype = None
@@ -166,6 +166,26 @@ def launches(paths: list[str], share: str, mode: str) -> list[tuple[int, int]]:
             counts.append((now()[0] - before[0], now()[1] - before[1]))
             assert context.stats().n_launches == now()[0] - first[0]
     return counts
+
+
+def steps(path: str, share: str, n_seq: int, temperature: float) -> list[dict[str, int]]:
+    """What the GPU is asked for in each step of some sequences."""
+    names = ("lone_launches", "graph_launches", "copies_to_device", "copied_to_host")
+    cuda, found = _cuda(), []
+
+    def now() -> dict[str, int]:
+        return {name: int(getattr(cuda, f"standin_{name}")()) for name in names}
+
+    sampling = Sampling(temperature=temperature, top_k=10)
+    seqs = range(n_seq)
+    with _shared(path, share) as model, model.context(n_seq=n_seq) as context:
+        samplers = [Sampler(model.info.n_vocab, sampling) for _ in seqs]
+        tokens = TOKENS[:n_seq]
+        for _ in range(5):
+            before = now()
+            tokens = context.step(tokens, samplers, seqs=seqs)
+            found.append({name: count - before[name] for name, count in now().items()})
+    return found
 
 
 def _shared(path: str, share: str, options: dict[str, Any] | None = None) -> Model:

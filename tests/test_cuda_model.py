@@ -171,6 +171,20 @@ def test_launches_of_a_layer(type_name: str, by_neuron: bool, mode: str, tmp_pat
 
 
 @pytest.mark.parametrize("share", ["whole", "half"])
+@pytest.mark.parametrize(("n_seq", "temperature"), [(1, 0.0), (1, 0.8), (3, 0.0)])
+def test_a_step_is_one_graph(share: str, n_seq: int, temperature: float) -> None:
+    """Layers, head and the best logits; what crosses to the host is these."""
+    *_, last = on_gpu("steps", DATA / "stories260K.F32.gguf", share, n_seq, temperature)
+    n_best = 11 if temperature > 0 else 1  # one more than top-k leaves in
+    assert last == {
+        "lone_launches": 0,
+        "graph_launches": 1,
+        "copies_to_device": 2,
+        "copied_to_host": 8 * n_best * n_seq,  # a token and its logit
+    }
+
+
+@pytest.mark.parametrize("share", ["whole", "half"])
 def test_steps_can_be_cancelled(share: str) -> None:
     """Wherever it meets a step, the next ones are right."""
     found = on_gpu("cancelled", DATA / "stories260K.F32.gguf", share)

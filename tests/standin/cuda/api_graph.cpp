@@ -244,6 +244,7 @@ STANDIN_API CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream_handle) {
             }
         }
         executable.launches++;
+        d.graph_launches++;
         d.submit(stream, Kind::batch, {{batch.data(), batch.size()}});
         return CUDA_SUCCESS;
     });

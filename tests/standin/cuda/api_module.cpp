@@ -194,6 +194,7 @@ STANDIN_API CUresult cuLaunchKernel(CUfunction handle, unsigned grid_x, unsigned
         d.submit(stream, Kind::launch, {{&launch, sizeof launch}, {packed.data(), packed.size()}},
                  f.module);
         d.launches += !stream.capture;
+        d.lone_launches += !stream.capture;
         return CUDA_SUCCESS;
     });
 }

@@ -179,6 +179,16 @@ STANDIN_API uint64_t standin_launches() {
     return driver().launches;
 }
 
+STANDIN_API uint64_t standin_lone_launches() {
+    std::lock_guard lock(driver().mutex);
+    return driver().lone_launches;
+}
+
+STANDIN_API uint64_t standin_graph_launches() {
+    std::lock_guard lock(driver().mutex);
+    return driver().graph_launches;
+}
+
 STANDIN_API uint64_t standin_live_objects(uint64_t* counts) {
     Driver& d = driver();
     std::lock_guard lock(d.mutex);

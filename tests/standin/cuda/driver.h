@@ -204,7 +204,9 @@ struct Driver {
     uint64_t copied_to_host = 0;            // bytes, by copies
     uint64_t copies_to_device = 0;          // from the host
     uint64_t launches = 0;                  // of kernels, those of graphs included
-    std::map<uint64_t, Pinned> pinned;      // by host address
+    uint64_t lone_launches = 0;             // of kernels outside of graphs
+    uint64_t graph_launches = 0;
+    std::map<uint64_t, Pinned> pinned;  // by host address
     FreeRanges free_arena;
     uint64_t pinned_bytes = 0;
 

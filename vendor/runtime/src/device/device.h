@@ -194,7 +194,7 @@ class Device {
     virtual void begin(const BatchInputs& inputs) = 0;
     // Runs `steps`, or does again what earlier steps of the same key did: they are the same ones,
     // with the same arguments and the same number of tokens; only what begin() brings differs.
-    virtual void repeat(uint64_t key, const std::function<void()>& steps) {
+    virtual void repeat(std::span<const int64_t> key, const std::function<void()>& steps) {
         (void)key;
         steps();
     }
@@ -228,13 +228,15 @@ class Device {
     // host's.
     virtual void log_probabilities(const float* logits, int64_t n, int64_t n_vocab,
                                    const int32_t* targets, float* out) = 0;
-    // How many of a row's best logits best() finds at most; 0: the host reads all of them as fast.
+    // How many of a row's best logits are found at most; 0: the host reads all of them as fast.
     virtual int64_t best_max() const { return 0; }
-    // out [n][k], the host's: the k best of each row of logits [n][n_vocab] in order of rank, NaN
-    // before all others. 1 <= k <= best_max(), k <= n_vocab.
-    virtual void best(const float* logits, int64_t n, int64_t n_vocab, int64_t k, Candidate* out) {
-        (void)logits, (void)n, (void)n_vocab, (void)k, (void)out;
+    // Finds the k best of each row of logits [n][n_vocab]. 1 <= k <= best_max(), k <= n_vocab.
+    virtual void find_best(const float* logits, int64_t n, int64_t n_vocab, int64_t k) {
+        (void)logits, (void)n, (void)n_vocab, (void)k;
     }
+    // Waits for what was last found: out [n][k], the host's, each row in order of rank, NaN before
+    // all others.
+    virtual void read_best(int64_t n, int64_t k, Candidate* out) { (void)n, (void)k, (void)out; }
     // Waits until all steps are done; what went wrong in one of them is thrown here at the latest.
     virtual void finish() {}
 };

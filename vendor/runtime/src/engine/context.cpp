@@ -155,7 +155,7 @@ void Context::check_token(int32_t token) const {
              (long long)model_->hyper_params().n_vocab - 1);
 }
 
-void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done) {
+void Context::run(std::span<const FeedToken> tokens, const ChunkWork& work) {
     std::vector<int64_t> n_of(size_t(options_.n_seq), 0);
     for (const FeedToken& t : tokens) {
         check_seq(t.seq);
@@ -192,9 +192,14 @@ void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done
         for (size_t first = 0; first < tokens.size(); first += size_t(options_.n_batch)) {
             const auto chunk =
                 tokens.subspan(first, std::min(tokens.size() - first, size_t(options_.n_batch)));
-            compute_chunk(chunk, next);
-            chunk_done(int64_t(first), int64_t(chunk.size()));
-            tokens_done_.fetch_add(int64_t(chunk.size()), std::memory_order_relaxed);
+            const auto n = int64_t(chunk.size());
+            const Batch batch = arrange_chunk(chunk, next);
+            const HeadRequest wanted = work.wanted ? work.wanted(int64_t(first), n) : HeadRequest{};
+            tokens_chunk_.store(n, std::memory_order_relaxed);
+            layers_done_.store(0, std::memory_order_relaxed);
+            forward_.run(batch, wanted, monitor_, &layers_done_);
+            work.done(int64_t(first), n);
+            tokens_done_.fetch_add(n, std::memory_order_relaxed);
         }
         for (const Stage& stage : stages_)
             stage.device->finish();
@@ -217,9 +222,8 @@ void Context::run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done
     }
 }
 
-// Brings a chunk's tokens into rows, each sequence's together and in order, and runs the model over
-// them.
-void Context::compute_chunk(std::span<const FeedToken> tokens, std::vector<int64_t>& next) {
+// Brings a chunk's tokens into rows, each sequence's together and in order.
+Batch Context::arrange_chunk(std::span<const FeedToken> tokens, std::vector<int64_t>& next) {
     const size_t n = tokens.size();
     order_.resize(n);
     for (size_t i = 0; i < n; ++i)
@@ -243,9 +247,7 @@ void Context::compute_chunk(std::span<const FeedToken> tokens, std::vector<int64
         chunk_positions_[row] = int32_t(position++);
         row_of_[size_t(order_[row])] = int64_t(row);
     }
-    tokens_chunk_.store(int64_t(n), std::memory_order_relaxed);
-    layers_done_.store(0, std::memory_order_relaxed);
-    forward_.run({chunk_tokens_, chunk_positions_, segments_, rules_}, monitor_, &layers_done_);
+    return {chunk_tokens_, chunk_positions_, segments_, rules_};
 }
 
 void Context::want_last_logits(std::span<FeedToken> tokens) const {
@@ -282,36 +284,43 @@ void Context::compute(std::span<const FeedToken> tokens, int64_t n_best) {
     hidden_.reserve(n_hidden * n_embd);
     best_.resize(n_logits * size_t(n_best));
 
-    std::vector<int64_t> rows;
-    const auto rows_that_want = [&](uint8_t what, int64_t first, int64_t n) {
+    std::vector<int64_t> rows;  // of the chunk now computed
+    const auto find_rows = [&](uint8_t what, int64_t first, int64_t n) {
         rows.clear();
         for (int64_t i = 0; i < n; ++i)
             if (tokens[size_t(first + i)].flags & what) rows.push_back(row_of_[size_t(i)]);
-        return rows.size();
     };
     uint64_t logits_done = 0, hidden_done = 0;
-    run(tokens, [&](int64_t first, int64_t n) {
-        if (const size_t n_rows = rows_that_want(QI_WANT_HIDDEN, first, n)) {
-            const float* normed =
-                last_device().host_view(forward_.final_norm(rows), n_rows * n_embd, host_room_);
-            std::copy_n(normed, n_rows * n_embd, hidden_.data() + hidden_done * n_embd);
-            hidden_done += n_rows;
-        }
-        const size_t n_rows = rows_that_want(QI_WANT_LOGITS, first, n);
-        for (size_t begin = 0; begin < n_rows; begin += rows_max) {
-            const size_t n_block = std::min(n_rows - begin, rows_max);
-            const std::span block(rows.data() + begin, n_block);
-            float* out = few ? logits + logits_done * n_vocab : logits;
-            forward_.head(block, out, out == logits);
+    const auto next_block = [&](size_t begin) -> HeadRequest {
+        return {std::span(rows).subspan(begin, std::min(rows.size() - begin, rows_max)),
+                few ? logits + logits_done * n_vocab : logits, n_best};
+    };
+    ChunkWork work;
+    work.wanted = [&](int64_t first, int64_t n) {
+        find_rows(QI_WANT_LOGITS, first, n);
+        return next_block(0);
+    };
+    work.done = [&](int64_t first, int64_t n) {
+        for (size_t begin = 0; begin < rows.size(); begin += rows_max) {
+            const HeadRequest block = next_block(begin);
+            const size_t n_block = block.rows.size();
+            if (begin > 0) forward_.head(block);
             if (n_best > 0)
-                last_device().best(out, int64_t(n_block), hp.n_vocab, n_best,
-                                   best_.data() + logits_done * size_t(n_best));
+                last_device().read_best(int64_t(n_block), n_best,
+                                        best_.data() + logits_done * size_t(n_best));
             if (!few)
-                std::copy_n(last_device().host_view(out, n_block * n_vocab, host_room_),
+                std::copy_n(last_device().host_view(block.logits, n_block * n_vocab, host_room_),
                             n_block * n_vocab, all_logits + logits_done * n_vocab);
             logits_done += n_block;
         }
-    });
+        find_rows(QI_WANT_HIDDEN, first, n);
+        if (rows.empty()) return;
+        const size_t n_values = rows.size() * n_embd;
+        std::copy_n(last_device().host_view(forward_.final_norm(rows), n_values, host_room_),
+                    n_values, hidden_.data() + hidden_done * n_embd);
+        hidden_done += rows.size();
+    };
+    run(tokens, work);
     if (!few) host_logits_ = all_logits;
     n_logits_ = n_logits;
     n_hidden_ = n_hidden;
@@ -387,7 +396,7 @@ void Context::score(int32_t seq, std::span<const int32_t> tokens, std::span<cons
     std::vector<int32_t> wanted;
     std::vector<float> found;
     const std::lock_guard lock(counting_);
-    run(feed_tokens, [&](int64_t first, int64_t n) {
+    const auto score_chunk = [&](int64_t first, int64_t n) {
         for (int64_t i = 0; i < n;) {
             rows.clear();
             wanted.clear();
@@ -400,7 +409,7 @@ void Context::score(int32_t seq, std::span<const int32_t> tokens, std::span<cons
             if (rows.empty()) break;
             const auto n_rows = int64_t(rows.size());
             float* logits = logits_.reserve(rows.size() * size_t(hp.n_vocab));
-            forward_.head(rows, logits, true);
+            forward_.head({rows, logits});
             found.resize(rows.size());
             last_device().log_probabilities(logits, n_rows, hp.n_vocab, wanted.data(),
                                             found.data());
@@ -408,7 +417,8 @@ void Context::score(int32_t seq, std::span<const int32_t> tokens, std::span<cons
             for (int64_t j = begin; j < i; ++j)
                 if (targets[size_t(first + j)] != -1) logprobs[first + j] = found[row++];
         }
-    });
+    };
+    run(feed_tokens, {nullptr, score_chunk});
     publish();
 }
 

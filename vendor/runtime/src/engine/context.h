@@ -98,8 +98,12 @@ class Context {
     uint64_t scratch_bytes() const;
 
   private:
-    // Called for each chunk computed: index of its first token, and how many.
-    using ChunkDone = std::function<void(int64_t first, int64_t n)>;
+    // What is made of the chunks that tokens are computed in, by the index of a chunk's first token
+    // and how many it has: which logits are wanted of it, and what happens when it is computed.
+    struct ChunkWork {
+        std::function<HeadRequest(int64_t first, int64_t n)> wanted;  // may be empty: none
+        std::function<void(int64_t first, int64_t n)> done;
+    };
 
     std::vector<Stage> make_stages();
     Device& last_device() { return *stages_.back().device; }
@@ -110,7 +114,7 @@ class Context {
     void publish() const;
     void refresh_published() const;
     uint64_t ffn_bytes_counted() const;
-    void run(std::span<const FeedToken> tokens, const ChunkDone& chunk_done);
+    void run(std::span<const FeedToken> tokens, const ChunkWork& work);
     // n_best: how many of each row's best logits to find on the device.
     void compute(std::span<const FeedToken> tokens, int64_t n_best);
     // Tokens that are ever computed together.
@@ -118,7 +122,7 @@ class Context {
     // Rows of logits that a device holds at a time.
     int64_t logits_rows() const;
     // next: by sequence, the position of its next token.
-    void compute_chunk(std::span<const FeedToken> tokens, std::vector<int64_t>& next);
+    Batch arrange_chunk(std::span<const FeedToken> tokens, std::vector<int64_t>& next);
 
     std::shared_ptr<const Model> model_;
     ContextOptions options_;

@@ -6,13 +6,6 @@
 
 namespace qi {
 
-namespace {
-
-// Tells what is repeated of the head from what is repeated of the layers.
-constexpr uint64_t head_key = uint64_t(1) << 63;
-
-}  // namespace
-
 ForwardPass::ForwardPass(const Model& model, std::span<const Stage> stages,
                          int64_t cross_layer_from)
     : model_(model), hp_(model.hyper_params()), cross_layer_from_(cross_layer_from) {
@@ -54,7 +47,8 @@ size_t ForwardPass::scratch_bytes() const {
     return bytes;
 }
 
-void ForwardPass::run(const Batch& batch, FfnMonitor& monitor, std::atomic<int64_t>* layers_done) {
+void ForwardPass::run(const Batch& batch, const HeadRequest& request, FfnMonitor& monitor,
+                      std::atomic<int64_t>* layers_done) {
     const auto n = int64_t(batch.tokens.size());
     const float* cos_sin = nullptr;
     if (hp_.arch->rope != RopeKind::none) {
@@ -73,13 +67,20 @@ void ForwardPass::run(const Batch& batch, FfnMonitor& monitor, std::atomic<int64
             embed(part, batch, x);
         else
             cross(*before, part, n);
-        // Counting asks for other steps than computing alone.
-        const uint64_t key = uint64_t(monitor.check) | uint64_t(!monitor.activations.empty()) << 1;
+        const bool is_last = &part == &parts_.back();
+        // Counting asks for other steps than computing alone, and so do other rows of logits.
+        std::vector<int64_t> key{monitor.check, !monitor.activations.empty()};
+        if (is_last && !request.rows.empty()) {
+            key.push_back(request.n_best);
+            key.push_back(reinterpret_cast<intptr_t>(request.logits));
+            key.insert(key.end(), request.rows.begin(), request.rows.end());
+        }
         device.repeat(key, [&] {
             for (int64_t i = part.stage.first_layer; i < part.stage.end_layer; ++i) {
                 run_layer(part, i, n, monitor, x);
                 layers_done->store(i + 1, std::memory_order_relaxed);
             }
+            if (is_last) head(request);
         });
         layers_done->store(part.stage.end_layer, std::memory_order_relaxed);
         before = &part;
@@ -197,30 +198,29 @@ void ForwardPass::attention(Part& part, int64_t index, int64_t n, const float* x
 const float* ForwardPass::final_norm(std::span<const int64_t> rows) {
     // Both are free after the last layer.
     Part& part = parts_.back();
-    const size_t n = rows.size() * size_t(hp_.n_embd);
-    float *gathered = part.normed.reserve(n), *normed = part.attended.reserve(n);
-    part.stage.device->gather(part.residual.data(), rows, hp_.n_embd, gathered);
-    part.stage.device->norm(model_.output_norm(), gathered, int64_t(rows.size()), normed);
+    Device& device = *part.stage.device;
+    const auto n_rows = int64_t(rows.size());
+    const size_t n_values = rows.size() * size_t(hp_.n_embd);
+    float *gathered = part.normed.reserve(n_values), *normed = part.attended.reserve(n_values);
+    const float* x = part.residual.data();
+    bool in_place = true;  // the first rows, in order
+    for (int64_t i = 0; i < n_rows; ++i)
+        in_place &= rows[size_t(i)] == i;
+    if (!in_place) {
+        device.gather(x, rows, hp_.n_embd, gathered);
+        x = gathered;
+    }
+    device.norm(model_.output_norm(), x, n_rows, normed);
     return normed;
 }
 
-void ForwardPass::head(std::span<const int64_t> rows, float* out, bool recurring) {
+void ForwardPass::head(const HeadRequest& request) {
+    if (request.rows.empty()) return;
     Device& device = *parts_.back().stage.device;
-    const auto compute = [&] {
-        const Projection logits{&model_.head(), out};
-        device.project(final_norm(rows), int64_t(rows.size()), {&logits, 1});
-    };
-    // Which rows they are is part of what recurs: they go into the key, 4 bits each.
-    uint64_t key = head_key | rows.size();
-    bool fits = recurring && rows.size() <= 12;
-    for (const int64_t row : rows) {
-        fits = fits && row < 16;
-        key = (key & head_key) | (key << 4 & ~head_key) | uint64_t(row);
-    }
-    if (fits)
-        device.repeat(key, compute);
-    else
-        compute();
+    const auto n_rows = int64_t(request.rows.size());
+    const Projection logits{&model_.head(), request.logits};
+    device.project(final_norm(request.rows), n_rows, {&logits, 1});
+    if (request.n_best > 0) device.find_best(request.logits, n_rows, hp_.n_vocab, request.n_best);
 }
 
 }  // namespace qi

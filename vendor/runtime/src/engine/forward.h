@@ -29,6 +29,13 @@ struct FfnMonitor {
     std::vector<uint64_t> activations;  // [n_layer][n_ff], or empty
 };
 
+// Logits that are wanted of some rows of a batch, and how many of each row's best ones.
+struct HeadRequest {
+    std::span<const int64_t> rows;  // none: no logits
+    float* logits = nullptr;        // [rows.size()][n_vocab], in the last device's memory
+    int64_t n_best = 0;
+};
+
 class ForwardPass {
   public:
     // cross_layer_from: see NeuronPolicy.
@@ -40,15 +47,15 @@ class ForwardPass {
     // Takes it at once, for devices that must not run out of memory later.
     void reserve(int64_t n);
 
-    // Runs all layers. *layers_done counts up to n_layer while it works.
-    void run(const Batch& batch, FfnMonitor& monitor, std::atomic<int64_t>* layers_done);
+    // Runs all layers and the head. *layers_done counts up to n_layer while it works.
+    void run(const Batch& batch, const HeadRequest& request, FfnMonitor& monitor,
+             std::atomic<int64_t>* layers_done);
 
     // The final norm of some rows of the last run: [rows.size()][n_embd] in the device's memory,
     // valid until the next call of anything here.
     const float* final_norm(std::span<const int64_t> rows);
-    // Logits of some rows of the last run: out [rows.size()][n_vocab], in the device's memory.
-    // recurring: all calls that say so have the same `out`, for as long as it is not released.
-    void head(std::span<const int64_t> rows, float* out, bool recurring);
+    // The head for more rows of the last run.
+    void head(const HeadRequest& request);
 
     size_t scratch_bytes() const;
 

@@ -29,7 +29,9 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
       staged_(share.gpu, layout_.n_words * sizeof(uint32_t), "the inputs of a batch"),
       staged_sent_(share.gpu),
       embedded_(share.gpu, size_t(needs.n_batch * needs.n_embd) * sizeof(float), "embeddings"),
-      embedded_sent_(share.gpu) {
+      embedded_sent_(share.gpu),
+      candidates_(share.gpu, size_t(needs.n_logits * best_of(needs)) * sizeof(Candidate),
+                  "candidates for the next token") {
     const Current current(*share_.gpu);
     using enum WorkingSizes::Array;
     const WorkingSizes sizes(share_, needs_, kv_);
@@ -240,16 +242,17 @@ void CudaDevice::begin(const BatchInputs& inputs) {
 
 // A pass of few tokens is hundreds of launches of microseconds each: recorded, they are one. The
 // first run loads the kernels, the second is recorded.
-void CudaDevice::replay_or_run(uint64_t key, const std::function<void()>& steps) {
+void CudaDevice::replay_or_run(std::span<const int64_t> key, const std::function<void()>& steps) {
     if (batch_.n_tokens > few_tokens || (exchange_ && !exchange_->can_be_recorded()))
         return steps();
-    if (shared_kv_) key = key << 2 | uint64_t(shared_kv_->form());
+    const SharedKv::Form form = shared_kv_ ? shared_kv_->form() : SharedKv::Form::device_alone;
     uint64_t rules = 0;
     for (const NeuronRule rule : batch_.rules)
         rules = rules << 2 | uint64_t(rule);
     // Recordings take memory; a context that grows needs one per doubling of its length.
     if (recordings_.size() >= recordings_max) recordings_.clear();
-    const RecordingKey known{key, batch_.n_tokens, launch_positions(), rules};
+    const RecordingKey known{
+        {key.begin(), key.end()}, form, batch_.n_tokens, launch_positions(), rules};
     if (cannot_record_ || !recordings_.contains(known)) {
         steps();
         recordings_[known];  // once it has run to its end, its kernels are loaded
@@ -285,7 +288,6 @@ void CudaDevice::replay_or_run(uint64_t key, const std::function<void()>& steps)
     for (size_t i = 0; i < tallies_.size(); ++i)
         add_tally(recording.tallies[i]);
     forget_prepared();
-    // Rounds are numbered on from the layers: what has none leaves their number alone.
     if (recording.answers.empty()) return;
     exchange_->replay(stream_, recording.answers);
     replayed_ = true;
@@ -294,8 +296,8 @@ void CudaDevice::replay_or_run(uint64_t key, const std::function<void()>& steps)
 // The bound on positions that attention is launched for: it doubles, so that a growing context
 // needs few shapes.
 int64_t CudaDevice::launch_positions() const {
-    return std::min(int64_t(std::bit_ceil(uint64_t(max_positions_))),
-                    needs_.n_pages * kernels::page_size);
+    const auto n_pages = uint64_t(max_positions_ + kernels::page_size - 1) / kernels::page_size;
+    return std::min(int64_t(std::bit_ceil(n_pages)), needs_.n_pages) * kernels::page_size;
 }
 
 void CudaDevice::embed(std::span<const Lookup> lookups, float* out) {

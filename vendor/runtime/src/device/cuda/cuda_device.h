@@ -57,7 +57,7 @@ class CudaDevice final : public Device {
     void set_threads(int n_threads) override;
 
     void begin(const BatchInputs& inputs) override;
-    void repeat(uint64_t key, const std::function<void()>& steps) override;
+    void repeat(std::span<const int64_t> key, const std::function<void()>& steps) override;
     void embed(std::span<const Lookup> lookups, float* out) override;
     void copy(const float* from, size_t n, float* to) override;
     void norm(const Norm& norm, const float* x, int64_t n_rows, float* out) override;
@@ -73,11 +73,12 @@ class CudaDevice final : public Device {
     void log_probabilities(const float* logits, int64_t n, int64_t n_vocab, const int32_t* targets,
                            float* out) override;
     int64_t best_max() const override { return best_of(needs_); }
-    void best(const float* logits, int64_t n, int64_t n_vocab, int64_t k, Candidate* out) override;
+    void find_best(const float* logits, int64_t n, int64_t n_vocab, int64_t k) override;
+    void read_best(int64_t n, int64_t k, Candidate* out) override;
     void finish() override;
 
   private:
-    void replay_or_run(uint64_t key, const std::function<void()>& steps);
+    void replay_or_run(std::span<const int64_t> key, const std::function<void()>& steps);
     CUdeviceptr take(size_t n_bytes, const char* what);
     CUdeviceptr take_zeros(size_t n_bytes, const char* what);
     // The calling thread's way into the GPU for one step; throws QI_CANCELLED after a cancel.
@@ -178,7 +179,7 @@ class CudaDevice final : public Device {
     PinnedMemory embedded_;  // [n_batch][n_embd]
     Event embedded_sent_;
     PinnedMemory readback_;
-    PinnedMemory candidates_;  // [n][k]
+    PinnedMemory candidates_;  // [n][k], as best_
 
     // Where the host keeps neurons, or keys and values.
     std::optional<Exchange> exchange_;
@@ -241,8 +242,9 @@ class CudaDevice final : public Device {
         Exchange::Answers answers;
         std::vector<Tally> tallies;  // what one run of it adds
     };
-    // The steps' own key, tokens, bound on positions, rules.
-    using RecordingKey = std::tuple<uint64_t, int64_t, int64_t, uint64_t>;
+    // The steps' own key, who attends, tokens, bound on positions, rules.
+    using RecordingKey =
+        std::tuple<std::vector<int64_t>, SharedKv::Form, int64_t, int64_t, uint64_t>;
     std::map<RecordingKey, Recording> recordings_;
     bool cannot_record_ = false;  // for lack of memory
 };

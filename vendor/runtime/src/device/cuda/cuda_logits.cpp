@@ -19,7 +19,7 @@ void CudaDevice::log_probabilities(const float* logits, int64_t n, int64_t n_voc
         out[i] = float(terms[size_t(i)].log_probability());
 }
 
-void CudaDevice::best(const float* logits, int64_t n, int64_t n_vocab, int64_t k, Candidate* out) {
+void CudaDevice::find_best(const float* logits, int64_t n, int64_t n_vocab, int64_t k) {
     if (n > needs_.n_logits || k > best_max())
         fail(QI_INTERNAL, "more logits are to be ranked than the device was made for");
     const Current current = enter();
@@ -28,12 +28,13 @@ void CudaDevice::best(const float* logits, int64_t n, int64_t n_vocab, int64_t k
                                best_);
     else
         share_.kernels->top_k(stream_, address(logits), n, n_vocab, k, best_);
-    const size_t n_bytes = size_t(n * k) * sizeof(Candidate);
-    if (candidates_.n_bytes() < n_bytes)
-        candidates_ = PinnedMemory(share_.gpu, n_bytes, "candidates for the next token");
-    stream_.copy_to_host(candidates_.data(), best_, n_bytes);
+    stream_.copy_to_host(candidates_.data(), best_, size_t(n * k) * sizeof(Candidate));
+}
+
+void CudaDevice::read_best(int64_t n, int64_t k, Candidate* out) {
+    const Current current = enter();
     stream_.synchronize();
-    std::memcpy(out, candidates_.data(), n_bytes);
+    std::memcpy(out, candidates_.data(), size_t(n * k) * sizeof(Candidate));
 }
 
 void CudaDevice::finish() {

@@ -16,7 +16,7 @@ constexpr int64_t tokens_to_collect = 16;
 
 }  // namespace
 
-void CudaDevice::repeat(uint64_t key, const std::function<void()>& steps) {
+void CudaDevice::repeat(std::span<const int64_t> key, const std::function<void()>& steps) {
     if (!member_) return replay_or_run(key, steps);
     const Current current = enter();
     {

@@ -5,14 +5,13 @@
 
 #include "device/cuda/cublas.h"
 #include "device/cuda/half_products.h"
-#include "kernels/attention.h"
 
 namespace qi::cuda {
 
 namespace {
 
 // Launches of one layer's step and of what is around the layers, at most; graphs by length of the
-// context: of the layers, and of the head.
+// context: of steps whose logits the host wants, and of those whose best ones are enough.
 constexpr int64_t launches_per_layer = 32;
 constexpr size_t graphs_per_length = 2;
 
@@ -29,7 +28,7 @@ RecordedSteps::RecordedSteps(const GpuShare& share, const DeviceNeeds& needs) : 
             share.kernels->scale_rows(stream_, factors, 0, 1, n, y, n);
     };
     // The bound on positions that steps are launched for doubles.
-    const auto n_lengths = size_t(std::bit_width(uint64_t(needs.n_pages * kernels::page_size)));
+    const auto n_lengths = size_t(std::bit_width(uint64_t(needs.n_pages)));
     graphs_.resize(graphs_per_length * n_lengths);
     graphs_[0] = Graph(stream_, record, std::span(graphs_).subspan(1));
     for (const Graph& graph : graphs_)
