@@ -68,6 +68,7 @@ class Placement:
         is_placed: whether the first context has been made.
         n_layers: the first so many have their attention there.
         has_head: whether the head is there.
+        n_predictors: the first so many layers have their predictors there.
     """
 
     device: str
@@ -83,6 +84,7 @@ class Placement:
     is_placed: bool
     n_layers: int
     has_head: bool
+    n_predictors: int
 
     def __str__(self) -> str:
         kept = self.summary or "what it will keep is decided with the first context"

@@ -249,12 +249,16 @@ def waits_in_vain(path: str) -> dict[str, Any]:
 
 
 def counted(path: str) -> dict[str, list[Any]]:
-    """What one context counts, on the processor, on the GPU, and on both together."""
+    """What one context counts: on the processor, on the GPU, on both, and where it only predicts.
+
+    The first item is the number of predictors on the GPU.
+    """
     found: dict[str, list[Any]] = {}
     for name, device, budget in (
         ("cpu", "cpu", None),
         ("gpu", "cuda", None),
         ("both", "cuda", "8MiB"),
+        ("predictors", "cuda", "5MiB"),
     ):
         with (
             Model(path, device=device, vram_budget=budget, n_ctx=64, sparsity="predict") as model,
@@ -264,7 +268,9 @@ def counted(path: str) -> dict[str, list[Any]]:
             for token in TOKENS[12:]:
                 context.feed([token], generated=True)
             stats = context.stats()
-            found[name] = [stats.weight_bytes_read] + [
+            placement = context.placement
+            n_predictors = placement.n_predictors if placement else 0
+            found[name] = [n_predictors, stats.weight_bytes_read] + [
                 [layer.n_tokens, layer.n_active, layer.n_predicted, layer.n_bytes]
                 for layer in stats.layers
             ]

@@ -210,9 +210,11 @@ def test_predictions_one_layer_early() -> None:
 def test_counters() -> None:
     """Both count the same neurons and bytes, but for predictions at the threshold."""
     found = on_gpu("counted", STORIES)
-    for name in ("gpu", "both"):
-        assert found[name][0] == pytest.approx(found["cpu"][0], rel=1e-3)
-        for mine, expected in zip(found[name][1:], found["cpu"][1:], strict=True):
+    assert [found[name][0] for name in ("cpu", "gpu", "both")] == [0, 6, 6]
+    assert 0 < found["predictors"][0] < 6
+    for name in ("gpu", "both", "predictors"):
+        assert found[name][1] == pytest.approx(found["cpu"][1], rel=1e-3)
+        for mine, expected in zip(found[name][2:], found["cpu"][2:], strict=True):
             assert mine[0] == expected[0] == N_TOKENS - 12
             # Prompts that the host shares are read once for a few tokens: bytes differ there.
             assert mine[1:3] == pytest.approx(expected[1:3], rel=5e-3)
@@ -223,9 +225,9 @@ def test_counters() -> None:
     [("llama", "predict"), ("llama", "exact"), ("opt", "predict"), ("falcon", "off")],
 )
 def test_neurons_are_counted(name: str, mode: str, tmp_path: Path) -> None:
-    """Tokens by neuron and checked predictions, with all and with half of the neurons there."""
+    """Tokens by neuron and checked predictions, with all, half or none of the neurons there."""
     path = CASES[name].write(tmp_path)
-    found = on_gpu("neurons_counted", path, mode, ["whole", "half"])
+    found = on_gpu("neurons_counted", path, mode, ["whole", "half", "none"])
     expected = found.pop("cpu")
     assert {layer[0] for layer in expected["checks"]} == {6 if mode == "predict" else 0}
     assert all(layer[2] > 0 for layer in expected["checks"]) or mode != "predict"

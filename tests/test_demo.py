@@ -187,7 +187,7 @@ def test_lines_on_a_terminal_end_between_words(cuts: int) -> None:
 def test_a_gpu_that_computes_is_named(figures: Demo) -> None:
     kept = Placement(
         "NVIDIA T4 (cuda:0)", "6 of 6 layers' attention, 40 % of the neurons; 9.8 MiB of 10.0 MiB",
-        10 << 20, 9 << 20, 0, 0, 0, 0, 1843, 0, True, 6, False,
+        10 << 20, 9 << 20, 0, 0, 0, 0, 1843, 0, True, 6, False, 0,
     )  # fmt: skip
     shown = " ".join(render(replace(figures, placement=kept)).split())
     assert f"on {kept.device}, which keeps {kept.summary}, and beside it 1 thread of " in shown

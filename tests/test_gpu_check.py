@@ -151,7 +151,9 @@ def test_the_least_time_of_a_token() -> None:
         _weights=SimpleNamespace(offload=SimpleNamespace(neurons=kept.__getitem__)),
     )
     context: Any = SimpleNamespace(
-        placement=SimpleNamespace(attention_bytes=300, head_bytes=0, predictor_bytes=0, n_layers=2),
+        placement=SimpleNamespace(
+            attention_bytes=300, head_bytes=0, predictor_bytes=0, n_predictors=0
+        ),
         kv_host_shares=lambda: np.array([0.0, 0.5]),
     )
     layer = LayerStats(n_bytes=10 * 300)

@@ -172,10 +172,10 @@ def bytes_read(model: Model, context: qinfer.Context, stats: Stats, settings: Se
     rest = info.n_bytes_per_token - info.n_ffn_bytes_per_token
     rest_there = min(rest, placement.attention_bytes + placement.head_bytes)
     # Predictors are asked before both sides begin.
-    is_there = np.arange(info.n_layer) < placement.n_layers
     predictors = np.zeros(info.n_layer)
-    if model.policy.mode == "predict":
-        predictors = is_there * (placement.predictor_bytes / max(placement.n_layers, 1))
+    if model.policy.mode == "predict" and placement.n_predictors:
+        n_there = placement.n_predictors
+        predictors[:n_there] = placement.predictor_bytes / n_there
     neurons = np.maximum(of_neurons - predictors, 0)
     neurons_there = neurons * shares_there(model, context, settings)
     positions = settings.n_prompt + settings.n_generate / 2

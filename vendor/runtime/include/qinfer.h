@@ -338,7 +338,7 @@ typedef struct qi_offload_info {
     int32_t is_placed;
     int32_t n_layers; /* the first so many have their attention there */
     int32_t has_head;
-    int32_t reserved;
+    int32_t n_predictors; /* the first so many layers have their predictors there, if any */
 } qi_offload_info;
 
 /* device: "cuda" or "cuda:N". budget_bytes: of its memory, everything counted; below 0, or beyond

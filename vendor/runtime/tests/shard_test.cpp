@@ -1,4 +1,5 @@
-// A feed-forward network cut into shards: their contributions, and the bias, add up to the whole.
+// A feed-forward network cut into shards: their contributions, and the bias, add up to the whole. A
+// shard of all neurons is the whole.
 #include <cmath>
 #include <vector>
 
@@ -74,7 +75,9 @@ void check_network(Type type, bool gated, bool by_neuron, std::mt19937& rng) {
     std::vector<int32_t> parts[2];
     for (int32_t j = 0; j < n_ff; ++j)
         parts[by_neuron ? rng() % 3 == 0 : j / 256 == 1].push_back(j);
-    const NeuronShard shards[2] = {{parts[0], n_ff}, {parts[1], n_ff}};
+    std::vector<int32_t> all(n_ff);
+    std::iota(all.begin(), all.end(), 0);
+    const std::vector<NeuronShard> splits[] = {{{parts[0], n_ff}, {parts[1], n_ff}}, {{all, n_ff}}};
     const std::vector<float> x = random_normal(rng, n_tokens_max * n_embd, 0.1f);
     const std::vector<uint32_t> names = names_of(*device, *ffn.predictor, x.data(), n_tokens_max);
 
@@ -84,32 +87,38 @@ void check_network(Type type, bool gated, bool by_neuron, std::mt19937& rng) {
             for (int64_t t = 0; t < n; ++t)
                 rules.push_back(NeuronRule(rule < 3 ? rule : t % 3));
             device->begin({n, {}, rules, nullptr, 0});
-            FfnCounters whole_counters, counters;
+            FfnCounters whole_counters;
             FfnBatch batch{x.data(), x.data(), threshold, false, &whole_counters, nullptr};
-            std::vector<float> whole(size_t(n * n_embd)), sum(whole.size());
+            std::vector<float> whole(size_t(n * n_embd));
             device->feed_forward(ffn, batch, whole.data());
-            batch.counters = &counters;
             batch.names = names.data();
-            for (const NeuronShard& shard : shards) {
-                batch.shard = &shard;
-                device->feed_forward(ffn, batch, sum.data());
+            for (const auto& shards : splits) {
+                FfnCounters counters;
+                batch.counters = &counters;
+                std::vector<float> sum(whole.size());
+                for (const NeuronShard& shard : shards) {
+                    batch.shard = &shard;
+                    device->feed_forward(ffn, batch, sum.data());
+                }
+                double error = 0, size = 0;
+                for (size_t i = 0; i < sum.size(); ++i) {
+                    const float bias = shards.size() > 1 ? ffn.down.bias[i % n_embd] : 0.0f;
+                    const float added = sum[i] + bias;
+                    error += (added - whole[i]) * (added - whole[i]);
+                    size += whole[i] * whole[i];
+                }
+                // The order of the sum over neurons is another one; activations of a quantised down
+                // are rounded in other blocks only where a block is cut, and none is.
+                checks.expect(std::sqrt(error / size) < 1e-6,
+                              "%s%s%s, %d tokens, rule %d: %zu shards differ from the whole by %g",
+                              traits(type).name, gated ? ", gated" : "",
+                              by_neuron ? ", by neuron" : "", int(n), rule, shards.size(),
+                              std::sqrt(error / size));
+                checks.expect(counters.n_active == whole_counters.n_active &&
+                                  counters.n_predicted == whole_counters.n_predicted,
+                              "%s, %d tokens, rule %d: %zu shards count other neurons",
+                              traits(type).name, int(n), rule, shards.size());
             }
-            double error = 0, size = 0;
-            for (size_t i = 0; i < sum.size(); ++i) {
-                const float added = sum[i] + ffn.down.bias[i % n_embd];
-                error += (added - whole[i]) * (added - whole[i]);
-                size += whole[i] * whole[i];
-            }
-            // The order of the sum over neurons is another one; activations of a quantised down
-            // are rounded in other blocks only where a block is cut, and none is.
-            checks.expect(std::sqrt(error / size) < 1e-6,
-                          "%s%s%s, %d tokens, rule %d: shards differ from the whole by %g",
-                          traits(type).name, gated ? ", gated" : "", by_neuron ? ", by neuron" : "",
-                          int(n), rule, std::sqrt(error / size));
-            checks.expect(counters.n_active == whole_counters.n_active &&
-                              counters.n_predicted == whole_counters.n_predicted,
-                          "%s, %d tokens, rule %d: shards count other neurons", traits(type).name,
-                          int(n), rule);
         }
     }
 }

@@ -95,6 +95,7 @@ int32_t qi_offload_get_info(const qi_offload* offload, qi_offload_info* out) {
             out->n_neurons += shard.neurons().size();
         out->n_layers = int32_t(placement.n_layers);
         out->has_head = placement.head;
+        out->n_predictors = placement.predictor_bytes ? int32_t(placement.n_predictors) : 0;
     });
 }
 

@@ -84,9 +84,9 @@ struct FfnBatch {
     bool check;       // hold predictions against all gates, and count
     FfnCounters* counters;
     uint64_t* activations;  // [n_ff], counts tokens that a neuron was active for; or null
-    // The part of a network that another device shares; null: all of it. A part leaves down's bias
-    // out, and takes from `names`, [n_tokens][name_words(n_ff)] in the host's memory, which neurons
-    // a predictor names.
+    // The part of a network that another device shares; null: all of it. It takes from `names`,
+    // [n_tokens][name_words(n_ff)] in the host's memory, which neurons a predictor names, and
+    // leaves down's bias out unless it is all neurons.
     const NeuronShard* shard = nullptr;
     const uint32_t* names = nullptr;
 };

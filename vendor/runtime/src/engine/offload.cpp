@@ -128,7 +128,7 @@ std::vector<Type> weight_types(const Model& model) {
 // Whether the same is kept; contexts may differ.
 bool keeps_the_same(const Placement& a, const Placement& b) {
     const auto kept = [](const Placement& p) {
-        return std::tie(p.n_layers, p.predictors, p.head, p.moving_bytes, p.resident);
+        return std::tie(p.n_layers, p.n_predictors, p.head, p.moving_bytes, p.resident);
     };
     return kept(a) == kept(b);
 }

@@ -154,17 +154,19 @@ struct Plan {
     // Whether more of the model goes there than in another plan.
     bool keeps_more_than(const Plan& other) const {
         const auto kept = [](const Placement& p) {
-            return std::tuple(p.n_layers, p.predictors, p.head);
+            return std::tuple(p.n_layers, p.n_predictors, p.head);
         };
         return kept(result) > kept(other.result);
     }
     bool all_layers() const { return result.n_layers == int64_t(model.layers().size()); }
+    bool all_predictors() const { return result.n_predictors == int64_t(model.layers().size()); }
     // Of the neurons that were asked for by name, or of all.
     size_t wanted_neuron_bytes(const SplitChoice& split) const;
 
     // Attention, predictors and head, as far as they go, with the working space of a context.
     void add_weights(const DeviceNeeds& needs);
     void add_attention(DeviceNeeds needs);
+    void add_predictors();
     // Exchanges the first context for one of other needs.
     void change_context(DeviceNeeds needs);
     // Nothing of the feed-forward networks.
@@ -197,19 +199,23 @@ void Plan::add_attention(DeviceNeeds needs) {
     }
 }
 
+void Plan::add_predictors() {
+    while (result.n_predictors < result.n_layers) {
+        const auto& predictor = model.layers()[size_t(result.n_predictors)].ffn.predictor;
+        const size_t bytes =
+            predictor ? accelerator.bytes_of(predictor->fc1) + accelerator.bytes_of(predictor->fc2)
+                      : 0;
+        if (!fits(bytes)) break;
+        result.predictor_bytes += bytes;
+        used += bytes;
+        ++result.n_predictors;
+    }
+}
+
 void Plan::add_weights(const DeviceNeeds& needs) {
     add_attention(needs);
-    if (!all_layers()) return;
-    size_t predictors = 0;
-    for (const Layer& layer : model.layers())
-        if (layer.ffn.predictor)
-            predictors += accelerator.bytes_of(layer.ffn.predictor->fc1) +
-                          accelerator.bytes_of(layer.ffn.predictor->fc2);
-    if (!fits(predictors)) return;
-    result.predictors = true;
-    result.predictor_bytes = predictors;
-    used += predictors;
-
+    add_predictors();
+    if (!all_predictors()) return;
     const size_t head =
         accelerator.bytes_of(model.output_norm()) + accelerator.bytes_of(model.head());
     const size_t logits = accelerator.bytes_of(needs) - result.device_bytes;
@@ -321,7 +327,7 @@ Placement place(const Model& model, const Accelerator& accelerator, const Device
         plan.change_context(with_host(needs, kv, n));
     };
     const size_t left = room - plan.used;
-    const bool neurons = plan.all_layers() && plan.result.predictors;
+    const bool neurons = plan.all_predictors();
     // Neurons that were asked for by name come first.
     if (shared && split.neurons.empty())
         copy_pages(neurons && std::isnan(kv.ratio) ? left / 2 : left);
@@ -348,7 +354,7 @@ void keep(const Model& model, const Placement& placement, Accelerator& accelerat
                 accelerator.keep(*linear);
         }
         accelerator.keep(layer.attn_output);
-        if (placement.predictors && layer.ffn.predictor) {
+        if (l < placement.n_predictors && layer.ffn.predictor) {
             accelerator.keep(layer.ffn.predictor->fc1);
             accelerator.keep(layer.ffn.predictor->fc2);
         }
@@ -372,9 +378,12 @@ std::string describe(const Placement& placement, const Model& model,
     if (kv.n_pages > 0)
         pages = format(", %lld page%s of keys and values", (long long)kv.n_pages,
                        kv.n_pages == 1 ? "" : "s");
+    std::string predictors;
+    if (placement.predictor_bytes > 0) predictors = ", predictors";
+    if (!predictors.empty() && placement.n_predictors < placement.n_layers)
+        predictors += format(" of %lld", (long long)placement.n_predictors);
     return format("%lld of %zu layers' attention%s%s%s, %.0f %% of the neurons; %s of %s",
-                  (long long)placement.n_layers, model.layers().size(),
-                  placement.predictors && model.predictor_rank() ? ", predictors" : "",
+                  (long long)placement.n_layers, model.layers().size(), predictors.c_str(),
                   placement.head ? ", head" : "", pages.c_str(),
                   100.0 * double(n_resident) / (n_layer * double(model.hyper_params().n_ff)),
                   size_text(accelerator.used()).c_str(), size_text(accelerator.budget()).c_str());

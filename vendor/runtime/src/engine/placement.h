@@ -2,7 +2,7 @@
 //
 // In PowerInfer's order: the attention of each layer with its norms, keys and values; predictors;
 // the head; then neurons, those first that are active most often for their bytes. Unlike there, a
-// head that does not fit leaves its room to neurons. Neurons go only where all attention and the
+// head that does not fit leaves its room to neurons. Neurons go only where all attention and all
 // predictors are.
 //
 // Keys and values that do not all fit beside the attention, the predictors and the head, or that
@@ -37,7 +37,7 @@ struct SplitChoice {
 
 struct Placement {
     int64_t n_layers = 0;  // the first so many have attention, norms, keys and values there
-    bool predictors = false;
+    int64_t n_predictors = 0;  // the first so many have their predictors there, if they have any
     bool head = false;
     std::vector<NeuronShard> resident, rest;  // [n_layers] there, and with the host
 

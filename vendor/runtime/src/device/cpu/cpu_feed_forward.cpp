@@ -473,10 +473,11 @@ void CpuFeedForward::compute_chosen(const FeedForward& ffn, const FfnBatch& batc
                             c.n_up_rows * ffn.up.weight.row_bytes +
                             c.n_down_rows * ffn.down.weight.row_bytes;
     }
+    const bool adds_bias = !batch.shard || int64_t(batch.shard->neurons().size()) == n_ff;
     if (ffn.down_by_neuron) {
-        add_partial_sums(ffn, n, !batch.shard, group.y);
+        add_partial_sums(ffn, n, adds_bias, group.y);
     } else {
-        counters.n_bytes += project_down_of_chosen(ffn, n, !batch.shard, group.y);
+        counters.n_bytes += project_down_of_chosen(ffn, n, adds_bias, group.y);
     }
 }
 

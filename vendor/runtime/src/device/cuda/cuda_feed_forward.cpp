@@ -58,7 +58,9 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
     const Current current = enter();
     const DeviceFfn& kept = share_.weights->find(ffn);
     const bool wanted = predicts();
-    const bool predicting = wanted && kept.n_slots() > 0;
+    // Of prompts the host computes whole matrices, where it has all neurons.
+    const bool predicting =
+        wanted && kept.has_predictor && (kept.n_slots() > 0 || batch_.n_tokens <= few_tokens);
     // Biases stand by neuron, not by slot.
     const bool by_slot = kept.whole() || (!kept.weights.gate_bias && !kept.weights.up_bias);
     const bool many =
@@ -128,7 +130,7 @@ void CudaDevice::predict(const FeedForward& ffn, const DeviceFfn& kept, const Ff
         select.n_ff = needs_.n_ff;
         select.masks = masks_ + size_t(first * name_words(needs_.n_ff)) * sizeof(uint32_t);
         select.total = total(kept, 1);
-        if (lists_predicted(ffn)) {
+        if (lists_predicted(ffn) && kept.n_slots() > 0) {
             select.list = &list_;
             select.slot_of_neuron = kept.slot_of_neuron;
             select.listed = listed_;
@@ -314,7 +316,7 @@ Exchange::Round CudaDevice::send_to_host(const FeedForward& ffn, const DeviceFfn
     const int64_t n = batch_.n_tokens;
     std::vector<Exchange::Rows> rows{
         {address(batch.x), host_x_.device_address(), n * needs_.n_embd}};
-    if (kept.n_slots() == 0 && ffn.predictor)
+    if (kept.n_slots() == 0 && ffn.predictor && !predicting)
         rows.push_back({address(batch.z), host_z_.device_address(), n * needs_.n_embd});
     if (predicting)
         rows.push_back({masks_, host_names_.device_address(), n * name_words(needs_.n_ff)});
@@ -328,7 +330,7 @@ void CudaDevice::compute_of_host(const FeedForward& ffn, const DeviceFfn& kept, 
     FfnCounters own;
     FfnCounters& counters = *std::exchange(batch.counters, &own);
     batch.x = reinterpret_cast<const float*>(host_x_.data());
-    if (kept.n_slots() > 0) {
+    if (kept.n_slots() > 0 || predicting) {
         batch.shard = &kept.rest;
         batch.z = nullptr;
         if (predicting) batch.names = reinterpret_cast<const uint32_t*>(host_names_.data());
@@ -355,6 +357,8 @@ void CudaDevice::compute_of_host(const FeedForward& ffn, const DeviceFfn& kept, 
         // Tokens and predictions are counted with the GPU's.
         own.n_tokens = own.n_checked = 0;
         tallies_[kept.index].n_predicted_of_host += std::exchange(own.n_predicted, 0);
+    } else if (predicting) {
+        own.n_bytes += bytes_of(ffn.predictor->fc1) + bytes_of(ffn.predictor->fc2);
     }
     counters += own;
     counters.host_seconds +=

@@ -210,8 +210,8 @@ void Weights::keep(const FeedForward& ffn, NeuronShard resident, NeuronShard res
         if (!ffn.down_by_neuron) keep_down(down, neurons, kept);
     }
     all_resident_ = all_resident_ && rest.neurons().empty();
-    has_quantised_predictors_ |=
-        !resident.neurons().empty() && ffn.predictor && wants_q8(ffn.predictor->fc1.weight.type);
+    kept.has_predictor = ffn.predictor && linears_.contains(&ffn.predictor->fc1);
+    has_quantised_predictors_ |= kept.has_predictor && wants_q8(ffn.predictor->fc1.weight.type);
     kept.resident = std::move(resident);
     kept.rest = std::move(rest);
     ffns_[&ffn] = std::move(kept);

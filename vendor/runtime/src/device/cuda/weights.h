@@ -36,6 +36,7 @@ struct DeviceFfn {
     DeviceWeight down;               // [n_embd][n_slots] where down is not stored by neuron
     CUdeviceptr down_bias = 0;       // [n_embd] floats; 0: none
     int64_t n_kept = 0, n_rest = 0;
+    bool has_predictor = false;  // kept, too
 
     int64_t n_slots() const { return n_kept; }
     bool whole() const { return n_rest == 0; }
@@ -77,6 +78,7 @@ class Weights {
     void reserve(size_t n_bytes);
     void keep(const Linear& linear);
     void keep(const Norm& norm);
+    // After its predictor, if that is kept.
     void keep(const FeedForward& ffn, NeuronShard resident, NeuronShard rest);
     // What keep() takes of the memory reserved.
     static size_t bytes_of(const Linear& linear);
