@@ -1,11 +1,12 @@
 // h[t][i] = act(gate_i · x[t]) · (up_i · x[t]) for chosen neurons; QI_WEIGHT names the type of gate
 // and up (of up alone where the gates are given).
 //
-// Bytes: the gate rows of all listed neurons, and the up rows of those whose gate a token wants;
-// with an activation that is never 0 both rows at once. Shape: a warp per neuron with four 16-byte
-// loads per lane on the way, blocks of 4 warps, neurons dealt out by their rank in the list, as
-// many blocks as the list can have entries / 4: blocks beyond its length leave at once.
-// With eight tokens L1 is the limit, as in matvec.cu: rows one at a time reach as little as there.
+// Bytes: the gate rows of all listed neurons, and the up rows of those whose gate a token wants,
+// one after the other also where all are wanted: as many loads are on the way. Shape: a warp per
+// neuron with four 16-byte loads per lane on the way, blocks of 4 warps, neurons dealt out by their
+// rank in the list, as many blocks as the list can have entries / 4: blocks beyond its length leave
+// at once. With eight tokens L1 is the limit, as in matvec.cu: rows one at a time reach as little
+// as there.
 #include "activation.cuh"
 #include "dot.cuh"
 
@@ -78,17 +79,6 @@ QI_DEVICE void ffn_rows(const Neurons& neurons, const Choice& choice, const Coun
 #pragma unroll
         for (int c = 0; c < n_columns; ++c)
             first[c][0] = choice.gates[i64(in.token(c)) * choice.gate_stride + id];
-    } else if (neurons.gated && !refine) {
-        const u8* const both[2] = {gate_row, up_row};
-        f32 acc[n_columns][2];
-        dot_rows<Type, n_columns, 2>(type, both, in, lane_id(), warp_size, acc);
-#pragma unroll
-        for (int c = 0; c < n_columns; ++c) {
-            first[c][0] = acc[c][0];
-            up[c][0] = acc[c][1];
-        }
-        sum_lanes(first, neurons.gate_bias, id);
-        sum_lanes(up, neurons.up_bias, id);
     } else {
         const u8* const row[1] = {neurons.gated ? gate_row : up_row};
         dot_rows<Type, n_columns, 1>(type, row, in, lane_id(), warp_size, first);
@@ -104,8 +94,7 @@ QI_DEVICE void ffn_rows(const Neurons& neurons, const Choice& choice, const Coun
         if (refine && first[c][0] <= threshold) wanted[c] = false;
         any = any || wanted[c];
     }
-    const bool up_left = neurons.gated && (refine || choice.gates);
-    if (any && up_left) {
+    if (any && neurons.gated) {
         const u8* const row[1] = {up_row};
         dot_rows<Type, n_columns, 1>(type, row, in, lane_id(), warp_size, up);
         sum_lanes(up, neurons.up_bias, id);
