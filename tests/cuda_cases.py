@@ -598,3 +598,31 @@ def side_by_side(path: str) -> list[bool]:
         for thread in threads:
             thread.join()
     return same
+
+
+def disturbed(path: str, share: str) -> dict[str, Any]:
+    """Steps beside a thread that waits for the whole device, which ends what others record."""
+    cuda, stop, waits = _cuda(), threading.Event(), []
+
+    def wait() -> None:
+        context = ctypes.c_void_p()
+        assert cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0
+        assert cuda.cuCtxSetCurrent(context) == 0
+        while not stop.is_set():
+            waits.append(cuda.cuCtxSynchronize())
+        assert cuda.cuDevicePrimaryCtxRelease_v2(0) == 0
+
+    lines = _log()
+    with _shared(path, share) as model:
+        with model.context() as context:
+            expected = [_logits(context, step) for step in (1, 2, 3, 4, 6, 8)]
+        thread = threading.Thread(target=wait)
+        thread.start()
+        same = []
+        while not any(waits) and len(same) < 300:  # until one of them meets a recording
+            with model.context() as context:
+                rows = [_logits(context, step) for step in (1, 2, 3, 4, 6, 8)]
+            same.append(all(map(np.array_equal, rows, expected)))
+        stop.set()
+        thread.join()
+    return {"same": all(same), "refused": sum(map(bool, waits)), "log": lines}

@@ -193,6 +193,12 @@ def test_steps_can_be_cancelled(share: str) -> None:
     assert found["left"] == 0
 
 
+def test_a_recording_that_is_disturbed_is_made_again() -> None:
+    found = on_gpu("disturbed", DATA / "stories260K.F32.gguf", "half")
+    assert found["refused"] > 0
+    assert found["same"]
+
+
 def test_kernels_do_not_wait_where_a_watchdog_ends_them() -> None:
     found = on_gpu("replayed", DATA / "stories260K.F32.gguf", "half", watchdog_ms=9000)
     assert found["n_graphs"] == 0

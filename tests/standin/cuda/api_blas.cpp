@@ -87,6 +87,7 @@ STANDIN_API int standin_release(CUdeviceptr pointer) {
     return inner([&](Driver& d) {
         auto found = d.memory.find(pointer);
         require(found != d.memory.end(), CUDA_ERROR_INVALID_VALUE);
+        d.invalidate_captures();  // cublasDestroy waits for the device
         release_memory(d, found, true);
         return CUDA_SUCCESS;
     });

@@ -394,6 +394,8 @@ STANDIN_API CUresult cuCtxGetCurrent(CUcontext* context) {
 }
 
 STANDIN_API CUresult cuCtxSynchronize() {
-    return api("cuCtxSynchronize", everything | never_captured,
-               [&](Driver& d, auto& lock) { return d.wait_all(lock, d.current()); });
+    return api("cuCtxSynchronize", everything | never_captured, [&](Driver& d, auto& lock) {
+        require(!d.invalidate_captures(), CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+        return d.wait_all(lock, d.current());
+    });
 }

@@ -23,6 +23,12 @@ void Driver::refuse_in_capture() {
     }
 }
 
+bool Driver::invalidate_captures() {
+    for (const auto& capture : captures)
+        invalidate(*capture);
+    return !captures.empty();
+}
+
 void Driver::capture_node(Stream& stream, Kind kind, std::initializer_list<Part> parts,
                           Module* module) {
     Capture& capture = *stream.capture;

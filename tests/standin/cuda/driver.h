@@ -229,6 +229,8 @@ struct Driver {
 
     // ---- captures ----
     void refuse_in_capture();  // Failure, and the capture is invalid, where a call is not allowed
+    // Every thread's, as what waits for the whole device does. Whether there were any.
+    bool invalidate_captures();
     void invalidate(Capture& capture);
     void capture_node(Stream& stream, Kind kind, std::initializer_list<Part> parts, Module* module);
     void join_capture(Stream& stream, Event& event);

@@ -128,6 +128,7 @@ Cublas::Cublas(const Stream& stream, std::shared_ptr<Budget> budget) {
              handle_bytes);
     budget_ = std::move(budget);
     Current current(*stream.gpu());
+    const std::unique_lock lock(stream.gpu()->recording());
     try {
         check_cublas(l.cublasCreate(&handle_), "starting");
         check_cublas(l.cublasSetStream(handle_, stream.handle()), "taking a stream");
@@ -144,7 +145,10 @@ Cublas::Cublas(const Stream& stream, std::shared_ptr<Budget> budget) {
 
 Cublas::~Cublas() {
     Current current(*workspace_.gpu(), std::nothrow);
-    if (current.ok()) library().cublasDestroy(handle_);
+    if (current.ok()) {
+        const std::unique_lock lock(workspace_.gpu()->recording());
+        library().cublasDestroy(handle_);
+    }
     budget_->give_back(handle_bytes);
 }
 

@@ -16,6 +16,7 @@ namespace qi::cuda {
 namespace {
 
 constexpr size_t recordings_max = 64;
+constexpr int failed_recordings_max = 3;
 
 }  // namespace
 
@@ -249,48 +250,68 @@ void CudaDevice::replay_or_run(std::span<const int64_t> key, const std::function
     uint64_t rules = 0;
     for (const NeuronRule rule : batch_.rules)
         rules = rules << 2 | uint64_t(rule);
-    // Recordings take memory; a context that grows needs one per doubling of its length.
-    if (recordings_.size() >= recordings_max) recordings_.clear();
     const RecordingKey known{
         {key.begin(), key.end()}, form, batch_.n_tokens, launch_positions(), rules};
-    if (cannot_record_ || !recordings_.contains(known)) {
+    const auto at = recordings_.find(known);
+    if (cannot_record_ || at == recordings_.end()) {
         steps();
-        recordings_[known];  // once it has run to its end, its kernels are loaded
+        // Once it has run to its end, its kernels are loaded. Recordings take memory; a context
+        // that grows needs one per doubling of its length.
+        if (recordings_.size() >= recordings_max)
+            recordings_.erase(std::ranges::min_element(
+                recordings_, {}, [](const auto& entry) { return entry.second.last_use; }));
+        recordings_[known].last_use = ++n_uses_;
         return;
     }
-    Recording& recording = recordings_[known];
+    Recording& recording = at->second;
+    recording.last_use = ++n_uses_;
     const Current current = enter();
     forget_prepared();
-    if (!recording.graph) {
-        std::vector<Tally> before(tallies_.size());
-        before.swap(tallies_);
-        if (exchange_) exchange_->begin_recording();
-        try {
-            recording.graph = Graph(stream_, steps);
-        } catch (const std::exception& error) {
-            tallies_ = std::move(before);  // nothing of the steps was computed
-            if (exchange_) exchange_->end_recording();
-            const auto* const known_error = dynamic_cast<const Error*>(&error);
-            if (!known_error || known_error->status() != QI_MEMORY) throw;
-            recordings_.clear();
-            cannot_record_ = true;
-            log(LogLevel::warning,
-                format("steps are not recorded any more, which makes them slower: %s",
-                       error.what()));
-            forget_prepared();
-            return steps();
-        }
-        if (exchange_) recording.answers = exchange_->end_recording();
-        recording.tallies = std::move(tallies_);
-        tallies_ = std::move(before);
-    }
-    recording.graph.launch(stream_);
+    if (recording.graph)
+        recording.graph.launch(stream_);
+    else if (!record(recording, steps))
+        return steps();
     for (size_t i = 0; i < tallies_.size(); ++i)
         add_tally(recording.tallies[i]);
     forget_prepared();
     if (recording.answers.empty()) return;
     exchange_->replay(stream_, recording.answers);
     replayed_ = true;
+}
+
+// Records steps and launches them for the first time, for which the driver takes memory, too.
+// False where that fails: then nothing was computed.
+bool CudaDevice::record(Recording& recording, const std::function<void()>& steps) {
+    std::vector<Tally> tallies(tallies_.size());
+    tallies.swap(tallies_);
+    if (exchange_) exchange_->begin_recording();
+    const auto end = [&] {
+        tallies.swap(tallies_);
+        forget_prepared();
+        return exchange_ ? exchange_->end_recording() : Exchange::Answers();
+    };
+    try {
+        Graph graph(stream_, steps);
+        graph.launch(stream_);
+        recording.graph = std::move(graph);
+    } catch (const Error& error) {
+        end();
+        if (error.status() == QI_CANCELLED) throw;
+        // A thread that waits for the whole device, or gives cuBLAS up, ends what others record.
+        if (error.status() != QI_MEMORY && ++n_failed_recordings_ < failed_recordings_max)
+            return false;
+        recordings_.clear();
+        cannot_record_ = true;
+        log(LogLevel::warning,
+            format("steps are not recorded any more, which makes them slower: %s", error.what()));
+        return false;
+    } catch (...) {
+        end();
+        throw;
+    }
+    recording.answers = end();
+    recording.tallies = std::move(tallies);
+    return true;
 }
 
 // The bound on positions that attention is launched for: it doubles, so that a growing context

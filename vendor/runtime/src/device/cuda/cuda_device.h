@@ -241,12 +241,16 @@ class CudaDevice final : public Device {
         Graph graph;  // none after the first run
         Exchange::Answers answers;
         std::vector<Tally> tallies;  // what one run of it adds
+        uint64_t last_use = 0;
     };
+    bool record(Recording& recording, const std::function<void()>& steps);
     // The steps' own key, who attends, tokens, bound on positions, rules.
     using RecordingKey =
         std::tuple<std::vector<int64_t>, SharedKv::Form, int64_t, int64_t, uint64_t>;
     std::map<RecordingKey, Recording> recordings_;
-    bool cannot_record_ = false;  // for lack of memory
+    uint64_t n_uses_ = 0;
+    int n_failed_recordings_ = 0;
+    bool cannot_record_ = false;  // for lack of memory, or because it keeps failing
 };
 
 }  // namespace qi::cuda

@@ -106,7 +106,17 @@ bool CudaDevice::choose_cublas(const DeviceWeight& w, What what, CUdeviceptr x, 
     DeviceWeight part = w;
     if (what == What::rows) part.n_rows = std::min(w.n_rows, room / n_tokens);
     if (part.n_rows == 0 || (what == What::neurons && n_tokens * w.n_cols > room)) return false;
-    double tiles = 0, halves = 0;
+    double tiles = 0, halves = HUGE_VAL;
+    // Other shapes are other code to cuBLAS, for which there may be no memory.
+    const auto time_halves = [&](const auto& enqueue) {
+        try {
+            halves = seconds_of(stream_, share_.gpu, enqueue);
+        } catch (const Error& error) {
+            log(LogLevel::info,
+                format("products of %s are computed without cuBLAS, which may be slower: %s",
+                       traits(w.type).name, error.what()));
+        }
+    };
     if (what == What::rows) {
         const cuda::Product product{part, 0, lifted_, part.n_rows};
         tiles = seconds_of(stream_, share_.gpu, [&] {
@@ -114,9 +124,7 @@ bool CudaDevice::choose_cublas(const DeviceWeight& w, What what, CUdeviceptr x, 
             share_.kernels->multiply(stream_, prepared(w.type, x, n_tokens, w.n_cols),
                                      {&product, 1}, false);
         });
-        halves = seconds_of(stream_, share_.gpu, [&] {
-            halves_->multiply(x, n_tokens, {&product, 1}, false);
-        });
+        time_halves([&] { halves_->multiply(x, n_tokens, {&product, 1}, false); });
     } else {
         DownTileArgs args;
         args.w = w;
@@ -125,7 +133,7 @@ bool CudaDevice::choose_cublas(const DeviceWeight& w, What what, CUdeviceptr x, 
         args.n_tokens = n_tokens;
         args.y = lifted_;
         tiles = seconds_of(stream_, share_.gpu, [&] { share_.kernels->down_tiles(stream_, args); });
-        halves = seconds_of(stream_, share_.gpu, [&] { halves_->multiply_by_neuron(args); });
+        time_halves([&] { halves_->multiply_by_neuron(args); });
     }
     // Tiles lose less to rounding, so a tie is theirs.
     const bool cublas = halves < 0.95 * tiles;

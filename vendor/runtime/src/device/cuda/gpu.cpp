@@ -144,6 +144,11 @@ std::shared_ptr<Module> Gpu::module(std::string_view unit) {
     return module;
 }
 
+std::shared_mutex& Gpu::recording() {
+    driver();  // refuses a fork before a mutex is touched
+    return recording_;
+}
+
 Current::Current(const Gpu& gpu) {
     check(driver().cuCtxPushCurrent(gpu.context()), "entering its context");
     pushed_ = true;

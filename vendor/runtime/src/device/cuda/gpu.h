@@ -12,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <shared_mutex>
 #include <span>
 #include <string>
 #include <string_view>
@@ -61,6 +62,10 @@ class Gpu : public std::enable_shared_from_this<Gpu> {
     // several threads compile several units side by side.
     std::shared_ptr<Module> module(std::string_view unit);
 
+    // Held, shared, while a stream is recorded, and alone by what waits for the whole device, which
+    // would end the recording. Throws in a forked process.
+    std::shared_mutex& recording();
+
   private:
     struct KnownModule {
         std::mutex mutex;
@@ -73,6 +78,7 @@ class Gpu : public std::enable_shared_from_this<Gpu> {
     CUcontext context_ = nullptr;
     std::mutex modules_mutex_;
     std::map<std::string, std::unique_ptr<KnownModule>, std::less<>> modules_;
+    std::shared_mutex recording_;
 };
 
 // Makes a GPU's context the calling thread's until the end of the scope.
@@ -293,6 +299,7 @@ class Graph : public OnGpu {
     template <typename Record>
     Graph(const Stream& stream, Record&& record, std::span<Graph> others)
         : OnGpu(stream.gpu()), n_launches_(stream.n_launches_) {
+        const std::shared_lock lock(stream.gpu()->recording());
         begin(stream);
         try {
             record();

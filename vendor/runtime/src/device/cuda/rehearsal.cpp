@@ -44,15 +44,20 @@ void load_products(const GpuShare& share, std::span<const Type> weight_types,
     const auto memory = [&](int64_t n, int64_t width, size_t size) {
         return DeviceMemory(share.gpu, unlimited, size_t(n * width) * size, "products");
     };
-    // Products take matrices in parts, too; which code is loaded follows from the numbers' type,
-    // the matrix's order and whether sides are large.
-    constexpr int64_t largest = 4096;
-    const int64_t width = std::min(largest, needs.n_embd / 8 * 8);
-    const int64_t n_rows = std::min(largest, needs.n_ff / 8 * 8);
-    const int64_t n_most = std::min<int64_t>(needs.n_batch, 256);
-    if (width == 0 || n_rows == 0) return;
-    const DeviceMemory w = memory(n_rows, width, 2), x = memory(n_most, width, 2);
-    const DeviceMemory y = memory(n_most, n_rows, 4);
+    // Which code cuBLAS loads follows from all sizes.
+    struct Shape {
+        int64_t n_rows, n_cols;
+        bool by_column = false;
+    };
+    const int64_t n_embd = needs.n_embd, n_ff = needs.n_ff;
+    const int64_t q_width = needs.n_head * needs.kv.head_dim;
+    const int64_t kv_width = needs.kv.n_head_kv * needs.kv.head_dim;
+    const Shape shapes[] = {{q_width, n_embd}, {kv_width, n_embd}, {n_embd, q_width},
+                            {n_ff, n_embd},    {n_embd, n_ff},     {n_embd, n_ff, true}};
+    const int64_t n_most = needs.n_batch, widest = std::max({q_width, n_embd, n_ff});
+    const DeviceMemory w = memory(n_embd, std::max(q_width, n_ff), 2),
+                       x = memory(n_most, widest, 2);
+    const DeviceMemory y = memory(n_most, widest, 4);
     const Stream stream(share.gpu);
     for (const DeviceMemory* each : {&w, &x, &y})
         stream.fill(each->address(), 0, each->n_bytes());
@@ -64,11 +69,13 @@ void load_products(const GpuShare& share, std::span<const Type> weight_types,
                 return HalfProducts::takes(type, architecture) && (type == Type::bf16) == is_bf16;
             }))
             continue;
-        for (const bool by_column : {false, true})
-            for (const int64_t n_tokens : {std::min<int64_t>(n_most, 16), n_most})
-                cublas.multiply({input, n_rows, width, n_tokens, w.address(), x.address(),
-                                 y.address(), by_column ? n_rows : width, width, n_rows, by_column,
-                                 by_column});
+        for (const int64_t n_tokens : {int64_t(16), n_most / 8, n_most / 2, n_most}) {
+            if (n_tokens <= few_tokens || n_tokens > n_most) continue;
+            for (const auto& [n_rows, n_cols, by_column] : shapes)
+                cublas.multiply({input, n_rows, n_cols, n_tokens, w.address(), x.address(),
+                                 y.address(), by_column ? n_rows : n_cols, n_cols, n_rows,
+                                 by_column, by_column});
+        }
     }
     stream.synchronize();
 }
