@@ -11,6 +11,9 @@ from typing import Any
 
 from .errors import ArgumentError
 
+# The greatest size that the runtime takes.
+INT32_MAX = 2**31 - 1
+
 
 def one_of(name: str, value: object, choices: Iterable[str]) -> str:
     """A value that must be one of a few texts."""
@@ -28,6 +31,15 @@ def is_number(value: Any) -> bool:
 def is_integer(value: Any) -> bool:
     """Whether a value is of a type of integers."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def positive(name: str, value: int | None) -> int:
+    """A size for the runtime: 0 for None, else the value, which must be positive."""
+    if value is None:
+        return 0
+    if not is_integer(value) or not 1 <= value <= INT32_MAX:
+        raise ArgumentError(f"{name}={value!r} is not a positive integer")
+    return int(value)
 
 
 def flag(name: str, value: object) -> bool:

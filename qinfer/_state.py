@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ._files import StrPath, whole_file
 from ._gguf import path_bytes
+from ._history import History
 from .errors import FileError, FormatError
 
 _MAGIC = b"QINFSEQ\0"
@@ -24,24 +25,22 @@ _VERSION = 2
 _HEADER = struct.Struct("<8sIIQ32s32s")
 
 
-def write(
-    path: StrPath, model: bytes, tokens: list[int], roles: bytes, data: NDArray[np.uint8]
-) -> None:
+def write(path: StrPath, model: bytes, history: History, data: NDArray[np.uint8]) -> None:
     """Writes a sequence; the file takes its name when it is complete."""
-    ids = np.array(tokens, "<i4")
+    ids = np.array(history.tokens, "<i4")
     digest = hashlib.sha256(ids.data)
-    digest.update(roles)
+    digest.update(history.roles)
     digest.update(data.data)
     header = _HEADER.pack(_MAGIC, _VERSION, len(ids), data.nbytes, model, digest.digest())
     with whole_file(os.fsdecode(path_bytes(path))) as file:
         file.write(header)
         file.write(ids.data)
-        file.write(roles)
+        file.write(history.roles)
         file.write(data.data)
 
 
-def read(path: StrPath, model: bytes) -> tuple[list[int], bytes, NDArray[np.uint8]]:
-    """Tokens, their roles and the state of a file; refuses a damaged one, or another model's."""
+def read(path: StrPath, model: bytes) -> tuple[History, NDArray[np.uint8]]:
+    """The tokens and the state of a file; refuses a damaged one, or another model's."""
     name = os.fsdecode(path_bytes(path))
     try:
         content = Path(name).read_bytes()
@@ -61,5 +60,5 @@ def read(path: StrPath, model: bytes) -> tuple[list[int], bytes, NDArray[np.uint
         raise FormatError(f"{name} was written with another model than the one loaded")
     tokens = np.frombuffer(content, "<i4", n_tokens, _HEADER.size).tolist()
     start = _HEADER.size + 4 * n_tokens
-    roles = content[start : start + n_tokens]
-    return tokens, roles, np.frombuffer(content, np.uint8, n_bytes, start + n_tokens)
+    roles = bytearray(content[start : start + n_tokens])
+    return History(tokens, roles), np.frombuffer(content, np.uint8, n_bytes, start + n_tokens)

@@ -5,25 +5,26 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ._checks import flag, is_integer
+from ._checks import INT32_MAX, flag, positive
+from ._create_context import create_context
 from ._files import StrPath
+from ._history import History
 from ._interrupt import run_interruptibly
 from ._kv_place import KvPlace, mode_name
+from ._kv_type import kv_tensor_type
 from ._native import Handle, check, ffi, lib, new_error
-from ._slow import said_if_slow
-from ._types import tensor_type, type_name
+from ._types import type_name
 from ._weights import Weights
 from .completion import Stats
-from .errors import ArgumentError, Busy, DeviceError, FormatError, OutOfMemory
+from .errors import ArgumentError, Busy, FormatError
 from .offload import Placement
 from .sampling import Sampler, token_array
 from .sparsity import LayerStats, Policy
@@ -35,7 +36,6 @@ Progress = Callable[[int, int], None]
 # A feed of more tokens than this may take long enough for Ctrl-C to have to reach into it.
 SHORT_FEED = 16
 
-_INT32_MAX = 2**31 - 1
 _ALL_NEURONS = Policy()
 _KV_PLACE = KvPlace()
 
@@ -61,22 +61,6 @@ class ContextInfo:
     on_gpu: bool
     kv_mode: str
     n_device_pages: int
-
-
-def positive(name: str, value: int | None) -> int:
-    """A size for the runtime: 0 for None, else the value, which must be positive."""
-    if value is None:
-        return 0
-    if not is_integer(value) or not 1 <= value <= _INT32_MAX:
-        raise ArgumentError(f"{name}={value!r} is not a positive integer")
-    return int(value)
-
-
-def kv_type_number(name: str) -> int:
-    """GGUF's number of a type that keys and values can be kept in."""
-    if not isinstance(name, str) or name.lower() not in ("f16", "q8_0"):
-        raise ArgumentError(f"kv_type={name!r} is neither 'f16' nor 'q8_0'")
-    return tensor_type(name).number
 
 
 class Context:
@@ -114,7 +98,7 @@ class Context:
         params.n_seq = positive("n_seq", n_seq)
         params.n_batch = positive("n_batch", n_batch)
         params.n_threads = positive("threads", threads)
-        params.kv_type = kv_type_number(kv_type)
+        params.kv_type = kv_tensor_type(kv_type).number
         params.prompt_rule = policy.prompt_rule
         params.generated_rule = policy.generated_rule
         params.sparse_threshold = math.nan if policy.threshold is None else policy.threshold
@@ -123,64 +107,14 @@ class Context:
         params.kv_ratio = math.nan if kv_place.ratio is None else kv_place.ratio
         params.kv_step = kv_place.step or 0.0
         params.deterministic = flag("deterministic", deterministic)
-        self.on_gpu = weights.offload is not None
-        on_gpu = partial(self._create_on_gpu, may_do_without=kv_place.is_default)
-        pointer = on_gpu(params) if self.on_gpu else self._create(params)
+        pointer, self.on_gpu = create_context(weights, params, may_do_without=kv_place.is_default)
         self._handle = Handle(pointer, lib.qi_context_close, "this context")
         self._lock = threading.Lock()
         self.n_seq = n_seq
-        self._histories: list[list[int]] = [[] for _ in range(n_seq)]
-        # By token of each history: 1 for one that was computed as generated.
-        self._roles = [bytearray() for _ in range(n_seq)]
+        self._histories = [History() for _ in range(n_seq)]
         self._outputs: dict[str, NDArray[np.float32]] = {}
         self._n_hidden = 0
         weights.contexts.add(self)
-
-    def _create(self, params: Any) -> Any:
-        """The C context."""
-        out = ffi.new("qi_context **")
-        error = new_error()
-        check(lib.qi_context_create(self._weights.pointer, params, out, error), error)
-        return out[0]
-
-    def _create_on_gpu(self, params: Any, *, may_do_without: bool) -> Any:
-        """The C context, computed by the GPU if its memory can hold it beside those that are there.
-
-        Want of room is an error where the GPU was asked for by name and holds nothing of the model
-        yet, and where it was said what it is to keep of keys and values. Any other failure is one
-        where the GPU was asked for by name, or holds something of the model.
-        """
-        share = self._weights.offload
-        assert share is not None
-        params.offload = share.pointer
-        placing = f"placing the model on {share.gpu}; its kernels are compiled once"
-        for may_free in (True, False):
-            try:
-                with nullcontext() if share.is_placed else said_if_slow(placing):
-                    created = self._create(params)
-                share.has_failed = False
-                return created
-            except OutOfMemory as error:
-                if may_free and self._weights.free_idle():
-                    continue
-                if not (share.optional or share.is_placed):
-                    raise
-                if not may_do_without:
-                    raise OutOfMemory(
-                        f"{error}; without kv_mode, kv_ratio and kv_step the processor takes "
-                        "what does not fit"
-                    ) from None
-                share.warn_of_context(error)
-                break
-            except DeviceError as error:
-                if not share.optional or share.is_placed:
-                    raise
-                share.has_failed = True
-                share.warn_of_context(error)
-                break
-        params.offload = ffi.NULL
-        self.on_gpu = False
-        return self._create(params)
 
     @property
     def lacks_gpu(self) -> bool:
@@ -259,18 +193,16 @@ class Context:
         if generated:
             flags |= np.uint8(lib.QI_GENERATED)
         with self._exclusive(), self._transaction() as pointer:
-            error = new_error()
             arguments = (
                 ffi.from_buffer("int32_t[]", ids),
                 ffi.from_buffer("int32_t[]", seqs),
                 ffi.from_buffer("uint8_t[]", flags),
                 total,
-                error,
             )
-            self._call(pointer, lib.qi_context_feed, arguments, total, error, progress)
+            self._call(pointer, lib.qi_context_feed, arguments, total, progress)
             self._n_hidden = int(np.count_nonzero(flags & lib.QI_WANT_HIDDEN))
             for seq, part in parts.items():
-                self._remember(seq, part, generated)
+                self._histories[seq].extend(part, generated=generated)
 
     def step(
         self, tokens: Sequence[int], samplers: Sequence[Sampler], *, seqs: Sequence[int] = (0,)
@@ -306,7 +238,7 @@ class Context:
                 self._refuse_nan(self._rows("logits", pointer))
             check(status, error)
             for seq, token in zip(seqs, ids, strict=True):
-                self._remember(seq, token[np.newaxis], generated=True)
+                self._histories[seq].extend(token[np.newaxis], generated=True)
             return list(ffi.unpack(drawn, n))
 
     def sample(self, sampler: Sampler, index: int = -1) -> int:
@@ -344,7 +276,6 @@ class Context:
         if len(ids) == 0:
             return logprobs
         with self._exclusive(), self._transaction() as pointer:
-            error = new_error()
             arguments = (
                 seq,
                 ffi.from_buffer("int32_t[]", ids),
@@ -352,20 +283,11 @@ class Context:
                 len(ids),
                 generated,
                 ffi.from_buffer("float[]", logprobs),
-                error,
             )
-            self._call(pointer, lib.qi_context_score, arguments, len(ids), error, progress)
+            self._call(pointer, lib.qi_context_score, arguments, len(ids), progress)
             self._refuse_nan(logprobs)
-            self._remember(seq, ids, generated)
+            self._histories[seq].extend(ids, generated=generated)
         return logprobs
-
-    def _remember(self, seq: int, ids: NDArray[np.int32], generated: bool) -> None:
-        self._histories[seq].extend(ids.tolist())
-        self._roles[seq].extend(bytes([generated]) * len(ids))
-
-    def _forget_from(self, seq: int, length: int) -> None:
-        del self._histories[seq][length:]
-        del self._roles[seq][length:]
 
     def _call(
         self,
@@ -373,10 +295,10 @@ class Context:
         function: Callable[..., int],
         arguments: tuple[Any, ...],
         n_tokens: int,
-        error: Any,
         progress: Progress | None,
     ) -> None:
         """One long call of the runtime, which Ctrl-C can stop and `progress` can follow."""
+        error = new_error()
         report: Callable[[], None] | None = None
         if progress is not None:
 
@@ -385,10 +307,10 @@ class Context:
 
         main = threading.current_thread() is threading.main_thread()
         if report is None and (n_tokens <= SHORT_FEED or not main):
-            status = function(pointer, *arguments)
+            status = function(pointer, *arguments, error)
         else:
             status = run_interruptibly(
-                lambda: function(pointer, *arguments),
+                lambda: function(pointer, *arguments, error),
                 lambda: lib.qi_context_cancel(pointer),
                 report,
             )
@@ -410,7 +332,7 @@ class Context:
         except BaseException:
             for seq, length in enumerate(lengths):
                 lib.qi_context_truncate(pointer, seq, length, ffi.NULL)
-                self._forget_from(seq, length)
+                self._histories[seq].truncate(length)
             lib.qi_context_clear_cancel(pointer)
             raise
 
@@ -480,7 +402,7 @@ class Context:
         """The tokens a sequence holds."""
         self._check_seq(seq)
         self._handle.pointer  # noqa: B018  raises Closed
-        return list(self._histories[seq])
+        return list(self._histories[seq].tokens)
 
     def truncate(self, n: int, seq: int = 0) -> None:
         """Drops what a sequence holds beyond its first `n` tokens."""
@@ -491,7 +413,7 @@ class Context:
                 raise ArgumentError(f"cannot keep {n} tokens of sequence {seq}, which has {held}")
             error = new_error()
             check(lib.qi_context_truncate(self._handle.pointer, seq, n, error), error)
-            self._forget_from(seq, n)
+            self._histories[seq].truncate(n)
 
     def fork(self, source: int, target: int, n_keep: int | None = None) -> None:
         """Makes sequence `target` the first `n_keep` tokens (all without it) of `source`.
@@ -507,8 +429,7 @@ class Context:
                 raise ArgumentError(f"cannot keep {n} tokens of sequence {source}, of {held}")
             error = new_error()
             check(lib.qi_context_fork(self._handle.pointer, source, target, n, error), error)
-            self._histories[target] = self._histories[source][:n]
-            self._roles[target] = self._roles[source][:n]
+            self._histories[target] = self._histories[source].first(n)
 
     def n_shared(self, tokens: Sequence[int], seq: int = 0) -> int:
         """Number of tokens that a sequence and the prompt `tokens` begin with in common.
@@ -516,13 +437,7 @@ class Context:
         What was generated is not part of a prompt where the policy computes it otherwise.
         """
         self._check_seq(seq)
-        history = self._histories[seq]
-        if self.policy.tells_roles_apart:
-            first_generated = self._roles[seq].find(1)
-            history = history if first_generated < 0 else history[:first_generated]
-        pairs = zip(history, tokens, strict=False)
-        shorter = min(len(history), len(tokens))
-        return next((i for i, (held, new) in enumerate(pairs) if held != new), shorter)
+        return self._histories[seq].n_shared(tokens, prompt_only=self.policy.tells_roles_apart)
 
     def reuse(self, tokens: Sequence[int], seq: int = 0) -> int:
         """Makes a sequence hold as much of the beginning of `tokens` as any sequence has in memory.
@@ -556,9 +471,9 @@ class Context:
                 lib.qi_context_state_save(pointer, seq, ffi.from_buffer(data), data.nbytes, error),
                 error,
             )
-            tokens = list(self._histories[seq])
-            roles = bytes(self._roles[seq])
-        _state.write(path, self._weights.fingerprint, tokens, roles, data)
+            history = self._histories[seq]
+            history = history.first(len(history))
+        _state.write(path, self._weights.fingerprint, history, data)
 
     def load_state(self, path: StrPath, seq: int = 0) -> None:
         """Replaces a sequence by one that `save_state` wrote.
@@ -571,19 +486,18 @@ class Context:
         from . import _state
 
         self._check_seq(seq)
-        tokens, roles, data = _state.read(path, self._weights.fingerprint)
+        history, data = _state.read(path, self._weights.fingerprint)
         with self._exclusive():
             pointer = self._handle.pointer
             self._forget_outputs()
-            self._forget_from(seq, 0)
+            self._histories[seq].truncate(0)
             error = new_error()
             buffer = ffi.from_buffer(data)
             try:
                 check(lib.qi_context_state_load(pointer, seq, buffer, data.nbytes, error), error)
-                if lib.qi_context_seq_length(pointer, seq) != len(tokens):
+                if lib.qi_context_seq_length(pointer, seq) != len(history):
                     raise FormatError(f"{path!r} does not hold the tokens that its header lists")
-                self._histories[seq] = tokens
-                self._roles[seq] = bytearray(roles)
+                self._histories[seq] = history
             except BaseException:
                 lib.qi_context_truncate(pointer, seq, 0, ffi.NULL)
                 raise
@@ -594,35 +508,7 @@ class Context:
                 f"sequence {seq} does not exist: this context has 0 to {len(self._histories) - 1}"
             )
 
-    # ---- the context itself ----
-
-    @property
-    def info(self) -> ContextInfo:
-        """Limits and memory."""
-        out = ffi.new("qi_context_info *")
-        with self._exclusive():
-            check(lib.qi_context_get_info(self._handle.pointer, out))
-        return ContextInfo(
-            n_ctx=out.n_ctx,
-            n_seq=out.n_seq,
-            n_batch=out.n_batch,
-            threads=out.n_threads,
-            kv_type=type_name(out.kv_type).lower(),
-            page_size=out.page_size,
-            kv_bytes_used=out.kv_bytes_used,
-            kv_bytes_reserved=out.kv_bytes_reserved,
-            scratch_bytes=out.scratch_bytes,
-            on_gpu=self.on_gpu,
-            kv_mode=mode_name(out.kv_mode),
-            n_device_pages=out.n_device_pages,
-        )
-
-    def set_threads(self, threads: int) -> None:
-        """Changes how many threads compute."""
-        error = new_error()
-        n = positive("threads", threads)
-        with self._exclusive():
-            check(lib.qi_context_set_threads(self._handle.pointer, n, error), error)
+    # ---- statistics ----
 
     def stats(self) -> Stats:
         """The counters since the context was made or `reset_stats` was called.
@@ -676,7 +562,7 @@ class Context:
         Of tokens that are fed several at a time, as by `score`, all are checked. What was found is
         in `stats()`: `n_checked`, `n_due` and `n_missed` of each layer.
         """
-        if not 0 <= every <= _INT32_MAX:
+        if not 0 <= every <= INT32_MAX:
             raise ArgumentError(f"every={every!r} is not 0 or a positive number of tokens")
         error = new_error()
         with self._exclusive():
@@ -707,6 +593,36 @@ class Context:
                 error,
             )
         return counts
+
+    # ---- the context itself ----
+
+    @property
+    def info(self) -> ContextInfo:
+        """Limits and memory."""
+        out = ffi.new("qi_context_info *")
+        with self._exclusive():
+            check(lib.qi_context_get_info(self._handle.pointer, out))
+        return ContextInfo(
+            n_ctx=out.n_ctx,
+            n_seq=out.n_seq,
+            n_batch=out.n_batch,
+            threads=out.n_threads,
+            kv_type=type_name(out.kv_type).lower(),
+            page_size=out.page_size,
+            kv_bytes_used=out.kv_bytes_used,
+            kv_bytes_reserved=out.kv_bytes_reserved,
+            scratch_bytes=out.scratch_bytes,
+            on_gpu=self.on_gpu,
+            kv_mode=mode_name(out.kv_mode),
+            n_device_pages=out.n_device_pages,
+        )
+
+    def set_threads(self, threads: int) -> None:
+        """Changes how many threads compute."""
+        error = new_error()
+        n = positive("threads", threads)
+        with self._exclusive():
+            check(lib.qi_context_set_threads(self._handle.pointer, n, error), error)
 
     def cancel(self) -> None:
         """From any thread: the feed now running, or else the next one, raises Cancelled."""

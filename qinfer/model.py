@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeGuard, Unpack, cast, o
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _machine
-from ._checks import flag
+from ._checks import flag, positive
+from ._context_length import check_length, context_length
 from ._files import StrPath
 from ._generate import Answer, GenerateOptions, Settings, run
 from ._gguf import Progress
 from ._keywords import check_keywords, hinting
 from ._kv_place import KvMode, KvPlace
+from ._kv_type import check_heads, kv_tensor_type
 from ._pool import ContextPool
 from ._weights import ModelInfo, Weights
 from .completion import Completion, Piece, Score
-from .context import Context, Tokens, Wanted, kv_type_number, positive
+from .context import Context, Tokens, Wanted
 from .errors import ArgumentError, ContextFull, FileError
 from .offload import GpuSplit, NeuronCache, Placement, offload
 from .sampling import token_array
@@ -44,9 +45,6 @@ Message = Mapping[str, Any]
 _MAX_TOGETHER = 16
 # Sequences of a context kept between calls: two conversations can alternate without starting over.
 _KEPT_SEQUENCES = 2
-# A context never defaults to fewer positions, however little memory is free.
-_LEAST_N_CTX = 512
-_Q8_0_BLOCK = 32
 
 
 class Model:
@@ -177,7 +175,7 @@ class Model:
         flag("deterministic", deterministic)
         positive("n_ctx", n_ctx)
         positive("threads", threads)
-        kv_type_number(kv_type)
+        kv_tensor_type(kv_type)
         kv_place = KvPlace(kv_mode, kv_ratio, kv_step)
         if deterministic and neuron_cache != "static":
             raise ArgumentError(
@@ -193,8 +191,8 @@ class Model:
         self._deterministic = deterministic
         self._chat_template = chat_template
         weights = self._weights = Weights(path, mmap=mmap, hidden_act=hidden_act, progress=progress)
-        _check_heads(weights.info, kv_type)
-        self.n_ctx = _n_ctx(weights.info, n_ctx, kv_type)
+        check_heads(kv_type, weights.info)
+        self.n_ctx = context_length(weights.info, n_ctx, kv_type)
         weights.offload = offload(
             weights, device, vram_budget, gpu_split, kv_type, neuron_cache, kv_place
         )
@@ -546,8 +544,8 @@ class Model:
             DeviceError: the GPU fails.
             Closed: the model was closed.
         """
-        if positive("n_ctx", n_ctx) and n_ctx != self.n_ctx:
-            _beyond_training(self.info, positive("n_ctx", n_ctx))
+        if positive("n_ctx", n_ctx) not in (0, self.n_ctx):
+            check_length(self.info, positive("n_ctx", n_ctx))
         kv_place = self._kv_place
         if (kv_mode, kv_ratio, kv_step) != (None, None, None):
             kv_place = KvPlace("auto" if kv_mode is None else kv_mode, kv_ratio, kv_step)
@@ -682,14 +680,6 @@ def _shared_context(
     )
 
 
-def _check_heads(info: ModelInfo, kv_type: str) -> None:
-    if kv_type.lower() == "q8_0" and info.head_dim % _Q8_0_BLOCK:
-        raise ArgumentError(
-            f"kv_type={kv_type!r} needs heads of a multiple of {_Q8_0_BLOCK} dimensions; this "
-            f"model's have {info.head_dim}"
-        )
-
-
 def _file(path: StrPath) -> StrPath:
     """The file meant by a path: the one model in a folder, or the path itself."""
     if not os.fsdecode(path):  # for pathlib, the working directory
@@ -712,40 +702,3 @@ def _file(path: StrPath) -> StrPath:
                 f"by {call}"
             )
     return path
-
-
-def _n_ctx(info: ModelInfo, asked: int | None, kv_type: str) -> int:
-    """Positions per sequence: those asked for, or as many as were trained and fit in memory."""
-    trained = min(info.n_ctx_train, info.n_ctx_max or info.n_ctx_train)
-    if asked is not None:
-        return _beyond_training(info, asked)
-    # Q8_0 keeps 32 values in 34 bytes, F16 in 64.
-    per_token = info.kv_bytes_per_token_f16 * (34 / 64 if kv_type.lower() == "q8_0" else 1)
-    free = _machine.available_memory()
-    budget = max(free - info.n_weight_bytes, free // 4)
-    fitting = max(_LEAST_N_CTX, int(budget // max(1, per_token)))
-    if fitting >= trained:
-        return trained
-    logger.warning(
-        "the context is limited to %d of %d positions, whose keys and values would take %.1f GiB "
-        "of the %.1f GiB of memory that are free; n_ctx= overrides this",
-        *(fitting, trained, trained * per_token / 2**30, free / 2**30),
-    )
-    return min(fitting, trained)
-
-
-def _beyond_training(info: ModelInfo, asked: int) -> int:
-    """A number of positions that was asked for, warned of when it was never trained.
-
-    Raises ArgumentError when it is more than learned position embeddings reach.
-    """
-    if 0 < info.n_ctx_max < asked:
-        raise ArgumentError(
-            f"n_ctx={asked} is more than the {info.n_ctx_max} positions that the model has "
-            "embeddings for (position_embd.weight)"
-        )
-    if asked > info.n_ctx_train:
-        logger.warning(
-            "n_ctx=%d is more than the %d the model was trained for", asked, info.n_ctx_train
-        )
-    return asked

@@ -11,30 +11,30 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ._checks import INT32_MAX
 from ._keywords import unknown_keyword
 from ._native import Handle, check, ffi, lib, new_error
 from .errors import ArgumentError
 
-_INT32_MAX = 2**31 - 1
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 # Legal range of each number, both ends included, and what the ends mean where that is not plain.
 _RANGES: dict[str, tuple[float, float, str]] = {
     "temperature": (0, 1e9, "0 is greedy"),
-    "top_k": (0, 2**31 - 1, "0 keeps all"),
+    "top_k": (0, INT32_MAX, "0 keeps all"),
     "top_p": (0, 1, "1 keeps all"),
     "min_p": (0, 1, "0 keeps all"),
     "typical_p": (0, 1, "1 keeps all"),
     "repeat_penalty": (1e-9, 1e9, "1 is off"),
     "presence_penalty": (-1e9, 1e9, "0 is off"),
     "frequency_penalty": (-1e9, 1e9, "0 is off"),
-    "penalty_window": (-1, 2**31 - 1, "-1 looks at all tokens"),
+    "penalty_window": (-1, INT32_MAX, "-1 looks at all tokens"),
     "dynatemp_range": (0, 1e9, "0 is off"),
     "dynatemp_exponent": (1e-9, 1e9, "1 is linear"),
     "mirostat": (0, 2, "0 is off"),
     "mirostat_tau": (0, 1e9, "in bits"),
     "mirostat_eta": (0, 1e9, "a learning rate"),
-    "min_keep": (1, 2**31 - 1, "a number of tokens"),
+    "min_keep": (1, INT32_MAX, "a number of tokens"),
     "seed": (0, 2**64 - 1, "None draws one"),
 }
 _INTEGERS = {"top_k", "penalty_window", "mirostat", "min_keep", "seed"}
@@ -190,7 +190,7 @@ class Sampler:
 
         Raises ArgumentError when a biased token id is outside the vocabulary.
         """
-        if not _is_a(n_vocab, _INTEGER_TYPES) or not 1 <= n_vocab <= _INT32_MAX:
+        if not _is_a(n_vocab, _INTEGER_TYPES) or not 1 <= n_vocab <= INT32_MAX:
             raise ArgumentError(f"n_vocab={n_vocab!r} is not a positive integer")
         self.sampling = (sampling or Sampling()).seeded()
         self.n_vocab = n_vocab

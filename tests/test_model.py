@@ -229,7 +229,7 @@ def test_keys_and_values_that_fill_no_block_are_refused_at_once(stories260k: Pat
 def test_the_context_is_limited_by_memory_and_it_is_said(
     stories260k: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("qinfer.model._LEAST_N_CTX", 64)
+    monkeypatch.setattr("qinfer._context_length._LEAST_N_CTX", 64)
     monkeypatch.setattr("qinfer._machine.available_memory", lambda: 640 * 100 * 4)
     with caplog.at_level(logging.WARNING, "qinfer"), Model(stories260k) as model:
         assert model.n_ctx == 100
