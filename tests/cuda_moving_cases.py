@@ -114,22 +114,23 @@ def moving_failures(path: str, code: int, every: int) -> dict[str, Any]:
         expected = _logits(context, 1)
     options |= {"device": "cuda", "vram_budget": "8MiB", "neuron_cache": "frequency"}
 
-    def run(fail_at: int) -> tuple[float, int]:
+    def run(fail_at: int) -> tuple[float, int, int]:
+        """The error, neurons that moved, and calls of the driver."""
         with Model(path, **options) as m:
             _keep_some(m, 0.4)
             with m.context(n_batch=32) as context:
+                start = int(cuda.standin_calls())
                 cuda.standin_fail_at(fail_at, code)
                 error = max(_errors(_logits(context, 1), expected))
+                n_calls = int(cuda.standin_calls()) - start
             assert m.placement is not None
-            return error, m.placement.n_moved
+            return error, m.placement.n_moved, n_calls
 
     lines = _log()
-    start = int(cuda.standin_calls())
-    error, moved = run(-1)
-    n_calls = int(cuda.standin_calls()) - start
+    error, moved, n_calls = run(-1)
     found: dict[str, Any] = {"n_calls": n_calls, "moved": moved, "errors": [error], "leaks": 0}
     found["raised"] = 0
-    for number in range(0, n_calls, every):
+    for number in range(1, n_calls, every):
         try:
             found["errors"].append(run(number)[0])
         except QInferError:

@@ -289,24 +289,21 @@ void CudaDevice::collect_counters() {
 // and begins again from 0.
 void CudaDevice::collect_activations() {
     const auto n_ff = size_t(needs_.n_ff);
+    const auto of_mover = [&](const Tally& tally) {
+        return tally.ffn && n_uncollected_ > 0 ? member_->counts_of(*tally.kept) : nullptr;
+    };
     std::vector<uint64_t> counts;
+    if (std::ranges::any_of(
+            tallies_, [&](const Tally& tally) { return tally.activations || of_mover(tally); })) {
+        counts.resize(tallies_.size() * n_ff);
+        stream_.copy_to_host(counts.data(), counts_, counts.size() * sizeof(uint64_t));
+    }
+    stream_.fill(counts_, 0, tallies_.size() * n_ff * sizeof(uint64_t));
+    stream_.synchronize();
     for (size_t i = 0; i < tallies_.size(); ++i) {
-        if (!tallies_[i].ffn) continue;
-        uint64_t* const activations = tallies_[i].activations;
-        uint64_t* const of_mover =
-            n_uncollected_ > 0 ? member_->counts_of(*tallies_[i].kept) : nullptr;
-        if (!activations && !of_mover) {
-            stream_.fill(counts_of(i), 0, n_ff * sizeof(uint64_t));
-            continue;
-        }
-        counts.resize(n_ff);
-        stream_.copy_to_host(counts.data(), counts_of(i), n_ff * sizeof(uint64_t));
-        stream_.fill(counts_of(i), 0, n_ff * sizeof(uint64_t));
-        stream_.synchronize();
-        for (size_t j = 0; j < n_ff && activations; ++j)
-            activations[j] += counts[j];
-        for (size_t j = 0; j < n_ff && of_mover; ++j)
-            of_mover[j] += counts[j];
+        for (uint64_t* const to : {tallies_[i].activations, of_mover(tallies_[i])})
+            for (size_t j = 0; j < n_ff && to; ++j)
+                to[j] += counts[i * n_ff + j];
     }
     if (n_uncollected_ > 0) member_->counted(std::exchange(n_uncollected_, 0));
 }
