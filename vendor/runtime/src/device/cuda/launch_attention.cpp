@@ -92,10 +92,12 @@ void Kernels::attend(const Stream& stream, const AttendArgs& args) {
         fail(QI_INTERNAL, "heads of %lld have no q8 copy", (long long)kv.head_dim);
     const int64_t group = args.n_head / kv.n_head_kv, runs = attend_runs(args);
     const int heads = heads_per_block(group);
-    // q, scores by warp and in all, maximum, total and factor by head, sums by thread.
-    const size_t shared = (size_t(heads) * size_t(kv.head_dim) + 5 * size_t(heads) * attend_page +
-                           3 * size_t(heads) + attend_threads * 8) *
-                          sizeof(float);
+    // q, scores by warp and in all, maximum, total and factor by head, sums by thread; or, in the
+    // end, two terms by head and its factors by run: more from some 600 runs on.
+    const size_t of_run = size_t(heads) * size_t(kv.head_dim) + 5 * size_t(heads) * attend_page +
+                          3 * size_t(heads) + attend_threads * 8;
+    const size_t of_all = size_t(heads) * size_t(2 + runs);
+    const size_t shared = std::max(of_run, of_all) * sizeof(float);
     function(Source::attend, kv.type, names::attend[std::bit_width(unsigned(heads)) - 1])
         .launch(stream, {unsigned(runs), unsigned(attend_blocks_y(args)), unsigned(args.n_tokens)},
                 {attend_threads}, unsigned(shared), args.q, (long long)args.q_stride, args.out,
