@@ -18,7 +18,7 @@ constexpr int64_t attend_page = 64;
 
 // Query heads that a block of attend.cu computes together.
 int heads_per_block(int64_t group) {
-    return group <= 2 ? int(group) : group <= 4 ? 4 : 8;
+    return group <= 2 ? int(group) : 4;
 }
 int64_t attend_blocks_y(const AttendArgs& args) {
     const int64_t group = args.n_head / args.kv.n_head_kv;
@@ -46,7 +46,7 @@ int tile_rows(int64_t head_dim) {
 // The pointers identify kernels, so each name is written once.
 namespace names {
 constexpr const char* append = "qi_append";
-constexpr const char* attend[] = {"qi_attend_1", "qi_attend_2", "qi_attend_4", "qi_attend_8"};
+constexpr const char* attend[] = {"qi_attend_1", "qi_attend_2", "qi_attend_4"};
 constexpr const char* attend_merge = "qi_attend_merge";
 constexpr const char* attend_tile[] = {"qi_attend_tile_32", "qi_attend_tile_16"};
 constexpr const char* attend_mma[] = {"qi_attend_mma_64", "qi_attend_mma_128"};

@@ -1,10 +1,12 @@
 // Attention of a few tokens, split over the context; QI_KV names the pages' type.
 //
 // Bytes: keys and values that a token sees, once per KV head: the query heads that share it are
-// computed together. Shape: a block of 128 threads per token, KV head (eight of its query heads at
-// most) and run of pages, so that 8 KV heads and 2048 positions make 256 blocks; a thread has four
-// 16-byte loads of keys or values on the way. The number of pages per run follows from what the
-// token sees and from nothing else: 1 up to 2048 positions, 4 up to 8192, then 16.
+// computed together, four by a block, and other blocks of a larger group find them in L2. (With
+// eight heads a block has 232 registers per thread: two fit a multiprocessor, and 8 KB of loads are
+// on the way where an H100 needs 23.) Shape: a block of 128 threads per token, four heads or less
+// and run of pages, so that 8 KV heads and 2048 positions make 256 blocks or more; a thread has
+// four 16-byte loads of keys or values on the way. The number of pages per run follows from what
+// the token sees and from nothing else: 1 up to 2048 positions, 4 up to 8192, then 16.
 //
 // Order: page after page inside a run, the runs added in order by the block that comes last; so a
 // result depends on its query, position, window and on the keys and values it sees.
@@ -13,11 +15,7 @@
 
 constexpr int n_threads = 128;
 constexpr int n_warps = n_threads / warp_size;
-
-// With many heads arithmetic hides the latency, and registers are short.
-constexpr int loads_ahead(int heads) {
-    return heads <= 4 ? 4 : 2;
-}
+constexpr int n_ahead = 4;  // loads of keys or values that a thread has on the way
 
 QI_DEVICE int pages_per_run(int n_visible) {
     return n_visible <= 2048 ? 1 : n_visible <= 8192 ? 4 : 16;
@@ -61,7 +59,7 @@ QI_DEVICE void score_page(const u8* keys, const Room& room, const Attention& a, 
         for (int i = 0; i < 8; ++i)
             acc[h][i] = 0.0f;
             // Eight lanes take a row of 64 keys, the block 16 rows.
-#pragma unroll loads_ahead(heads)
+#pragma unroll n_ahead
     for (int d = int(threadIdx.x) / 8; d < head_dim; d += n_threads / 8) {
         f32 k[8];
         Kv::keys8(keys, head_dim, d, p8, k);
@@ -163,7 +161,7 @@ QI_DEVICE void weigh_runs(const f32* of_runs, int stride, int n_runs, f32* terms
 // this, so that latency is what counts. shared: two floats per head and one per head and run.
 QI_DEVICE void combine_runs(const Attention& a, const f32* partial, int n_runs, i64 token,
                             int first_head, int n_heads, f32* shared) {
-    constexpr int n_ahead = 16;  // loads on the way: two rounds for 2048 positions
+    constexpr int runs_ahead = 16;  // two rounds for 2048 positions
     const int head_dim = a.head_dim;
     const int stride = head_dim + 2, last = (n_runs - 1) * stride;
     const i64 head_stride = i64(a.max_runs) * stride;
@@ -181,14 +179,14 @@ QI_DEVICE void combine_runs(const Attention& a, const f32* partial, int n_runs, 
         const f32* of_factors = factors + head * n_runs;
         f32 sum = 0.0f;
 #pragma unroll 1
-        for (int first = 0; first < n_runs; first += n_ahead) {
+        for (int first = 0; first < n_runs; first += runs_ahead) {
             // No branch, behind which ptxas would move the loads.
-            f32 loaded[n_ahead];
+            f32 loaded[runs_ahead];
 #pragma unroll
-            for (int u = 0; u < n_ahead; ++u)
+            for (int u = 0; u < runs_ahead; ++u)
                 loaded[u] = of_runs[min_of((first + u) * stride, last)];
 #pragma unroll
-            for (int u = 0; u < n_ahead; ++u)
+            for (int u = 0; u < runs_ahead; ++u)
                 sum = first + u < n_runs ? fmaf(loaded[u], of_factors[first + u], sum) : sum;
         }
         put(a, token, first_head + head, d, sum, terms[2 * head + 1]);
@@ -263,7 +261,6 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
         }
         // Values that are not seen are not read: they may be garbage.
         if (row < n_rows) {
-            constexpr int n_ahead = loads_ahead(heads);
             for (int i = begin + row; i < end; i += n_ahead * n_rows) {
                 typename Kv::RawValues raw[n_ahead];
 #pragma unroll
@@ -352,7 +349,6 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
 QI_ATTEND(qi_attend_1, 1)
 QI_ATTEND(qi_attend_2, 2)
 QI_ATTEND(qi_attend_4, 4)
-QI_ATTEND(qi_attend_8, 8)
 
 // grid (n_head, n_tokens), 128 threads. The device's part, in out and terms, and the host's, with
 // the same shapes, become the attention of all positions. A part that sees nothing has a sum of
