@@ -27,7 +27,8 @@ void CudaDevice::find_best(const float* logits, int64_t n, int64_t n_vocab, int6
         share_.kernels->argmax(stream_, address(logits), n, n_vocab, tickets_, partial_best_,
                                best_);
     else
-        share_.kernels->top_k(stream_, address(logits), n, n_vocab, k, best_);
+        share_.kernels->top_k(stream_, address(logits), n, n_vocab, k, tickets_, partial_best_,
+                              best_);
     stream_.copy_to_host(candidates_.data(), best_, size_t(n * k) * sizeof(Candidate));
 }
 

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "base/error.h"
+#include "device/candidate.h"
 
 namespace qi::cuda {
 
@@ -551,10 +552,30 @@ void Kernels::argmax(const Stream& stream, CUdeviceptr logits, int64_t n, int64_
                 partial, tickets, best);
 }
 
+// A block's part of a row, and what partials may take unless those of one row are more: 512 KiB are
+// one row of 128k at k = 1024, and 25 at k = 41.
+static constexpr int64_t top_k_cols = 2048;
+static constexpr size_t top_k_room = size_t(1) << 19;
+
+static size_t top_k_row_bytes(int64_t n_vocab, int64_t k) {
+    const int64_t n_parts = ceil_div(n_vocab, top_k_cols);
+    return n_parts > 1 ? size_t(n_parts * k) * sizeof(uint64_t) : 0;
+}
+
+size_t Kernels::top_k_partial_bytes(int64_t n, int64_t n_vocab) {
+    const size_t of_row = top_k_row_bytes(n_vocab, top_k_max);
+    return std::min(size_t(n) * of_row, std::max(of_row, top_k_room));
+}
+
 void Kernels::top_k(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab, int64_t k,
-                    CUdeviceptr best) {
-    function(Source::logits, Type::f32, names::top_k)
-        .launch(stream, {unsigned(n)}, {1024}, 0, logits, int(n_vocab), int(k), best);
+                    CUdeviceptr tickets, CUdeviceptr partial, CUdeviceptr best) {
+    const size_t of_row = top_k_row_bytes(n_vocab, k);
+    const int64_t at_once = of_row ? int64_t(top_k_partial_bytes(n, n_vocab) / of_row) : n;
+    for (int64_t first = 0; first < n; first += at_once)
+        function(Source::logits, Type::f32, names::top_k)
+            .launch(stream, {blocks(n_vocab, top_k_cols), unsigned(std::min(at_once, n - first))},
+                    {1024}, 0, logits + size_t(first * n_vocab) * sizeof(float), int(n_vocab),
+                    int(k), partial, tickets, best + size_t(first * k) * sizeof(Candidate));
 }
 
 void Kernels::log_terms(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab,

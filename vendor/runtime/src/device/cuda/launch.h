@@ -341,9 +341,11 @@ class Kernels {
                 CUdeviceptr tickets, CUdeviceptr partial, CUdeviceptr best);
     static size_t argmax_partial_bytes(int64_t n, int64_t n_vocab);
     // best Candidate [n][k], falling, lower ids first among equals, NaN before everything; k to
-    // 1024.
+    // 1024. tickets as of argmax; partial of top_k_partial_bytes, for that many rows or more: where
+    // it is too little for all of them there is a launch for some at a time.
     void top_k(const Stream& stream, CUdeviceptr logits, int64_t n, int64_t n_vocab, int64_t k,
-               CUdeviceptr best);
+               CUdeviceptr tickets, CUdeviceptr partial, CUdeviceptr best);
+    static size_t top_k_partial_bytes(int64_t n, int64_t n_vocab);
     static constexpr int64_t top_k_max = 1024;
     // terms [n] of targets int32 [n].
     struct LogTerms {

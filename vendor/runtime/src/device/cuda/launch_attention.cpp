@@ -18,7 +18,7 @@ constexpr int64_t attend_page = 64;
 
 // Query heads that a block of attend.cu computes together.
 int heads_per_block(int64_t group) {
-    return group <= 2 ? int(group) : group <= 4 ? 4 : 8;
+    return group <= 2 ? int(group) : 4;
 }
 int64_t attend_blocks_y(const AttendArgs& args) {
     const int64_t group = args.n_head / args.kv.n_head_kv;
@@ -46,7 +46,7 @@ int tile_rows(int64_t head_dim) {
 // The pointers identify kernels, so each name is written once.
 namespace names {
 constexpr const char* append = "qi_append";
-constexpr const char* attend[] = {"qi_attend_1", "qi_attend_2", "qi_attend_4", "qi_attend_8"};
+constexpr const char* attend[] = {"qi_attend_1", "qi_attend_2", "qi_attend_4"};
 constexpr const char* attend_merge = "qi_attend_merge";
 constexpr const char* attend_tile[] = {"qi_attend_tile_32", "qi_attend_tile_16"};
 constexpr const char* attend_mma[] = {"qi_attend_mma_64", "qi_attend_mma_128"};
@@ -92,10 +92,12 @@ void Kernels::attend(const Stream& stream, const AttendArgs& args) {
         fail(QI_INTERNAL, "heads of %lld have no q8 copy", (long long)kv.head_dim);
     const int64_t group = args.n_head / kv.n_head_kv, runs = attend_runs(args);
     const int heads = heads_per_block(group);
-    // q, scores by warp and in all, maximum, total and factor by head, sums by thread.
-    const size_t shared = (size_t(heads) * size_t(kv.head_dim) + 5 * size_t(heads) * attend_page +
-                           3 * size_t(heads) + attend_threads * 8) *
-                          sizeof(float);
+    // q, scores by warp and in all, maximum, total and factor by head, sums by thread; or, in the
+    // end, two terms by head and its factors by run: more from some 600 runs on.
+    const size_t of_run = size_t(heads) * size_t(kv.head_dim) + 5 * size_t(heads) * attend_page +
+                          3 * size_t(heads) + attend_threads * 8;
+    const size_t of_all = size_t(heads) * size_t(2 + runs);
+    const size_t shared = std::max(of_run, of_all) * sizeof(float);
     function(Source::attend, kv.type, names::attend[std::bit_width(unsigned(heads)) - 1])
         .launch(stream, {unsigned(runs), unsigned(attend_blocks_y(args)), unsigned(args.n_tokens)},
                 {attend_threads}, unsigned(shared), args.q, (long long)args.q_stride, args.out,

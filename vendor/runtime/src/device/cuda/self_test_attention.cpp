@@ -425,6 +425,7 @@ void add_attention_tests(std::vector<SelfTest>& tests) {
         add({{type, 1, 1, 32}, {2047, 2048, 2500}, 0, false});  // a page per run, then four
         add({{type, 1, 1, 32}, {8191, 8192, 9000}, 0, false});  // then sixteen
         add({{type, 1, 1, 32}, {2600}, 2100, false});
+        add({{type, 6, 1, 32}, {2047, 2100}, 2040, false});   // 33 runs: more than a warp has lanes
         add({{type, 40, 1, 32}, run, 0, true});               // a group larger than a tile
         add({{type, 32, 32, 32}, {70, 129, 130}, 0, false});  // as many tickets as a step has
         // Parts: of nothing, of one page, of all; one beyond all that a window sees.

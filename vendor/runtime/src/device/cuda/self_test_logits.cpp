@@ -12,7 +12,8 @@ namespace qi::cuda {
 
 namespace {
 
-// Few different values, so that there are ties; -0 beside 0; in one row also NaN and infinities.
+// Few different values, so that there are ties; -0 beside 0. Odd: in one row also NaN and
+// infinities, the next ones all infinite, all NaN of both signs, all different and the best last.
 std::vector<float> test_logits(Bench& bench, int64_t n, int64_t n_vocab, bool odd) {
     std::vector<float> logits(size_t(n * n_vocab));
     for (float& value : logits)
@@ -23,6 +24,11 @@ std::vector<float> test_logits(Bench& bench, int64_t n, int64_t n_vocab, bool od
         logits[3] = std::nanf("");
         logits[7] = -HUGE_VALF;
         logits[9] = logits[4] = HUGE_VALF;
+    }
+    for (int64_t i = 0; odd && n > 3 && i < n_vocab; ++i) {
+        logits[size_t(n_vocab + i)] = -HUGE_VALF;
+        logits[size_t(2 * n_vocab + i)] = std::copysign(std::nanf(""), i % 3 ? 1.0f : -1.0f);
+        logits[size_t(3 * n_vocab + i)] = float(i) - 1000.5f;
     }
     return logits;
 }
@@ -46,7 +52,9 @@ bool same(const Candidate& found, const float* row, int32_t id) {
 void test_best(Bench& bench, int64_t n, int64_t n_vocab) {
     const std::vector<float> logits = test_logits(bench, n, n_vocab, true);
     const CUdeviceptr at = bench.upload(logits);
-    const CUdeviceptr partial = bench.room(Kernels::argmax_partial_bytes(n, n_vocab));
+    const size_t partial_bytes = std::max(Kernels::argmax_partial_bytes(n, n_vocab),
+                                          Kernels::top_k_partial_bytes(n, n_vocab));
+    const CUdeviceptr partial = bench.room(partial_bytes);
     const CUdeviceptr tickets = bench.room(size_t(n) * sizeof(uint32_t));
     bench.stream.fill(tickets, 0, size_t(n) * sizeof(uint32_t));
     const CUdeviceptr best_at = bench.room(size_t(n) * sizeof(Candidate));
@@ -61,10 +69,11 @@ void test_best(Bench& bench, int64_t n, int64_t n_vocab) {
         ranked.push_back(ranking(row, n_vocab));
         bench.expect(same(best[size_t(i)], row, ranked.back()[0]));
     }
-    for (int64_t k : {int64_t(1), int64_t(40), int64_t(100), Kernels::top_k_max}) {
+    for (int64_t k : {int64_t(1), int64_t(40), int64_t(64), int64_t(65), Kernels::top_k_max}) {
         k = std::min(k, n_vocab);
         const CUdeviceptr top = bench.room(size_t(n * k) * sizeof(Candidate));
-        bench.kernels.top_k(bench.stream, at, n, n_vocab, k, top);
+        bench.stream.fill(partial, 0xff, partial_bytes);  // better than any key
+        bench.kernels.top_k(bench.stream, at, n, n_vocab, k, tickets, partial, top);
         const auto got = bench.download<Candidate>(top, size_t(n * k));
         for (int64_t i = 0; i < n; ++i)
             for (int64_t j = 0; j < k; ++j)
@@ -109,13 +118,14 @@ void test_log_terms(Bench& bench, int64_t n, int64_t n_vocab) {
 }  // namespace
 
 void add_logit_tests(std::vector<SelfTest>& tests) {
-    for (const int64_t n_vocab : {1, 11, 1000, 8193, 32003}) {
+    // The last has more parts than are merged at once; four rows of 32003 fill the partials.
+    for (const int64_t n_vocab : {1, 11, 1000, 2048, 2049, 8193, 32003, 70001})
         tests.push_back({format("best of %lld", (long long)n_vocab), [=](Bench& bench) {
-                             test_best(bench, n_vocab > 10000 ? 1 : 3, n_vocab);
+                             test_best(bench, n_vocab > 70000 ? 1 : 5, n_vocab);
                          }});
+    for (const int64_t n_vocab : {1, 11, 1000, 8193, 32003})
         tests.push_back({format("log-probabilities of %lld", (long long)n_vocab),
                          [=](Bench& bench) { test_log_terms(bench, 3, n_vocab); }});
-    }
 }
 
 }  // namespace qi::cuda

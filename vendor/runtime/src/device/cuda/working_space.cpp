@@ -48,7 +48,8 @@ WorkingSizes::WorkingSizes(const GpuShare& share, const DeviceNeeds& needs, cons
     bytes_[attend_tickets] = Kernels::attend_ticket_bytes(attend_args);
     bytes_[terms] = size_t(n) * (sizeof(Kernels::LogTerms) + sizeof(int32_t));
     bytes_[tickets] = size_t(needs.n_logits) * sizeof(uint32_t);
-    bytes_[partial_best] = Kernels::argmax_partial_bytes(needs.n_logits, needs.n_vocab);
+    bytes_[partial_best] = std::max(Kernels::argmax_partial_bytes(needs.n_logits, needs.n_vocab),
+                                    Kernels::top_k_partial_bytes(needs.n_logits, needs.n_vocab));
     bytes_[best] = size_t(needs.n_logits * best_of(needs)) * sizeof(Candidate);
     bytes_[totals] = size_t(needs.kv.n_layer) * n_totals * sizeof(uint64_t);
     bytes_[counts] = size_t(needs.kv.n_layer * n_ff) * sizeof(uint64_t);

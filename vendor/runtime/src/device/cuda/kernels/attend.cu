@@ -1,10 +1,12 @@
 // Attention of a few tokens, split over the context; QI_KV names the pages' type.
 //
 // Bytes: keys and values that a token sees, once per KV head: the query heads that share it are
-// computed together. Shape: a block of 128 threads per token, KV head (eight of its query heads at
-// most) and run of pages, so that 8 KV heads and 2048 positions make 256 blocks; a thread has four
-// 16-byte loads of keys or values on the way. The number of pages per run follows from what the
-// token sees and from nothing else: 1 up to 2048 positions, 4 up to 8192, then 16.
+// computed together, four by a block, and other blocks of a larger group find them in L2. (With
+// eight heads a block has 232 registers per thread: two fit a multiprocessor, and 8 KB of loads are
+// on the way where an H100 needs 23.) Shape: a block of 128 threads per token, four heads or less
+// and run of pages, so that 8 KV heads and 2048 positions make 256 blocks or more; a thread has
+// four 16-byte loads of keys or values on the way. The number of pages per run follows from what
+// the token sees and from nothing else: 1 up to 2048 positions, 4 up to 8192, then 16.
 //
 // Order: page after page inside a run, the runs added in order by the block that comes last; so a
 // result depends on its query, position, window and on the keys and values it sees.
@@ -13,11 +15,7 @@
 
 constexpr int n_threads = 128;
 constexpr int n_warps = n_threads / warp_size;
-
-// With many heads arithmetic hides the latency, and registers are short.
-constexpr int loads_ahead(int heads) {
-    return heads <= 4 ? 4 : 2;
-}
+constexpr int n_ahead = 4;  // loads of keys or values that a thread has on the way
 
 QI_DEVICE int pages_per_run(int n_visible) {
     return n_visible <= 2048 ? 1 : n_visible <= 8192 ? 4 : 16;
@@ -39,7 +37,7 @@ struct Attention {
     f32* terms;
 };
 
-// The block's shared memory, for `heads` query heads.
+// The block's shared memory, for `heads` query heads; the last block has another use for it.
 struct Room {
     f32* q;        // [heads][head_dim]
     f32* parts;    // [n_warps][heads][page_size]
@@ -61,7 +59,7 @@ QI_DEVICE void score_page(const u8* keys, const Room& room, const Attention& a, 
         for (int i = 0; i < 8; ++i)
             acc[h][i] = 0.0f;
             // Eight lanes take a row of 64 keys, the block 16 rows.
-#pragma unroll loads_ahead(heads)
+#pragma unroll n_ahead
     for (int d = int(threadIdx.x) / 8; d < head_dim; d += n_threads / 8) {
         f32 k[8];
         Kv::keys8(keys, head_dim, d, p8, k);
@@ -121,7 +119,7 @@ QI_DEVICE void put(const Attention& a, i64 token, int head, int d, f32 sum, f32 
     if (a.q8.codes) store_q8_lane(a.q8, token, column, value);
 }
 QI_DEVICE void put_terms(const Attention& a, i64 token, int head, f32 maximum, f32 total) {
-    if (!a.terms || threadIdx.x != 0) return;
+    if (!a.terms) return;
     a.terms[2 * (token * a.n_head + head)] = maximum;
     a.terms[2 * (token * a.n_head + head) + 1] = total;
 }
@@ -131,31 +129,68 @@ QI_DEVICE void put_nothing(const Attention& a, i64 token, int first_head, int n_
     f32* out = a.out + (token * a.n_head + first_head) * a.head_dim;
     for (int i = int(threadIdx.x); i < n_heads * a.head_dim; i += n_threads)
         out[i] = 0.0f;
-    for (int h = 0; h < n_heads; ++h)
-        put_terms(a, token, first_head + h, -largest_float, 0.0f);
+    const int h = int(threadIdx.x);
+    if (h < n_heads) put_terms(a, token, first_head + h, -largest_float, 0.0f);
 }
 
-// Adds the runs of one head in order, a thread per dimension.
+// The terms of one head's runs and their factors exp(maximum - greatest): a warp, a lane per run.
+// of_runs: maximum and total of the first run, the next ones `stride` apart.
+QI_DEVICE void weigh_runs(const f32* of_runs, int stride, int n_runs, f32* terms, f32* factors) {
+    f32 maximum = -largest_float, total = 0.0f;
+#pragma unroll 1
+    for (int run = lane_id(); run < n_runs; run += warp_size)
+        maximum = fmaxf(maximum, of_runs[run * stride]);
+    maximum = warp_max(maximum);
+#pragma unroll 1
+    for (int first = 0; first < n_runs; first += warp_size) {
+        const int run = min_of(first + lane_id(), n_runs - 1);
+        const f32 factor = expf(of_runs[run * stride] - maximum);
+        const f32 of_run = of_runs[run * stride + 1];
+        factors[run] = factor;
+        const int n = min_of(n_runs - first, warp_size);
+#pragma unroll 4
+        for (int i = 0; i < n; ++i)
+            total = fmaf(__shfl_sync(QI_WARP_MASK, of_run, i), __shfl_sync(QI_WARP_MASK, factor, i),
+                         total);
+    }
+    terms[0] = maximum;
+    terms[1] = total;
+}
+
+// Adds the runs of all heads in order, a thread per dimension of a head: few blocks are left to do
+// this, so that latency is what counts. shared: two floats per head and one per head and run.
 QI_DEVICE void combine_runs(const Attention& a, const f32* partial, int n_runs, i64 token,
-                            int head) {
-    const i64 stride = a.head_dim + 2;
-    f32 maximum = -largest_float;
-    for (int run = 0; run < n_runs; ++run)
-        maximum = fmaxf(maximum, partial[run * stride + a.head_dim]);
-    f32 total = 0.0f;
-    for (int run = 0; run < n_runs; ++run) {
-        const f32* of_run = partial + run * stride + a.head_dim;
-        total = fmaf(of_run[1], expf(of_run[0] - maximum), total);
-    }
-    for (int d = int(threadIdx.x); d < a.head_dim; d += n_threads) {
+                            int first_head, int n_heads, f32* shared) {
+    constexpr int runs_ahead = 16;  // two rounds for 2048 positions
+    const int head_dim = a.head_dim;
+    const int stride = head_dim + 2, last = (n_runs - 1) * stride;
+    const i64 head_stride = i64(a.max_runs) * stride;
+    f32 *terms = shared, *factors = shared + 2 * n_heads;
+    for (int h = warp_id(); h < n_heads; h += n_warps)
+        weigh_runs(partial + h * head_stride + head_dim, stride, n_runs, terms + 2 * h,
+                   factors + h * n_runs);
+    __syncthreads();
+    const int h = int(threadIdx.x);
+    if (h < n_heads) put_terms(a, token, first_head + h, terms[2 * h], terms[2 * h + 1]);
+#pragma unroll 1
+    for (int i = int(threadIdx.x); i < n_heads * head_dim; i += n_threads) {
+        const int head = i / head_dim, d = i % head_dim;
+        const f32* of_runs = partial + head * head_stride + d;
+        const f32* of_factors = factors + head * n_runs;
         f32 sum = 0.0f;
-        for (int run = 0; run < n_runs; ++run) {
-            const f32* of_run = partial + run * stride;
-            sum = fmaf(of_run[d], expf(of_run[a.head_dim] - maximum), sum);
+#pragma unroll 1
+        for (int first = 0; first < n_runs; first += runs_ahead) {
+            // No branch, behind which ptxas would move the loads.
+            f32 loaded[runs_ahead];
+#pragma unroll
+            for (int u = 0; u < runs_ahead; ++u)
+                loaded[u] = of_runs[min_of((first + u) * stride, last)];
+#pragma unroll
+            for (int u = 0; u < runs_ahead; ++u)
+                sum = first + u < n_runs ? fmaf(loaded[u], of_factors[first + u], sum) : sum;
         }
-        put(a, token, head, d, sum, total);
+        put(a, token, first_head + head, d, sum, terms[2 * head + 1]);
     }
-    put_terms(a, token, head, maximum, total);
 }
 
 template <class Kv, int heads>
@@ -226,7 +261,6 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
         }
         // Values that are not seen are not read: they may be garbage.
         if (row < n_rows) {
-            constexpr int n_ahead = loads_ahead(heads);
             for (int i = begin + row; i < end; i += n_ahead * n_rows) {
                 typename Kv::RawValues raw[n_ahead];
 #pragma unroll
@@ -275,8 +309,9 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
             else
                 part[d] = sum;
         }
-        if (n_runs == 1) put_terms(a, token, first_head + h, room.maximum[h], room.total[h]);
-        if (n_runs > 1 && threadIdx.x == 0) {
+        if (threadIdx.x == 0 && n_runs == 1)
+            put_terms(a, token, first_head + h, room.maximum[h], room.total[h]);
+        if (threadIdx.x == 0 && n_runs > 1) {
             part[head_dim] = room.maximum[h];
             part[head_dim + 1] = room.total[h];
         }
@@ -284,8 +319,7 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
     }
     if (n_runs == 1) return;
     if (!last_block(a.tickets + i64(token) * gridDim.y + blockIdx.y, u32(n_runs))) return;
-    for (int h = 0; h < n_heads; ++h)
-        combine_runs(a, partial + i64(h) * a.max_runs * stride, n_runs, token, first_head + h);
+    combine_runs(a, partial, n_runs, token, first_head, n_heads, room.q);
 }
 
 // grid (max_runs, n_head_kv · parts of a group, n_tokens), 128 threads.
@@ -315,7 +349,6 @@ QI_DEVICE void attend(const Attention& a, const KvPages& kv, const Tokens& token
 QI_ATTEND(qi_attend_1, 1)
 QI_ATTEND(qi_attend_2, 2)
 QI_ATTEND(qi_attend_4, 4)
-QI_ATTEND(qi_attend_8, 8)
 
 // grid (n_head, n_tokens), 128 threads. The device's part, in out and terms, and the host's, with
 // the same shapes, become the attention of all positions. A part that sees nothing has a sum of

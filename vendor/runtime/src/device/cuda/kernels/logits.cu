@@ -1,12 +1,16 @@
 // What becomes of logits: the best one, the k best, the log-probability of a target.
 //
-// Bytes: a row of n_vocab floats (0.5 MB at 128k), once for argmax, twice for a log-probability, 3
-// to 9 times for the k best, from L2. Shape: argmax a block of 256 threads per 8192 values and row,
-// the last of which picks the winner; the others one block of 1024 threads per row.
+// Bytes: a row of n_vocab floats (0.5 MB at 128k) from L2, twice for a log-probability, else once.
+// Shape: argmax a block of 256 threads per 8192 values and row, the last of which picks the winner;
+// the k best a block of 1024 threads per 2048 values and row, the last of which merges what the
+// others found; a log-probability one block of 1024 threads per row. Steps that wait for each other
+// are what limits the k best: at 128k and k up to 64 there are 21 of sorting and 15 of merging, at
+// k = 1024 there are 55 and 63. Their bytes are few, 8 · k per part beside the row.
 #include "prelude.cuh"
 
 constexpr int argmax_cols = 8192;
 constexpr int top_threads = 1024;
+constexpr int top_cols = 2 * top_threads;  // a comparison per thread for each step of sorting
 
 struct Candidate {
     f32 logit;
@@ -64,70 +68,103 @@ QI_KERNEL qi_argmax(const f32* logits, int n_vocab, u64* partial, u32* tickets, 
     if (threadIdx.x == 0) best[blockIdx.y] = {row[id_of(found)], id_of(found)};
 }
 
-// best[row]: the k largest logits in falling order, lower numbers first among equals.
-// 1 <= k <= 1024, k <= n_vocab. grid n_rows, 1024 threads.
-//
-// The k-th largest key is found byte by byte: keys are counted by the next byte among those that
-// share the bytes found so far. Counting is by integer atomics, so its order does not matter, and
-// neither does the order in which the chosen are collected, since they are sorted afterwards.
-QI_KERNEL qi_top_k(const f32* logits, int n_vocab, int k, Candidate* best) {
-    __shared__ u32 counts[256];
-    __shared__ u64 chosen[top_threads];
-    __shared__ u64 prefix;
-    __shared__ u32 wanted, n_chosen;
-    __shared__ int found;
-    const f32* row = logits + i64(blockIdx.x) * n_vocab;
-    if (threadIdx.x == 0) {
-        prefix = 0;
-        wanted = u32(k);
-        n_chosen = 0;
-        found = 0;
-    }
-    int shift = 64;
-    do {
-        shift -= 8;
-        if (threadIdx.x < 256) counts[threadIdx.x] = 0;
-        __syncthreads();
-        const u64 above = prefix;
-        for (int i = int(threadIdx.x); i < n_vocab; i += top_threads) {
-            const u64 key = rank_key(row[i], i);
-            if (shift == 56 || key >> (shift + 8) == above >> (shift + 8))
-                atomicAdd(&counts[u32(key >> shift) & 255u], 1u);
-        }
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            u32 larger = 0;
-            int byte = 255;
-            while (larger + counts[byte] < wanted)
-                larger += counts[byte--];
-            wanted -= larger;
-            prefix |= u64(byte) << shift;
-            // All keys of this byte are among the best: no need to look further.
-            found = counts[byte] == wanted;
-        }
-        __syncthreads();
-    } while (!found && shift > 0);
-    const u64 lowest = prefix;
-    for (int i = int(threadIdx.x); i < n_vocab; i += top_threads) {
-        const u64 key = rank_key(row[i], i);
-        if (key >= lowest) chosen[atomicAdd(&n_chosen, 1u)] = key;
-    }
-    __syncthreads();
-    if (int(threadIdx.x) >= k) chosen[threadIdx.x] = 0;
-    __syncthreads();
-    // Bitonic sort, falling.
-    for (int size = 2; size <= top_threads; size *= 2)
+// Sorts the keys, falling, in lists of `length`, a power of two and at least 64: bitonic, so that
+// equal or sorted logits take no longer than others.
+QI_DEVICE void sort_lists(u64* keys, int length) {
+    const int thread = int(threadIdx.x);
+#pragma unroll 1
+    for (int size = 2; size <= length; size *= 2)
+#pragma unroll 1
         for (int step = size / 2; step > 0; step /= 2) {
-            const int at = int(threadIdx.x), other = at ^ step;
-            const u64 mine = chosen[at], theirs = chosen[other];
-            const bool larger = (at & size) == 0 ? at < other : at > other;
-            __syncthreads();
-            chosen[at] = (mine > theirs) == larger ? mine : theirs;
-            __syncthreads();
+            const int low = 2 * thread - (thread & (step - 1)), high = low + step;
+            const u64 a = keys[low], b = keys[high];
+            const bool falling = size == length || (low & size) == 0;
+            if ((a < b) == falling) {
+                keys[low] = b;
+                keys[high] = a;
+            }
+            // Up to step 32 a warp has the same 64 keys.
+            if (step > warp_size || (step == 1 && size >= 2 * warp_size))
+                __syncthreads();
+            else
+                __syncwarp();
         }
-    if (int(threadIdx.x) >= k) return;
-    const int id = id_of(chosen[threadIdx.x]);
-    best[i64(blockIdx.x) * k + threadIdx.x] = {row[id], id};
+}
+
+// Keys of a falling list that are larger than `key`.
+QI_DEVICE int n_larger(const u64* list, int length, u64 key) {
+    int n = 0;
+#pragma unroll 1
+    for (int step = length; step > 0; step /= 2)
+        if (n + step <= length && list[n + step - 1] > key) n += step;
+    return n;
+}
+
+// Makes the first list the best `length` keys of all lists: of two lists at a time each key counts
+// the larger ones, which gives its place. Keys differ, unless they are 0.
+QI_DEVICE void merge_lists(u64* keys, int length) {
+#pragma unroll 1
+    for (int n = top_cols; n > length; n /= 2) {
+        u64 mine[2];
+        int places[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int at = int(threadIdx.x) + i * top_threads;
+            mine[i] = 0;
+            places[i] = -1;
+            if (at >= n) continue;
+            mine[i] = keys[at];
+            const u64* other = keys + ((at ^ length) & ~(length - 1));
+            const int rank = (at & (length - 1)) + n_larger(other, length, mine[i]);
+            if (rank < length) places[i] = (at & ~(2 * length - 1)) / 2 + rank;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            if (places[i] >= 0) keys[places[i]] = mine[i];
+        __syncthreads();
+    }
+}
+
+// best[row]: the k largest logits in falling order, lower numbers first among equals.
+// 1 <= k <= 1024, k <= n_vocab. partial: [n_rows][gridDim.x][k], or null where gridDim.x is 1;
+// tickets: [n_rows], zeros. grid (n_vocab / 2048, n_rows), 1024 threads.
+QI_KERNEL qi_top_k(const f32* logits, int n_vocab, int k, u64* partial, u32* tickets,
+                   Candidate* best) {
+    __shared__ u64 keys[top_cols];  // 0 where there is no logit
+    const f32* row = logits + i64(blockIdx.y) * n_vocab;
+    const int thread = int(threadIdx.x), part = int(blockIdx.x), n_parts = int(gridDim.x);
+    int length = 2 * warp_size;
+    while (length < k)
+        length *= 2;
+#pragma unroll
+    for (int at = thread; at < top_cols; at += top_threads) {
+        const int id = part * top_cols + at;
+        keys[at] = id < n_vocab ? rank_key(row[id], id) : 0;
+    }
+    __syncthreads();
+    sort_lists(keys, length);
+    merge_lists(keys, length);
+    if (n_parts > 1) {
+        u64* of_row = partial + i64(blockIdx.y) * n_parts * k;
+        if (thread < k) of_row[part * k + thread] = keys[thread];
+        if (!last_block(tickets + blockIdx.y, u32(n_parts))) return;
+        const int n_others = top_cols / length - 1;  // lists that are merged with the first at once
+#pragma unroll 1
+        for (int first = 0; first < n_parts - 1; first += n_others) {
+            for (int at = length + thread; at < top_cols; at += top_threads) {
+                const int place = at & (length - 1);
+                int other = first + at / length - 1;
+                other += other >= part;  // this block's own is the first
+                keys[at] = other < n_parts && place < k ? of_row[other * k + place] : 0;
+            }
+            __syncthreads();
+            merge_lists(keys, length);
+        }
+    }
+    if (thread >= k) return;
+    const int id = id_of(keys[thread]);
+    best[i64(blockIdx.y) * k + thread] = {row[id], id};
 }
 
 // What a log-probability is made of.
