@@ -25,10 +25,12 @@ constexpr int64_t words_per_block = 4 * threads;
 // Each block of a receiving kernel polls over the bus.
 constexpr int64_t most_blocks = 16;
 
-// Words of pinned memory, each flag in a line of its own.
+// Where the words of flags_ are. What the host polls and what the GPU polls stand in lines of their
+// own; the GPU reads its four words, of which the last is not used, at once.
 constexpr size_t line = 128;
-constexpr size_t to_host = 0, to_device = line, given_up = 2 * line, late = 3 * line;
-constexpr size_t flags_bytes = 4 * line;
+constexpr size_t to_host = 0, to_device = line;
+constexpr size_t given_up = to_device + 4, late = to_device + 8;
+constexpr size_t flags_bytes = 2 * line;
 
 // While kernels may wait for the host, the driver is asked only when something is likely to be
 // wrong.
@@ -148,9 +150,8 @@ void Exchange::answer(const Stream& stream, const Round& round, std::function<vo
 void Exchange::receive(const Stream& stream, CUdeviceptr base, const Round& round, CUdeviceptr from,
                        int64_t n, bool accumulate, CUdeviceptr y) {
     receive_.launch(stream, {blocks_for(n)}, {threads}, 0, from, (long long)n, int(accumulate), y,
-                    base, round.place, flags_.device_address() + to_device,
-                    flags_.device_address() + given_up, (long long)limit_ns_,
-                    flags_.device_address() + late, times_ + size_t(round.kind) * times_bytes);
+                    base, round.place, flags_.device_address() + to_device, (long long)limit_ns_,
+                    times_ + size_t(round.kind) * times_bytes);
 }
 
 // ---- the host's side ----

@@ -95,6 +95,10 @@ class Exchange {
     std::shared_ptr<Gpu> gpu_;
     std::shared_ptr<Module> module_;
     Function send_, receive_;
+    // Words uint32: the last round sent, written by the GPU; in another line the last round
+    // answered and whether the step was given up, written by the host, and whether a kernel has
+    // waited in vain, written by the GPU. The other side only reads them, but for the last, which
+    // the host clears while the GPU is at rest.
     PinnedMemory flags_;
     CUdeviceptr ticket_, trial_base_, times_;
     int64_t n_kinds_;
