@@ -13,6 +13,7 @@
 #include <future>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "device/cuda/gpu.h"
@@ -90,7 +91,14 @@ class Exchange {
     bool wait_for(const Stream& stream, uint32_t number, bool replaying);
     bool has_come_to_rest(const Stream& stream, bool replaying, bool& is_stale);
     void finish(uint32_t number);
+    bool do_answers(const Stream& stream, const Answers& answers);
+    void launch_send(const Stream& stream, std::span<const Rows> rows, CUdeviceptr base,
+                     uint32_t place, CUdeviceptr sent, int64_t kind);
     void try_out(const Stream& stream);
+    void begin_trial(const Stream& stream);
+    std::string try_rounds(const Stream& stream);
+    std::string try_recording(const Stream& stream);
+    Graph record_trial(const Stream& stream, Answers& answers);
 
     std::shared_ptr<Gpu> gpu_;
     std::shared_ptr<Module> module_;
@@ -100,7 +108,7 @@ class Exchange {
     // waited in vain, written by the GPU. The other side only reads them, but for the last, which
     // the host clears while the GPU is at rest.
     PinnedMemory flags_;
-    CUdeviceptr ticket_, trial_base_, times_;
+    CUdeviceptr ticket_, trial_base_, unused_flag_, times_;
     int64_t n_kinds_;
     int64_t wait_limit_ns_, limit_ns_ = 0;  // of waits in replays, and of those enqueued now
     uint32_t base_ = 0, n_rounds_ = 0;
