@@ -98,6 +98,7 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     host_z_ = PinnedMemory(share_.gpu, rows, what);
     host_names_ = PinnedMemory(
         share_.gpu, size_t(needs.n_batch * name_words(needs.n_ff)) * sizeof(uint32_t), what);
+    if (member_) named_.resize(size_t(needs.n_batch * name_words(needs.n_ff)));
 }
 
 CudaDevice::~CudaDevice() {

@@ -201,12 +201,19 @@ void Exchange::launch_send(const Stream& stream, std::span<const Rows> rows, CUd
 
 void Exchange::answer(const Stream& stream, const Round& round, std::function<void()> work) {
     if (recording_) {
-        kept_.push_back({round, std::move(work)});
+        kept_.push_back({round, std::move(work), {}});
         return;
     }
     wait_for(stream, base_ + round.place, false);
     work();
     finish(base_ + round.place);
+}
+
+void Exchange::afterwards(std::function<void()> work) {
+    if (recording_)
+        kept_.back().afterwards = std::move(work);
+    else
+        work();
 }
 
 void Exchange::receive(const Stream& stream, CUdeviceptr base, const Round& round, CUdeviceptr from,
@@ -299,6 +306,7 @@ bool Exchange::do_answers(const Stream& stream, const Answers& answers) {
             was_asked |= !wait_for(stream, base_ + answer.round.place, true);
             answer.work();
             finish(base_ + answer.round.place);
+            if (answer.afterwards) answer.afterwards();
         }
     } catch (...) {
         flag(flags_, given_up).store(1, std::memory_order_release);

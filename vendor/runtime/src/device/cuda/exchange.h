@@ -53,6 +53,9 @@ class Exchange {
     Round send(const Stream& stream, CUdeviceptr base, int64_t kind, std::span<const Rows> rows);
     // The host's work between the two: done now, or kept by the recording under way.
     void answer(const Stream& stream, const Round& round, std::function<void()> work);
+    // What the host does once that round is answered, while the GPU goes on and may send the next
+    // round's words: after receive().
+    void afterwards(std::function<void()> work);
     // y = from, or y += from with accumulate; n floats, `from` where the device sees PinnedMemory.
     void receive(const Stream& stream, CUdeviceptr base, const Round& round, CUdeviceptr from,
                  int64_t n, bool accumulate, CUdeviceptr y);
@@ -66,6 +69,7 @@ class Exchange {
     struct Answer {
         Round round;
         std::function<void()> work;
+        std::function<void()> afterwards{};  // or none
     };
     using Answers = std::vector<Answer>;
     void begin_recording() { recording_ = true; }
