@@ -5,9 +5,17 @@ using namespace standin;
 
 namespace {
 
+// Those of today's cards.
+constexpr int highest_priority = -5, lowest_priority = 0;
+
 CUresult create_stream(CUstream* handle, unsigned flags, int priority) {
     return api("cuStreamCreate", everything | never_captured, [&](Driver& d, auto&) {
         require(handle && flags <= CU_STREAM_NON_BLOCKING, CUDA_ERROR_INVALID_VALUE);
+        // The driver clamps others, so that streams meant to differ do not.
+        if (priority < highest_priority || priority > lowest_priority)
+            return d.complain(CUDA_ERROR_INVALID_VALUE,
+                              "cuStreamCreateWithPriority with a priority of " +
+                                  std::to_string(priority) + ", beyond those there are");
         auto stream = std::make_unique<Stream>();
         stream->context = &d.current();
         stream->slot = d.take_slot();

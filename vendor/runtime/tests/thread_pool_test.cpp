@@ -1,7 +1,9 @@
-// parallel_for: every chunk once, workers told apart, visibility, many callers, forks, exit.
+// parallel_for: every chunk once, workers told apart, visibility, many callers, workers that stay
+// awake, forks, exit.
 #include "base/thread_pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -149,6 +151,88 @@ double cpu_seconds() {
     return double(time.tv_sec) + 1e-9 * double(time.tv_nsec);
 }
 
+// Jobs for two with gaps that outlast a worker's patience, but not one that expects more: how many
+// of them had to wake the worker. Jobs that no worker came to do not count. The two are kept on
+// cores of their own: a worker that has come to the caller's sleeps after every job.
+int n_wakes_of_jobs(int n_jobs, const cpu_set_t& of_worker) {
+    const timespec gap = {0, 500'000}, moment = {0, 200'000};
+    int n_woken = 0;
+    for (int i = 0; i < n_jobs;) {
+        const int64_t n_before = n_worker_wakes();
+        std::atomic<bool> helped{false};
+        parallel_for(2, 4, [&](int64_t, int worker) {
+            if (worker == 1) {
+                helped = true;
+                pthread_setaffinity_np(pthread_self(), sizeof of_worker, &of_worker);
+            }
+            nanosleep(&moment, nullptr);  // the caller is not to do it all
+        });
+        i += helped;
+        n_woken += helped && n_worker_wakes() > n_before;
+        nanosleep(&gap, nullptr);
+    }
+    return n_woken;
+}
+
+int64_t n_lost_cores() {
+    rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return usage.ru_nivcsw;
+}
+
+// Workers sleep through gaps unless more is expected, and again once it is not. Where other
+// processes want the cores, workers sleep all the same for a while: hence attempts, and no verdict
+// unless several had the cores for themselves.
+void test_staying_awake(Checks& checks) {
+    cpu_set_t all, two[2];
+    sched_getaffinity(0, sizeof all, &all);
+    if (CPU_COUNT(&all) < 2) return;
+    for (int core = 0, n = 0; n < 2; ++core) {
+        if (!CPU_ISSET(core, &all)) continue;
+        CPU_ZERO(&two[n]);
+        CPU_SET(core, &two[n++]);
+    }
+    sched_setaffinity(0, sizeof two[0], &two[0]);
+    constexpr int n_jobs = 20;
+    int n_expecting = n_jobs, n_expecting_nothing = 0, n_undisturbed = 0;
+    bool as_promised = false;
+    for (int attempt = 0; attempt < 25 && !as_promised; ++attempt) {
+        const timespec while_sleepy = {0, 110'000'000};
+        if (attempt > 0) nanosleep(&while_sleepy, nullptr);
+        const int64_t n_before = n_lost_cores();
+        {
+            const StayAwake outer;
+            { const StayAwake inner; }
+            n_expecting = n_wakes_of_jobs(n_jobs, two[1]);
+        }
+        n_expecting_nothing = n_wakes_of_jobs(n_jobs, two[1]);
+        n_undisturbed += n_lost_cores() == n_before;
+        as_promised = n_expecting <= n_jobs / 2 && n_expecting_nothing >= 3 * n_jobs / 4;
+    }
+    if (!as_promised && n_undisturbed < 5)
+        std::fputs("not tested: workers that stay awake; the cores are too busy\n", stderr);
+    else
+        checks.expect(
+            as_promised,
+            "of %d jobs after a gap, %d woke the worker while more was expected, %d while "
+            "not",
+            n_jobs, n_expecting, n_expecting_nothing);
+    sched_setaffinity(0, sizeof all, &all);
+    n_wakes_of_jobs(1, all);
+}
+
+// What is expected and does not come: workers sleep in the end.
+void test_expecting_in_vain(Checks& checks) {
+    const StayAwake expectant;
+    const timespec a_while = {0, 200'000'000};
+    run_checked(checks, 4, 100, 100, 0);
+    const double before = cpu_seconds();
+    nanosleep(&a_while, nullptr);
+    const double used = cpu_seconds() - before;
+    checks.expect(used < 0.1, "%.4f s of processor time in 0.2 s of waiting for a job", used);
+    run_checked(checks, 4, 100, 100, 0);
+}
+
 // An idle process with a pool uses no time.
 void test_idle(Checks& checks) {
     run_checked(checks, 4, 100, 1000, 0);
@@ -281,6 +365,8 @@ int main() {
     test_rapid_jobs(checks);
     test_callers(checks);
     test_gaps(checks);
+    test_staying_awake(checks);
+    test_expecting_in_vain(checks);
     test_idle(checks);
     test_waiting_caller(checks);
     if (children_can_start_threads())

@@ -35,6 +35,14 @@ constexpr int n_slots = 8;  // callers served at once; one more computes alone
 
 // Covers the serial work between two loops of a forward pass, and wastes little when a token ends.
 constexpr microseconds worker_spin{50};
+// The same while more is expected (StayAwake): covers a GPU's part of a layer, 60 to 150 us, many
+// times over. To a wait that is longer still, the time that waking takes does not matter.
+constexpr microseconds expectant_worker_spin{5000};
+// A turn of polling that takes so long says that another thread had the core. Who polls then loses
+// it for milliseconds at a time, while who sleeps gets it back when woken: on two cores shared with
+// busy processes, workers that polled came to 1 job of 4, those that slept to 1 of 2. So a worker
+// does not wait by polling for a while.
+constexpr microseconds lost_core{200}, patience_after_lost_core{100'000};
 // The caller polls for the last chunks for two mean chunks, within these bounds: what is still out
 // by then belongs to a worker that lost its core, or is long enough to hide the cost of sleeping.
 constexpr microseconds shortest_caller_spin{20}, longest_caller_spin{200};
@@ -133,11 +141,14 @@ struct Worker {
     int index = 0;
     int last_slot = 0;
     bool displaced_caller = false;
+    Clock::time_point polls_from{};  // earlier, it sleeps even if more is expected
 };
 
 class Pool {
   public:
     void run(int n_threads, int64_t n_chunks, Body body);
+    void expect(int n) { n_expecting_.fetch_add(n, std::memory_order_relaxed); }
+    int64_t n_wakes() const { return n_wakes_.load(std::memory_order_relaxed); }
 
   private:
     // What the caller did of its own job, and since when.
@@ -151,12 +162,15 @@ class Pool {
     int muster(const Slot& slot, int n_wanted);
     void start_workers(int n_wanted);
     void work(Worker& self);
+    bool await_job(Worker& self);
     static bool help(Worker& self, Slot& slot);
     bool help_any(Worker& self);
 
     Slot slots_[n_slots];
     Worker workers_[max_workers];
+    alignas(line) std::atomic<int> n_expecting_{0};  // StayAwakes; polled by idle workers
     alignas(line) std::atomic<int> n_workers_{0};
+    std::atomic<int64_t> n_wakes_{0};
     std::atomic<int> n_startable_{max_workers};  // fewer once the system has refused one
     std::mutex starting_;
 };
@@ -211,7 +225,9 @@ void Pool::publish(Slot& slot, int n_invited, int64_t n_chunks, const Body& body
     slot.ticket.store(Ticket::pack(n_chunks, first, n_invited), std::memory_order_seq_cst);
     for (int i = first; i < first + n_invited; ++i) {
         std::atomic<uint32_t>& parked = workers_[i].parked;
-        if (parked.load(std::memory_order_seq_cst) && parked.exchange(0)) futex_wake(parked);
+        if (!parked.load(std::memory_order_seq_cst) || !parked.exchange(0)) continue;
+        futex_wake(parked);
+        n_wakes_.fetch_add(1, std::memory_order_relaxed);
     }
 }
 
@@ -268,12 +284,29 @@ void Pool::work(Worker& self) {
     pthread_setname_np(pthread_self(), "qinfer");
     for (;;) {
         // On the caller's core, spinning keeps the caller from publishing the job waited for.
-        if (!self.displaced_caller && spin([&] { return help_any(self); }, worker_spin)) continue;
+        if (!self.displaced_caller && await_job(self)) continue;
         self.displaced_caller = false;
         self.parked.store(1, std::memory_order_seq_cst);
         if (!help_any(self)) futex_wait(self.parked, 1);
         self.parked.store(0, std::memory_order_relaxed);
     }
+}
+
+// Polls for a job and helps with it. False: none came in time.
+bool Pool::await_job(Worker& self) {
+    const auto has_helped = [&] { return help_any(self); };
+    if (spin(has_helped, worker_spin)) return true;
+    auto turn = Clock::now();
+    const auto deadline = turn + expectant_worker_spin;
+    while (n_expecting_.load(std::memory_order_relaxed) > 0 && turn < deadline &&
+           turn >= self.polls_from) {
+        sched_yield();  // cores may be fewer than the process was told
+        if (spin(has_helped, {})) return true;
+        const auto next_turn = Clock::now();
+        if (next_turn - turn > lost_core) self.polls_from = next_turn + patience_after_lost_core;
+        turn = next_turn;
+    }
+    return false;
 }
 
 // Works on the next open job after the one helped last, so that no caller starves. False: none is.
@@ -314,6 +347,19 @@ bool Pool::help(Worker& self, Slot& slot) {
 
 void parallel_for(int n_threads, int64_t n_chunks, FunctionRef<void(int64_t, int)> body) {
     process_pool.run(n_threads, n_chunks, body);
+}
+
+StayAwake::StayAwake() {
+    restart_after_fork();  // without it a child would inherit what another thread expects
+    process_pool.expect(1);
+}
+
+StayAwake::~StayAwake() {
+    process_pool.expect(-1);
+}
+
+int64_t n_worker_wakes() {
+    return process_pool.n_wakes();
 }
 
 }  // namespace qi

@@ -98,6 +98,7 @@ CudaDevice::CudaDevice(const GpuShare& share, const DeviceNeeds& needs, Device& 
     host_z_ = PinnedMemory(share_.gpu, rows, what);
     host_names_ = PinnedMemory(
         share_.gpu, size_t(needs.n_batch * name_words(needs.n_ff)) * sizeof(uint32_t), what);
+    if (member_) named_.resize(size_t(needs.n_batch * name_words(needs.n_ff)));
 }
 
 CudaDevice::~CudaDevice() {
@@ -244,8 +245,11 @@ void CudaDevice::begin(const BatchInputs& inputs) {
 // A pass of few tokens is hundreds of launches of microseconds each: recorded, they are one. The
 // first run loads the kernels, the second is recorded.
 void CudaDevice::replay_or_run(std::span<const int64_t> key, const std::function<void()>& steps) {
-    if (batch_.n_tokens > few_tokens || (exchange_ && !exchange_->can_be_recorded()))
-        return steps();
+    if (batch_.n_tokens > few_tokens) return steps();
+    // The host's parts of few tokens come a fraction of a millisecond apart.
+    std::optional<StayAwake> awake;
+    if (exchange_) awake.emplace();
+    if (exchange_ && !exchange_->can_be_recorded()) return steps();
     const SharedKv::Form form = shared_kv_ ? shared_kv_->form() : SharedKv::Form::device_alone;
     uint64_t rules = 0;
     for (const NeuronRule rule : batch_.rules)

@@ -188,6 +188,7 @@ class CudaDevice final : public Device {
     std::vector<FfnCounters*> shared_;       // by DeviceFfn::index, of networks computed so
 
     std::unique_ptr<NeuronMover::Member> member_;  // where neurons move
+    std::vector<uint32_t> named_;                  // as host_names_, of the round last answered
     int64_t n_uncollected_ = 0;  // tokens whose active neurons the GPU has counted for it
     std::optional<SharedKv> shared_kv_;
     Exchange::Round kv_round_{};  // of the layer now computed

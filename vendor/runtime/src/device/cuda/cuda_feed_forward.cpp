@@ -102,6 +102,9 @@ void CudaDevice::feed_forward(const FeedForward& ffn, const FfnBatch& batch, flo
         });
         exchange_->receive(stream_, input(layout_.base), *round, host_y_.device_address(),
                            batch_.n_tokens * needs_.n_embd, true, address(y));
+        if (member_ && predicting)
+            exchange_->afterwards(
+                [this, &kept] { member_->count(kept, named_.data(), batch_.rules); });
     }
     if (streamed) compute_streamed(ffn, kept, batch, y);
     forget_prepared(y);
@@ -331,6 +334,8 @@ void CudaDevice::compute_of_host(const FeedForward& ffn, const DeviceFfn& kept, 
         batch.shard = &kept.rest;
         batch.z = nullptr;
         if (predicting) batch.names = reinterpret_cast<const uint32_t*>(host_names_.data());
+        if (member_ && predicting)
+            std::copy_n(batch.names, batch_.n_tokens * name_words(needs_.n_ff), named_.data());
     } else {
         batch.z = ffn.predictor ? reinterpret_cast<const float*>(host_z_.data()) : nullptr;
     }
@@ -346,7 +351,6 @@ void CudaDevice::compute_of_host(const FeedForward& ffn, const DeviceFfn& kept, 
         of_engine[j] += of_both[j];
         of_mover[j] += of_both[j];
     }
-    if (member_ && batch.names) member_->count(kept, batch.names, batch_.rules);
     if (of_mover && member_->is_first(kept))
         n_uncollected_ += std::ranges::count(batch_.rules, NeuronRule::exact);
     own.seconds = 0;  // of the network is what the GPU takes from sending to receiving

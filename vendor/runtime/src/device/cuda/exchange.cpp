@@ -25,10 +25,12 @@ constexpr int64_t words_per_block = 4 * threads;
 // Each block of a receiving kernel polls over the bus.
 constexpr int64_t most_blocks = 16;
 
-// Words of pinned memory, each flag in a line of its own.
+// Where the words of flags_ are. What the host polls and what the GPU polls stand in lines of their
+// own; the GPU reads its four words, of which the last is not used, at once.
 constexpr size_t line = 128;
-constexpr size_t to_host = 0, to_device = line, given_up = 2 * line, late = 3 * line;
-constexpr size_t flags_bytes = 4 * line;
+constexpr size_t to_host = 0, to_device = line;
+constexpr size_t given_up = to_device + 4, late = to_device + 8;
+constexpr size_t flags_bytes = 2 * line;
 
 // While kernels may wait for the host, the driver is asked only when something is likely to be
 // wrong.
@@ -36,6 +38,10 @@ constexpr milliseconds patience{1}, patience_of_replays{2000};
 
 constexpr int n_trials = 9;
 constexpr int64_t trial_limit_ns = 500'000'000;
+// Recordings on trial: hundreds of launches where a model has as many layers.
+constexpr int n_trial_replays = 2, trial_launches_between = 8;
+constexpr int64_t most_trial_rounds = 32;
+constexpr int failed_recordings_max = 3;
 
 constexpr size_t times_bytes = 3 * sizeof(uint64_t);
 
@@ -55,7 +61,7 @@ std::atomic_ref<uint32_t> flag(const PinnedMemory& flags, size_t offset) {
 }  // namespace
 
 size_t Exchange::room_bytes(int64_t n_kinds) {
-    return aligned(2 * sizeof(uint32_t)) + aligned(size_t(n_kinds) * times_bytes);
+    return aligned(3 * sizeof(uint32_t)) + aligned(size_t(n_kinds) * times_bytes);
 }
 
 Exchange::Exchange(std::shared_ptr<Gpu> gpu, const Stream& stream, CUdeviceptr room,
@@ -67,7 +73,8 @@ Exchange::Exchange(std::shared_ptr<Gpu> gpu, const Stream& stream, CUdeviceptr r
       flags_(gpu_, flags_bytes, "flags"),
       ticket_(room),
       trial_base_(room + sizeof(uint32_t)),
-      times_(room + aligned(2 * sizeof(uint32_t))),
+      unused_flag_(room + 2 * sizeof(uint32_t)),
+      times_(room + aligned(3 * sizeof(uint32_t))),
       n_kinds_(n_kinds),
       wait_limit_ns_(wait_limit.count()) {
     const Current current(*gpu_);
@@ -78,7 +85,6 @@ Exchange::Exchange(std::shared_ptr<Gpu> gpu, const Stream& stream, CUdeviceptr r
     stream.synchronize();
 }
 
-// Rounds in which the kernel waits: the host answers only when it has seen the GPU ask.
 void Exchange::try_out(const Stream& stream) {
     if (gpu_->attributes().has_watchdog) {
         log(LogLevel::info,
@@ -87,32 +93,85 @@ void Exchange::try_out(const Stream& stream) {
         return;
     }
     limit_ns_ = std::min(trial_limit_ns, wait_limit_ns_);
+    std::string problem = try_rounds(stream);
+    if (problem.empty()) problem = try_recording(stream);
+    limit_ns_ = wait_limit_ns_;
+    begin();
+    flag(flags_, late).store(0);
+    can_be_recorded_ = problem.empty();
+    if (!can_be_recorded_)
+        log(LogLevel::warning, "layers that GPU and processor share are not recorded: " + problem);
+}
+
+void Exchange::begin_trial(const Stream& stream) {
+    const uint32_t base = begin();
+    stream.copy_to_device(trial_base_, &base, sizeof base);
+    stream.synchronize();
+}
+
+// Rounds in which the kernel waits: the host answers only when it has seen the GPU ask. What is
+// wrong with that, or nothing.
+std::string Exchange::try_rounds(const Stream& stream) {
     int n_unasked = 0;
-    bool was_late = false;
     for (int i = 0; i < n_trials; ++i) {
-        n_rounds_ = 0;
+        begin_trial(stream);
         const Round round = send(stream, trial_base_, 0, {});
         receive(stream, trial_base_, round, 0, 0, false, 0);
-        n_unasked += wait_for(stream, round.place, false);
-        finish(round.place);
+        n_unasked += wait_for(stream, base_ + round.place, false);
+        finish(base_ + round.place);
         stream.synchronize();
-        was_late |= flag(flags_, late).load() != 0;
-        flag(flags_, to_host).store(0);
-        flag(flags_, to_device).store(0);
-        if (was_late) break;
+        if (flag(flags_, late).load())
+            return "a kernel did not see what the processor wrote while it ran";
     }
-    limit_ns_ = wait_limit_ns_;
-    n_rounds_ = 0;
-    flag(flags_, late).store(0);
     // A GPU that is busy for others may be slow to begin.
-    if (was_late || n_unasked == 0) {
-        log(LogLevel::warning,
-            format("layers that GPU and processor share are not recorded: %s",
-                   was_late ? "a kernel did not see what the processor wrote while it ran"
-                            : "the driver starts kernels only when it is asked about them"));
-        return;
+    if (n_unasked == 0) return "the driver starts kernels only when it is asked about them";
+    return "";
+}
+
+// The same in recordings, of as many launches as a step's: what a driver takes at once of a single
+// launch, it need not of hundreds, and it comes back from launching them when it likes.
+std::string Exchange::try_recording(const Stream& stream) {
+    try {
+        Answers answers;
+        const Graph graph = record_trial(stream, answers);
+        int n_unasked = 0;
+        for (int i = 0; i < n_trial_replays; ++i) {
+            begin_trial(stream);
+            graph.launch(stream);
+            n_unasked += do_answers(stream, answers);
+            stream.synchronize();
+            if (flag(flags_, late).load())
+                return "in a recording, a kernel waited for the processor in vain";
+        }
+        if (n_unasked == 0) return "the driver starts recordings only when it is asked about them";
+        return "";
+    } catch (const Error& error) {
+        return format("a recording fails: %s", error.what());
     }
-    can_be_recorded_ = true;
+}
+
+Graph Exchange::record_trial(const Stream& stream, Answers& answers) {
+    for (int n_failed = 0;;) {
+        begin();
+        begin_recording();
+        try {
+            Graph graph(stream, [&] {
+                for (int64_t i = 0; i < std::min(n_kinds_, most_trial_rounds); ++i) {
+                    const Round round = send(stream, trial_base_, i, {});
+                    for (int k = 0; k < trial_launches_between; ++k)
+                        launch_send(stream, {}, trial_base_, 0, unused_flag_, i);
+                    answer(stream, round, [] {});
+                    receive(stream, trial_base_, round, 0, 0, false, 0);
+                }
+            });
+            answers = end_recording();
+            return graph;
+        } catch (const Error& error) {
+            end_recording();
+            // A thread that waits for the whole device ends what others record.
+            if (error.status() == QI_MEMORY || ++n_failed == failed_recordings_max) throw;
+        }
+    }
 }
 
 // ---- enqueued on the stream ----
@@ -120,6 +179,12 @@ void Exchange::try_out(const Stream& stream) {
 Exchange::Round Exchange::send(const Stream& stream, CUdeviceptr base, int64_t kind,
                                std::span<const Rows> rows) {
     const Round round{++n_rounds_, kind};
+    launch_send(stream, rows, base, round.place, flags_.device_address() + to_host, kind);
+    return round;
+}
+
+void Exchange::launch_send(const Stream& stream, std::span<const Rows> rows, CUdeviceptr base,
+                           uint32_t place, CUdeviceptr sent, int64_t kind) {
     Rows three[3];
     if (rows.size() > std::size(three))
         fail(QI_INTERNAL, "%zu arrays are sent to the host at once, 3 can be", rows.size());
@@ -130,14 +195,13 @@ Exchange::Round Exchange::send(const Stream& stream, CUdeviceptr base, int64_t k
     send_.launch(stream, {blocks_for(most)}, {threads}, 0, three[0].from, three[0].to,
                  (long long)three[0].n_words, three[1].from, three[1].to,
                  (long long)three[1].n_words, three[2].from, three[2].to,
-                 (long long)three[2].n_words, base, round.place, ticket_,
-                 flags_.device_address() + to_host, times_ + size_t(kind) * times_bytes);
-    return round;
+                 (long long)three[2].n_words, base, place, ticket_, sent,
+                 times_ + size_t(kind) * times_bytes);
 }
 
 void Exchange::answer(const Stream& stream, const Round& round, std::function<void()> work) {
     if (recording_) {
-        kept_.push_back({round, std::move(work)});
+        kept_.push_back({round, std::move(work), {}});
         return;
     }
     wait_for(stream, base_ + round.place, false);
@@ -145,12 +209,18 @@ void Exchange::answer(const Stream& stream, const Round& round, std::function<vo
     finish(base_ + round.place);
 }
 
+void Exchange::afterwards(std::function<void()> work) {
+    if (recording_)
+        kept_.back().afterwards = std::move(work);
+    else
+        work();
+}
+
 void Exchange::receive(const Stream& stream, CUdeviceptr base, const Round& round, CUdeviceptr from,
                        int64_t n, bool accumulate, CUdeviceptr y) {
     receive_.launch(stream, {blocks_for(n)}, {threads}, 0, from, (long long)n, int(accumulate), y,
-                    base, round.place, flags_.device_address() + to_device,
-                    flags_.device_address() + given_up, (long long)limit_ns_,
-                    flags_.device_address() + late, times_ + size_t(round.kind) * times_bytes);
+                    base, round.place, flags_.device_address() + to_device, (long long)limit_ns_,
+                    times_ + size_t(round.kind) * times_bytes);
 }
 
 // ---- the host's side ----
@@ -224,12 +294,19 @@ Exchange::Answers Exchange::end_recording() {
 }
 
 void Exchange::replay(const Stream& stream, const Answers& answers) {
+    do_answers(stream, answers);
+}
+
+// True unless the driver had to be asked.
+bool Exchange::do_answers(const Stream& stream, const Answers& answers) {
     n_rounds_ = uint32_t(answers.size());
+    bool was_asked = false;
     try {
         for (const Answer& answer : answers) {
-            wait_for(stream, base_ + answer.round.place, true);
+            was_asked |= !wait_for(stream, base_ + answer.round.place, true);
             answer.work();
             finish(base_ + answer.round.place);
+            if (answer.afterwards) answer.afterwards();
         }
     } catch (...) {
         flag(flags_, given_up).store(1, std::memory_order_release);
@@ -242,6 +319,7 @@ void Exchange::replay(const Stream& stream, const Answers& answers) {
         flag(flags_, late).store(0, std::memory_order_release);
         throw;
     }
+    return !was_asked;
 }
 
 void Exchange::check() {

@@ -13,6 +13,7 @@
 #include <future>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "device/cuda/gpu.h"
@@ -52,6 +53,9 @@ class Exchange {
     Round send(const Stream& stream, CUdeviceptr base, int64_t kind, std::span<const Rows> rows);
     // The host's work between the two: done now, or kept by the recording under way.
     void answer(const Stream& stream, const Round& round, std::function<void()> work);
+    // What the host does once that round is answered, while the GPU goes on and may send the next
+    // round's words: after receive().
+    void afterwards(std::function<void()> work);
     // y = from, or y += from with accumulate; n floats, `from` where the device sees PinnedMemory.
     void receive(const Stream& stream, CUdeviceptr base, const Round& round, CUdeviceptr from,
                  int64_t n, bool accumulate, CUdeviceptr y);
@@ -65,6 +69,7 @@ class Exchange {
     struct Answer {
         Round round;
         std::function<void()> work;
+        std::function<void()> afterwards{};  // or none
     };
     using Answers = std::vector<Answer>;
     void begin_recording() { recording_ = true; }
@@ -90,13 +95,24 @@ class Exchange {
     bool wait_for(const Stream& stream, uint32_t number, bool replaying);
     bool has_come_to_rest(const Stream& stream, bool replaying, bool& is_stale);
     void finish(uint32_t number);
+    bool do_answers(const Stream& stream, const Answers& answers);
+    void launch_send(const Stream& stream, std::span<const Rows> rows, CUdeviceptr base,
+                     uint32_t place, CUdeviceptr sent, int64_t kind);
     void try_out(const Stream& stream);
+    void begin_trial(const Stream& stream);
+    std::string try_rounds(const Stream& stream);
+    std::string try_recording(const Stream& stream);
+    Graph record_trial(const Stream& stream, Answers& answers);
 
     std::shared_ptr<Gpu> gpu_;
     std::shared_ptr<Module> module_;
     Function send_, receive_;
+    // Words uint32: the last round sent, written by the GPU; in another line the last round
+    // answered and whether the step was given up, written by the host, and whether a kernel has
+    // waited in vain, written by the GPU. The other side only reads them, but for the last, which
+    // the host clears while the GPU is at rest.
     PinnedMemory flags_;
-    CUdeviceptr ticket_, trial_base_, times_;
+    CUdeviceptr ticket_, trial_base_, unused_flag_, times_;
     int64_t n_kinds_;
     int64_t wait_limit_ns_, limit_ns_ = 0;  // of waits in replays, and of those enqueued now
     uint32_t base_ = 0, n_rounds_ = 0;

@@ -189,8 +189,10 @@ class Event;
 // work, so declare it after the memory and the modules that the work uses.
 class Stream : public OnGpu {
   public:
-    // Lower numbers go first; the driver clamps them to what the card has.
-    explicit Stream(std::shared_ptr<Gpu> gpu, int priority = 0);
+    // Lower numbers go first. The last is 0, and at most a few below it are told apart: the driver
+    // clamps others to what the card has.
+    static constexpr int priority_of_steps = -1, last_priority = 0;
+    explicit Stream(std::shared_ptr<Gpu> gpu, int priority = priority_of_steps);
     ~Stream();
     Stream(Stream&& other) noexcept;
     Stream& operator=(Stream&& other) noexcept;

@@ -15,8 +15,6 @@ namespace qi::cuda {
 namespace {
 
 constexpr size_t chunk_bytes = size_t(256) << 10;
-// Behind everything that computes; the driver takes the lowest it has.
-constexpr int low_priority = 1000;
 // First counts that are to decide for good.
 constexpr int64_t tokens_of_first_counts = 64;
 // Planning looks at every neuron: of more networks it would keep a core busy that computes.
@@ -44,7 +42,7 @@ NeuronMover::NeuronMover(std::shared_ptr<Gpu> gpu, std::shared_ptr<Kernels> kern
       policy_(make_cache_policy(moving.cache)),
       speeds_(moving.speeds),
       tokens_first_(policy_->plans_once() ? tokens_of_first_counts : 1),
-      stream_(gpu_, low_priority),
+      stream_(gpu_, Stream::last_priority),
       sent_{Event(gpu_), Event(gpu_)},
       landed_(gpu_),
       placed_(gpu_) {

@@ -91,6 +91,7 @@ class Step {
 
   private:
     void begin() {
+        n_afterwards_ = 0;
         const uint32_t base = exchange_.begin();
         bench_.stream.copy_to_device(base_, &base, sizeof base);
         bench_.stream.synchronize();
@@ -103,6 +104,7 @@ class Step {
             exchange_.answer(bench_.stream, round, [this, i] { answer(i); });
             exchange_.receive(bench_.stream, base_, round, answer_.device_address(), n_, i != 1,
                               y_);
+            exchange_.afterwards([this] { ++n_afterwards_; });
         }
     }
     void answer(int round) {
@@ -116,6 +118,7 @@ class Step {
             y[i] = float(round + 1) - 0.5f * x[i];
     }
     void check() {
+        bench_.expect(n_afterwards_ == n_rounds);
         for (int i = 0; i < n_rounds; ++i)
             for (float& v : values_)
                 v = (i != 1 ? v : 0.0f) + (float(i + 1) - 0.5f * v);
@@ -130,6 +133,7 @@ class Step {
     Exchange exchange_;
     PinnedMemory x_, marks_, answer_;
     CUdeviceptr base_, mark_, y_ = 0;
+    int n_afterwards_ = 0;
     Exchange::Answers answers_;
     Graph graph_;
 };

@@ -3,7 +3,8 @@
 // Both ways the rows lie in the host's memory, mapped for the device: 16 KB per token of 4096
 // values, 0.3 to 1.3 us of a PCIe link, so what counts is the way there and back. A round is
 // numbered: `base`, which comes with the batch, plus its place in the step; its number in a flag
-// says that everything before is visible. Numbers only grow, so no flag is ever reset.
+// says that everything before is visible. Numbers only grow, so no flag is ever reset. A kernel
+// that waits reads all it waits for as one quad: each read is a trip over the bus.
 //
 // Shape: blocks of 256 threads over quads. Each block of qi_receive waits for the host, not for
 // another block, so any number of them may be resident.
@@ -72,26 +73,29 @@ QI_KERNEL qi_send(const u32* a, u32* to_a, i64 n_a, const u32* b, u32* to_b, i64
     reinterpret_cast<RoundTimes*>(times)->sent_at = now();
 }
 
-// Waits until the host has raised the flag to round `place` of the step, or given the step up; then
-// y = from, or y += from with accumulate. The limit ends the wait after so many nanoseconds and
-// says so in `late`; with that said nobody waits any more, and y stays as it is. grid: any.
+// Words of the quad, which is aligned to its size: the last round answered, whether the host has
+// given the step up, whether a kernel has waited in vain.
+constexpr int answered = 0, given_up = 1, late = 2;
+
+// Waits until the host has answered round `place` of the step, or given the step up; then y = from,
+// or y += from with accumulate. The limit ends the wait after so many nanoseconds and says so in
+// `late`; with that said nobody waits any more, and y stays as it is. grid: any.
 QI_KERNEL qi_receive(const u32* from, i64 n, int accumulate, f32* y, const u32* base, u32 place,
-                     const u32* flag, const u32* given_up, i64 limit, u32* late, u64* times) {
+                     u32* awaited, i64 limit, u64* times) {
     __shared__ u32 has_come;
     if (threadIdx.x == 0) {
         const u64 start = now();
         const u32 round = *base + place;
         has_come = 0;
         while (true) {
-            if (*reinterpret_cast<const volatile u32*>(flag) == round) {
+            const Quad seen = load_fresh16(awaited);
+            if (seen.v[answered] == round) {
                 has_come = 1;
                 break;
             }
-            if (*reinterpret_cast<const volatile u32*>(given_up) ||
-                *reinterpret_cast<const volatile u32*>(late))
-                break;
+            if (seen.v[given_up] || seen.v[late]) break;
             if (now() - start > u64(limit)) {
-                *reinterpret_cast<volatile u32*>(late) = 1;
+                *reinterpret_cast<volatile u32*>(awaited + late) = 1;
                 break;
             }
             __nanosleep(100);
