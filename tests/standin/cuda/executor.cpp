@@ -39,6 +39,8 @@ struct Request {
     unsigned long long value;
     int source, width;
     unsigned long long result;
+    QiWarpFunction function;  // of qi_call; `value` points to the operands
+    unsigned place;
 };
 
 struct Lane : QiLane {
@@ -69,6 +71,7 @@ class Worker {
     void barrier();
     unsigned long long collective(int op, unsigned mask, unsigned long long value, int source,
                                   int width);
+    void warp_call(unsigned mask, QiWarpFunction function, void* operands, unsigned place);
     void yield();
     char* dynamic_shared() const { return dynamic_; }
     const Execution* launch() const { return launch_; }
@@ -86,6 +89,7 @@ class Worker {
     Lane* next_ready();
     void exited(Lane& lane);
     void release_barrier();
+    void meet(const Request& request);  // the current lane in a collective
     void complete(unsigned warp, unsigned mask);
     void check_stack(int stack) const;
     std::string stuck() const;
@@ -422,15 +426,20 @@ void Worker::barrier() {
 
 void Worker::complete(unsigned warp, unsigned mask) {
     Lane* lanes = &lanes_[warp * 32];
+    const Request& last = current_->request;
     unsigned votes = 0;
+    void* operands[32] = {};
     for (unsigned i = 0; i < 32; i++) {
         if (!(mask >> i & 1u)) continue;
         const Request& r = lanes[i].request;
-        if (r.mask != mask || r.op != lanes[current_->index % 32].request.op)
+        if (r.mask != mask || r.op != last.op || r.function != last.function ||
+            r.place != last.place)
             fail(CUDA_ERROR_LAUNCH_FAILED,
                  "threads of a warp met in different collectives or masks");
         votes |= static_cast<unsigned>(r.value & 1u) << i;
+        operands[i] = reinterpret_cast<void*>(r.value);
     }
+    if (last.op == qi_call) last.function(operands);
     for (unsigned i = 0; i < 32; i++) {
         if (!(mask >> i & 1u)) continue;
         Request& r = lanes[i].request;
@@ -464,19 +473,16 @@ void Worker::complete(unsigned warp, unsigned mask) {
     warps_[warp].waiting &= ~mask;
 }
 
-unsigned long long Worker::collective(int op, unsigned mask, unsigned long long value, int source,
-                                      int width) {
+void Worker::meet(const Request& request) {
     Lane& self = *current_;
     Warp& warp = warps_[self.index / 32];
-    const unsigned bit = 1u << self.index % 32;
+    const unsigned bit = 1u << self.index % 32, mask = request.mask;
     if (!(mask & bit))
         fail(CUDA_ERROR_LAUNCH_FAILED, "a thread calls a warp collective whose mask leaves it out");
     if (mask & warp.exited)
         fail(CUDA_ERROR_LAUNCH_FAILED,
              "a warp collective names a lane that has ended or that the block does not have");
-    if (width < 1 || width > 32 || (width & (width - 1)))
-        fail(CUDA_ERROR_LAUNCH_FAILED, "the width of a shuffle is no power of two up to 32");
-    self.request = {op, mask, value, source, width, 0};
+    self.request = request;
     warp.waiting |= bit;
     if ((warp.waiting & mask) == mask) {
         complete(self.index / 32, mask);
@@ -484,7 +490,19 @@ unsigned long long Worker::collective(int op, unsigned mask, unsigned long long 
         self.state = State::at_collective;
         leave();
     }
+}
+
+unsigned long long Worker::collective(int op, unsigned mask, unsigned long long value, int source,
+                                      int width) {
+    if (width < 1 || width > 32 || (width & (width - 1)))
+        fail(CUDA_ERROR_LAUNCH_FAILED, "the width of a shuffle is no power of two up to 32");
+    Lane& self = *current_;
+    meet({op, mask, value, source, width, 0, nullptr, 0});
     return self.request.result;
+}
+
+void Worker::warp_call(unsigned mask, QiWarpFunction function, void* operands, unsigned place) {
+    meet({qi_call, mask, reinterpret_cast<unsigned long long>(operands), 0, 32, 0, function, place});
 }
 
 void Worker::yield() {
@@ -571,6 +589,10 @@ unsigned long long qi_standin_collective(int op, unsigned mask, unsigned long lo
     return standin::worker->collective(op, mask, value, source, width);
 }
 
+void qi_standin_warp_call(unsigned mask, QiWarpFunction function, void* operands, unsigned place) {
+    standin::worker->warp_call(mask, function, operands, place);
+}
+
 void qi_standin_yield() {
     standin::worker->yield();
 }
@@ -597,23 +619,30 @@ void qi_standin_trap() {
     standin::fail(CUDA_ERROR_LAUNCH_FAILED, "the kernel trapped");
 }
 
+void qi_standin_misaligned(unsigned long long address, const char* file, unsigned line) {
+    char text[32];
+    snprintf(text, sizeof text, "%#llx", address);
+    standin::fail(CUDA_ERROR_MISALIGNED_ADDRESS, "misaligned address " + std::string(text) +
+                                                     " at " + file + ":" + std::to_string(line));
+}
+
+void qi_standin_fault(const char* what, const char* file, unsigned line) {
+    standin::fail(CUDA_ERROR_ILLEGAL_ADDRESS,
+                  std::string(what) + " at " + file + ":" + std::to_string(line));
+}
+
 // The compiler's checks of alignment and of array bounds call these; no sanitizer library is there.
 struct QiSource {
     const char* file;
     unsigned line, column;
 };
-static std::string at(const QiSource* source) {
-    return std::string(source->file) + ":" + std::to_string(source->line);
-}
 void __ubsan_handle_type_mismatch_v1_abort(const QiSource* source, void* pointer) {
-    char text[32];
-    snprintf(text, sizeof text, "%p", pointer);
-    standin::fail(CUDA_ERROR_MISALIGNED_ADDRESS,
-                  "misaligned address " + std::string(text) + " at " + at(source));
+    qi_standin_misaligned(reinterpret_cast<unsigned long long>(pointer), source->file,
+                          source->line);
 }
 void __ubsan_handle_out_of_bounds_abort(const QiSource* source, void* index) {
-    standin::fail(CUDA_ERROR_ILLEGAL_ADDRESS,
-                  "index " + std::to_string(reinterpret_cast<intptr_t>(index)) +
-                      " is outside of an array at " + at(source));
+    const std::string what = "index " + std::to_string(reinterpret_cast<intptr_t>(index)) +
+                             " is outside of an array";
+    qi_standin_fault(what.c_str(), source->file, source->line);
 }
 }

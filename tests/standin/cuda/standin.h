@@ -15,6 +15,9 @@
 // Read by NVRTC:
 //   STANDIN_CXX              the compiler                                     the stand-in's own
 //   STANDIN_CACHE            the folder of compiled kernels                   kernels/ beside it
+//   STANDIN_NVRTC            the path of a real NVRTC: kernels are what it
+//                            makes of them for the architecture, inline PTX
+//                            and tensor cores included, translated to C++     none: plain C++
 //
 // A failure that the real driver reports by a bare code says more on standard error, and through
 // standin_report. Three things are stricter than the real driver: memory and modules that queued
