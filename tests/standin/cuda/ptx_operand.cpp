@@ -61,7 +61,7 @@ std::string cpp_type(const std::string& type) {
     if (type == "pred") return "bool";
     const std::string bits = type.substr(1);
     if (is_float(type)) return type;
-    if (bytes_of(type) == 1 || type[0] == 'b' || type[0] == 'u' || type == "f16") return "u" + bits;
+    if (type[0] == 'b' || type[0] == 'u' || type == "f16") return "u" + bits;
     if (type[0] == 's') return "i" + bits;
     throw Unknown(0, "the type ." + type);
 }
