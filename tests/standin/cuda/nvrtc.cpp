@@ -313,7 +313,7 @@ nvrtcResult build_from_ptx(Program& program, const Options& options, const fs::p
     }
     // -O2 takes longer to compile than it saves.
     return build_unit(program, options, folder,
-                      {"-x", "c++", "-std=gnu++20", "-nostdinc", "-w", "-O1", "-include",
+                      {"-x", "c++", "-std=gnu++20", "-nostdinc", "-w", "-O0", "-include",
                        sources("ptx_warp.h")});
 }
 
