@@ -311,7 +311,7 @@ nvrtcResult build_from_ptx(Program& program, const Options& options, const fs::p
         program.log += program.name + " as PTX, " + unknown.what() + "\n";
         return NVRTC_ERROR_COMPILATION;
     }
-    // -O2 takes longer to compile than it saves.
+    // ptx_unit.h says why nothing is optimised.
     return build_unit(program, options, folder,
                       {"-x", "c++", "-std=gnu++20", "-nostdinc", "-w", "-O0", "-include",
                        sources("ptx_warp.h")});

@@ -26,6 +26,11 @@ void* memcpy(void*, const void*, decltype(sizeof 0)) noexcept;
 void* memset(void*, int, decltype(sizeof 0)) noexcept;
 }
 
+// Kernels are compiled without optimisation: that takes longer than all they do in a test. What they
+// call is not.
+#pragma GCC push_options
+#pragma GCC optimize("O2")
+
 namespace ptx {
 
 #define QI_NOINLINE __attribute__((noinline))
@@ -274,3 +279,5 @@ inline void membar() {
 }
 
 }  // namespace ptx
+
+#pragma GCC pop_options

@@ -4,6 +4,9 @@
 
 #include "ptx_unit.h"
 
+#pragma GCC push_options
+#pragma GCC optimize("O2")
+
 namespace ptx {
 
 constexpr u32 whole_warp = 0xffffffffu;
@@ -231,3 +234,5 @@ inline void mma_sync(Mma<Sum, m, k, per_word>& mine, unsigned line) {
 }
 
 }  // namespace ptx
+
+#pragma GCC pop_options
