@@ -1,4 +1,4 @@
-"""Kernels as the real NVRTC compiles them, tensor cores and all, run on the stand-in from their PTX."""
+"""Kernels as the real NVRTC compiles them, tensor cores and all, run on the stand-in."""
 
 from __future__ import annotations
 
@@ -91,9 +91,10 @@ def test_what_nvrtc_makes_of_kernels(capability: int, tmp_path: Path) -> None:
 # A compiler of translated units that exchanges the second and third word of A in every product of
 # 16 by 16 halves: two fragments swapped.
 SWAPPING_COMPILER = r"""#!/bin/sh
+product='<f32, 16, 16, 2> all = ..'
 for word; do
     case "$word" in
-        */unit.cpp) sed -E -i 's/(Mma<f32, 16, 16, 2> all = \{\{[^,]+, )([^,]+), ([^,]+), /\1\3, \2, /' "$word" ;;
+        */unit.cpp) sed -E -i "s/($product[^,]+, )([^,]+), ([^,]+)/\1\3, \2/" "$word" ;;
     esac
 done
 exec c++ "$@"
@@ -107,6 +108,25 @@ def test_swapped_words_of_a_fragment_are_found(tmp_path: Path) -> None:
     names = ["attend tiles F16, 2 heads over 2 of 64, to 94, window 0"]
     found = run_self_tests(tmp_path, names, cxx=compiler, cache=tmp_path, capability=80)
     assert all(found.values())
+
+
+# ---- a model ----
+
+
+def test_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of its neurons on the GPU, one token, a few, and a whole prompt at a time."""
+    import numpy as np
+
+    import test_cuda_model
+    from test_sparsity import CASES
+
+    monkeypatch.setattr(test_cuda_model, "kernel_cache", lambda: str(tmp_path))
+    path = CASES["llama"].write(tmp_path)
+    found = test_cuda_model.on_gpu(
+        "compare", path, ["whole"], ["predict"], [1, 7, 24], nvrtc=NVRTC, capability=89
+    )
+    for errors in found["whole"]["predict"].values():
+        assert np.median(errors) < 2e-5
 
 
 # ---- single instructions ----
@@ -204,7 +224,8 @@ def test_floats_are_rounded_and_compared_as_the_isa_says() -> None:
 
     cu.start()
     module = cu.Module("""
-extern "C" __global__ void f(const float* a, const float* b, float* down, float* more, int* not_less) {
+extern "C" __global__ void f(const float* a, const float* b, float* down, float* more,
+                             int* not_less) {
     const int i = threadIdx.x;
     asm("fma.rm.f32 %0, %1, %2, %1;" : "=f"(down[i]) : "f"(a[i]), "f"(b[i]));
     more[i] = fmaxf(a[i], b[i]);
@@ -261,8 +282,8 @@ WRONG = {
     else MMA""",
     "a thread ended": "if (threadIdx.x == 3) return; __shfl_sync(~0u, 1, 2);",
 }
-MMA = """asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %0}, {%1}, {%1}, {%1, %1};"
-        : "=r"(d) : "r"(n));"""
+MMA = """asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 "
+                     "{%0, %0}, {%1}, {%1}, {%1, %1};" : "=r"(d) : "r"(n));"""
 
 
 @pytest.mark.parametrize("what", WRONG)

@@ -502,7 +502,8 @@ unsigned long long Worker::collective(int op, unsigned mask, unsigned long long 
 }
 
 void Worker::warp_call(unsigned mask, QiWarpFunction function, void* operands, unsigned place) {
-    meet({qi_call, mask, reinterpret_cast<unsigned long long>(operands), 0, 32, 0, function, place});
+    meet(
+        {qi_call, mask, reinterpret_cast<unsigned long long>(operands), 0, 32, 0, function, place});
 }
 
 void Worker::yield() {
@@ -641,8 +642,8 @@ void __ubsan_handle_type_mismatch_v1_abort(const QiSource* source, void* pointer
                           source->line);
 }
 void __ubsan_handle_out_of_bounds_abort(const QiSource* source, void* index) {
-    const std::string what = "index " + std::to_string(reinterpret_cast<intptr_t>(index)) +
-                             " is outside of an array";
+    const std::string what =
+        "index " + std::to_string(reinterpret_cast<intptr_t>(index)) + " is outside of an array";
     qi_standin_fault(what.c_str(), source->file, source->line);
 }
 }

@@ -1,6 +1,6 @@
 // NVRTC's entry points: programs are compiled by the host compiler, with shim.h in front, into a
-// shared object that takes the cubin's place; or, where STANDIN_NVRTC names a real NVRTC, by that to
-// PTX, which is translated. Objects are cached on disk by what they are made from.
+// shared object that takes the cubin's place; or, where STANDIN_NVRTC names a real NVRTC, by that
+// to PTX, which is translated. Objects are cached on disk by what they are made from.
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <spawn.h>
@@ -312,9 +312,9 @@ nvrtcResult build_from_ptx(Program& program, const Options& options, const fs::p
         return NVRTC_ERROR_COMPILATION;
     }
     // ptx_unit.h says why nothing is optimised.
-    return build_unit(program, options, folder,
-                      {"-x", "c++", "-std=gnu++20", "-nostdinc", "-w", "-O0", "-include",
-                       sources("ptx_warp.h")});
+    return build_unit(
+        program, options, folder,
+        {"-x", "c++", "-std=gnu++20", "-nostdinc", "-w", "-O0", "-include", sources("ptx_warp.h")});
 }
 
 nvrtcResult compile(Program& program, const Options& options) {
@@ -336,9 +336,8 @@ nvrtcResult compile(Program& program, const Options& options) {
     if (from_ptx) {
         made_from.push_back(real_nvrtc());
         made_from.insert(made_from.end(), options.others.begin(), options.others.end());
-        for (const char* name :
-             {"ptx_unit.h", "ptx_warp.h", "ptx_module.cpp", "ptx_operand.cpp",
-              "ptx_instruction.cpp", "ptx_translate.cpp"})
+        for (const char* name : {"ptx_unit.h", "ptx_warp.h", "ptx_module.cpp", "ptx_operand.cpp",
+                                 "ptx_instruction.cpp", "ptx_translate.cpp"})
             made_from.push_back(read_file(sources(name)));
     }
     char key[17];

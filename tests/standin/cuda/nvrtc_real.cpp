@@ -83,13 +83,13 @@ int compile_to_ptx(const fs::path& library, const std::string& name, const std::
         texts.push_back(text);
     }
     void* program = nullptr;
-    const int made = real->create(&program, source.c_str(), name.c_str(),
-                                  static_cast<int>(names.size()), pointers_to(texts).data(),
-                                  pointers_to(names).data());
+    const int made =
+        real->create(&program, source.c_str(), name.c_str(), static_cast<int>(names.size()),
+                     pointers_to(texts).data(), pointers_to(names).data());
     if (made != 0) return made;
     options.push_back("--gpu-architecture=compute_" + std::to_string(architecture));
-    const int result = real->compile(program, static_cast<int>(options.size()),
-                                     pointers_to(options).data());
+    const int result =
+        real->compile(program, static_cast<int>(options.size()), pointers_to(options).data());
     log = text_of(real->log_size, real->log, program);
     if (result == 0) ptx = text_of(real->ptx_size, real->ptx, program);
     real->destroy(&program);

@@ -31,22 +31,53 @@ class Translator {
     static const std::map<std::string, Handler>& handlers() {
         using T = Translator;
         static const std::map<std::string, Handler> all = {
-            {"add", &T::sum},         {"sub", &T::sum},          {"mul", &T::mul},
-            {"mad", &T::mad},         {"fma", &T::fma},          {"div", &T::div},
-            {"rem", &T::div},         {"rcp", &T::rcp},          {"sqrt", &T::sqrt},
-            {"ex2", &T::ex2},         {"min", &T::pick},         {"max", &T::pick},
-            {"neg", &T::neg},         {"abs", &T::abs},          {"not", &T::bitwise},
-            {"and", &T::bitwise},     {"or", &T::bitwise},       {"xor", &T::bitwise},
-            {"shl", &T::shift},       {"shr", &T::shift},        {"bfi", &T::bits},
-            {"bfind", &T::bits},      {"brev", &T::bits},        {"popc", &T::bits},
-            {"clz", &T::bits},        {"prmt", &T::bits},        {"dp4a", &T::dp4a},
-            {"setp", &T::setp},       {"selp", &T::selp},        {"mov", &T::mov},
-            {"cvt", &T::cvt},         {"cvta", &T::cvta},        {"ld", &T::ld},
-            {"st", &T::st},           {"atom", &T::atom},        {"membar", &T::membar},
-            {"fence", &T::membar},    {"bar", &T::bar},          {"shfl", &T::shfl},
-            {"vote", &T::vote},       {"ldmatrix", &T::ldmatrix}, {"mma", &T::mma},
-            {"bra", &T::bra},         {"ret", &T::ret},          {"exit", &T::ret},
-            {"trap", &T::trap},       {"nanosleep", &T::nanosleep},
+            {"add", &T::sum},
+            {"sub", &T::sum},
+            {"mul", &T::mul},
+            {"mad", &T::mad},
+            {"fma", &T::fma},
+            {"div", &T::div},
+            {"rem", &T::div},
+            {"rcp", &T::rcp},
+            {"sqrt", &T::sqrt},
+            {"ex2", &T::ex2},
+            {"min", &T::pick},
+            {"max", &T::pick},
+            {"neg", &T::neg},
+            {"abs", &T::abs},
+            {"not", &T::bitwise},
+            {"and", &T::bitwise},
+            {"or", &T::bitwise},
+            {"xor", &T::bitwise},
+            {"shl", &T::shift},
+            {"shr", &T::shift},
+            {"bfi", &T::bits},
+            {"bfind", &T::bits},
+            {"brev", &T::bits},
+            {"popc", &T::bits},
+            {"clz", &T::bits},
+            {"prmt", &T::bits},
+            {"dp4a", &T::dp4a},
+            {"setp", &T::setp},
+            {"selp", &T::selp},
+            {"mov", &T::mov},
+            {"cvt", &T::cvt},
+            {"cvta", &T::cvta},
+            {"ld", &T::ld},
+            {"st", &T::st},
+            {"atom", &T::atom},
+            {"membar", &T::membar},
+            {"fence", &T::membar},
+            {"bar", &T::bar},
+            {"shfl", &T::shfl},
+            {"vote", &T::vote},
+            {"ldmatrix", &T::ldmatrix},
+            {"mma", &T::mma},
+            {"bra", &T::bra},
+            {"ret", &T::ret},
+            {"exit", &T::ret},
+            {"trap", &T::trap},
+            {"nanosleep", &T::nanosleep},
         };
         return all;
     }
@@ -185,7 +216,7 @@ class Translator {
     // Of words of 32 bits.
     std::string bits() {
         static const std::map<std::string, const char*> names = {
-            {"bfi", "bfi"}, {"bfind", "bfind_shiftamt"}, {"brev", "brev"},
+            {"bfi", "bfi"}, {"bfind", "bfind_shiftamt"},    {"brev", "brev"},
             {"clz", "clz"}, {"popc", "__builtin_popcount"}, {"prmt", "prmt"}};
         if (opcode_.base == "bfind") need("shiftamt");
         const std::string type = opcode_.last();
@@ -207,8 +238,8 @@ class Translator {
         const std::string type = opcode_.last(), compare = opcode_.first();
         const std::string a = in(1, type), b = in(2, type);
         static const std::map<std::string, const char*> signs = {
-            {"eq", " == "}, {"ne", " != "}, {"lt", " < "}, {"le", " <= "}, {"gt", " > "},
-            {"ge", " >= "}, {"lo", " < "},  {"ls", " <= "}, {"hi", " > "}, {"hs", " >= "}};
+            {"eq", " == "}, {"ne", " != "}, {"lt", " < "},  {"le", " <= "}, {"gt", " > "},
+            {"ge", " >= "}, {"lo", " < "},  {"ls", " <= "}, {"hi", " > "},  {"hs", " >= "}};
         const std::string nan = "unordered(" + a + ", " + b + ")";
         if (compare == "num") return out("pred", "!" + nan);
         if (compare == "nan") return out("pred", nan);
@@ -304,7 +335,8 @@ class Translator {
     std::string pointer(const Access& a, size_t i) const {
         const std::string at = cpp_type(a.type) + ", " + std::to_string(a.n) + ">(";
         const std::string rest = operands_.address(i) + ", " + line_ + ")";
-        return a.space == "shared" ? "shared_at<" + at + "shared, " + rest : "global_at<" + at + rest;
+        return a.space == "shared" ? "shared_at<" + at + "shared, " + rest
+                                   : "global_at<" + at + rest;
     }
 
     std::string ld() {
@@ -414,7 +446,8 @@ class Translator {
         if (found == known.end()) operands_.fail("an unknown product");
         while (!opcode_.rest().empty())
             opcode_.first();
-        const std::string sum = types.substr(1, 3), kind = std::string("Mma<") + found->second + ">";
+        const std::string sum = types.substr(1, 3),
+                          kind = std::string("Mma<") + found->second + ">";
         const auto list = [&](size_t i, const char* type) {
             std::string text = "{";
             for (const std::string& element : operands_.elements(i))
@@ -422,8 +455,8 @@ class Translator {
             return text + "}";
         };
         // Braces take fewer values than there are places, so numbers are compared.
-        std::string text = "{ " + kind + " all = {" + list(1, "b32") + ", " + list(2, "b32") + ", " +
-                           list(3, sum.c_str()) + "}; ";
+        std::string text = "{ " + kind + " all = {" + list(1, "b32") + ", " + list(2, "b32") +
+                           ", " + list(3, sum.c_str()) + "}; ";
         for (size_t i = 1; i <= 3; i++)
             text += "static_assert(sizeof all." + std::string(1, " abd"[i]) +
                     " == " + std::to_string(4 * operands_.elements(i).size()) + "); ";

@@ -106,8 +106,7 @@ std::string Operands::literal(const std::string& text, const std::string& type) 
 std::string Operands::value(const std::string& operand, const std::string& type) const {
     if (operand[0] != '%') {
         const auto symbol = scope_.shared.find(operand);
-        if (symbol != scope_.shared.end())
-            return cpp_type(type) + "(" + hex(symbol->second) + ")";
+        if (symbol != scope_.shared.end()) return cpp_type(type) + "(" + hex(symbol->second) + ")";
         return literal(operand, type);
     }
     const auto special = special_registers.find(operand);

@@ -1,9 +1,9 @@
 // What a kernel translated from PTX computes with: put in front of every translated unit. Names are
 // PTX's; registers are unsigned words or floats.
 //
-// Written from the PTX ISA alone, not from the kernels' headers, so that what those take for granted
-// is tested. Where PTX leaves a result open, NaNs' payloads and uninitialised registers among them,
-// nothing is modelled but what is said here.
+// Written from the PTX ISA alone, not from the kernels' headers, so that what those take for
+// granted is tested. Where PTX leaves a result open, NaNs' payloads and uninitialised registers
+// among them, nothing is modelled but what is said here.
 #pragma once
 
 #include "abi.h"
@@ -26,8 +26,8 @@ void* memcpy(void*, const void*, decltype(sizeof 0)) noexcept;
 void* memset(void*, int, decltype(sizeof 0)) noexcept;
 }
 
-// Kernels are compiled without optimisation: that takes longer than all they do in a test. What they
-// call is not.
+// Kernels are compiled without optimisation: that takes longer than all they do in a test. What
+// they call is not.
 #pragma GCC push_options
 #pragma GCC optimize("O2")
 
@@ -261,16 +261,16 @@ inline T atom_add(T* at, T v) {
 template <class T>
 inline T atom_min(T* at, T v) {
     T old = __atomic_load_n(at, __ATOMIC_RELAXED);
-    while (v < old && !__atomic_compare_exchange_n(at, &old, v, false, __ATOMIC_RELAXED,
-                                                   __ATOMIC_RELAXED)) {
+    while (v < old &&
+           !__atomic_compare_exchange_n(at, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
     return old;
 }
 template <class T>
 inline T atom_max(T* at, T v) {
     T old = __atomic_load_n(at, __ATOMIC_RELAXED);
-    while (old < v && !__atomic_compare_exchange_n(at, &old, v, false, __ATOMIC_RELAXED,
-                                                   __ATOMIC_RELAXED)) {
+    while (old < v &&
+           !__atomic_compare_exchange_n(at, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
     return old;
 }
