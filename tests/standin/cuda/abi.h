@@ -43,6 +43,8 @@ extern "C" {
 extern __thread QiLane* qi_standin_lane __attribute__((tls_model("initial-exec")));
 
 void qi_standin_barrier();
+// The threads of a warp have to come to it from the same place.
+void qi_standin_barrier_at(unsigned place);
 unsigned long long qi_standin_collective(int op, unsigned mask, unsigned long long value,
                                          int source, int width);
 // Runs the function once, when the lanes of the mask have come to it, from the same place.

@@ -48,6 +48,7 @@ struct Lane : QiLane {
     State state;
     void* sp;
     int stack;
+    unsigned barrier_place;
     Request request;
 };
 
@@ -68,7 +69,7 @@ class Worker {
 
     void run_blocks(Execution& launch);
 
-    void barrier();
+    void barrier(unsigned place);
     unsigned long long collective(int op, unsigned mask, unsigned long long value, int source,
                                   int width);
     void warp_call(unsigned mask, QiWarpFunction function, void* operands, unsigned place);
@@ -408,15 +409,20 @@ void Worker::exited(Lane& lane) {
 
 void Worker::release_barrier() {
     at_barrier_ = 0;
+    const Lane* last = nullptr;  // before this one
     for (unsigned i = 0; i < n_lanes_; i++) {
         if (lanes_[i].state != State::at_barrier) continue;
+        if (last && last->index / 32 == i / 32 && last->barrier_place != lanes_[i].barrier_place)
+            fail(CUDA_ERROR_LAUNCH_FAILED, "threads of a warp met in different barriers");
+        last = &lanes_[i];
         lanes_[i].state = State::ready;
         if (&lanes_[i] != current_) ready_.push_back(i);
     }
 }
 
-void Worker::barrier() {
+void Worker::barrier(unsigned place) {
     current_->state = State::at_barrier;
+    current_->barrier_place = place;
     if (++at_barrier_ == alive_) {
         release_barrier();
     } else {
@@ -582,7 +588,11 @@ void set_clock_rate(uint64_t rate) {
 extern "C" {
 
 void qi_standin_barrier() {
-    standin::worker->barrier();
+    standin::worker->barrier(0);
+}
+
+void qi_standin_barrier_at(unsigned place) {
+    standin::worker->barrier(place);
 }
 
 unsigned long long qi_standin_collective(int op, unsigned mask, unsigned long long value,

@@ -388,7 +388,7 @@ class Translator {
         need("sync");
         if (of_warp) return "bar_warp_sync(" + in(0, "u32") + ");";
         if (operands_.size() != 1 || operands_.text(0) != "0") operands_.fail("not barrier 0");
-        return "qi_standin_barrier();";
+        return "qi_standin_barrier_at(" + line_ + ");";
     }
 
     std::string shfl() {

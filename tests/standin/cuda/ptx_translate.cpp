@@ -85,7 +85,9 @@ class Unit {
         for (const std::string& name : registers) {
             const std::string type =
                 scope.registers.at(name.substr(0, name.find_first_of("0123456789")));
-            functions_ += cpp_type(type) + " " + variable_of(name) + " = {};\n";
+            functions_ +=
+                cpp_type(type) + " " + variable_of(name) +
+                (type == "pred" ? " = false;\n" : " = unset<" + cpp_type(type) + ">();\n");
         }
         functions_ += body + "}\n";
     }

@@ -48,6 +48,15 @@ inline f64 as_f64(u64 v) {
     return __builtin_bit_cast(f64, v);
 }
 
+// What a register holds that was never set: large, and no number.
+template <class T>
+inline T unset() {
+    T value;
+    __builtin_memset(&value, 0x7f, sizeof value);
+    if (T(0.5) != T(0)) __builtin_memset(&value, 0xff, sizeof value);
+    return value;
+}
+
 // ---- integers ----
 
 // Shifts by a type's width or more leave nothing, or the sign.
