@@ -280,10 +280,45 @@ WRONG = {
     "in different collectives": """
     if (threadIdx.x < 16) MMA
     else MMA""",
+    "threads race for shared memory": "out[0] = room[threadIdx.x ^ 1];",
+    "threads race": "__syncwarp(); out[0] = room[threadIdx.x]; room[threadIdx.x ^ 1] = 0;",
     "a thread ended": "if (threadIdx.x == 3) return; __shfl_sync(~0u, 1, 2);",
 }
 MMA = """asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 "
                      "{%0, %0}, {%1}, {%1}, {%1, %1};" : "=r"(d) : "r"(n));"""
+
+
+@on_standin(nvrtc=NVRTC)
+def test_threads_in_order_do_not_race() -> None:
+    import client as cu
+    import numpy as np
+
+    cu.start()
+    module = cu.Module("""
+extern "C" __global__ void f(int* out) {
+    __shared__ int room[64];
+    __shared__ unsigned n;
+    const int i = threadIdx.x;
+    if (i == 0) n = 0;
+    room[i] = i;
+    __syncwarp();
+    const int sum = room[i] + room[i ^ 1];
+    __syncwarp();
+    room[i] = sum;
+    __syncthreads();
+    atomicAdd(&n, 1u);
+    out[i] = room[63 - i] + room[0];
+    __syncthreads();
+    room[63 - i] = n;
+    __syncwarp();
+    out[i] += room[63 - i];
+}
+""")
+    out = cu.allocate(256)
+    module.launch("f", out, block=64)
+    i = np.arange(64, dtype=np.int32)
+    sums = i + (i ^ 1)
+    np.testing.assert_array_equal(cu.download(out, i), sums[::-1] + sums[0] + 64)
 
 
 @pytest.mark.parametrize("what", WRONG)

@@ -16,6 +16,7 @@
 
 #include "cuda_types.h"
 #include "fiber.h"
+#include "race_check.h"
 
 extern "C" {
 __thread QiLane* qi_standin_lane = nullptr;
@@ -73,6 +74,7 @@ class Worker {
     unsigned long long collective(int op, unsigned mask, unsigned long long value, int source,
                                   int width);
     void warp_call(unsigned mask, QiWarpFunction function, void* operands, unsigned place);
+    void shared_access(unsigned offset, unsigned bytes, RaceCheck::Kind kind, unsigned line);
     void yield();
     char* dynamic_shared() const { return dynamic_; }
     const Execution* launch() const { return launch_; }
@@ -108,6 +110,7 @@ class Worker {
     Lane* current_ = nullptr;
     int current_stack_ = -1;
     void* main_sp_ = nullptr;
+    RaceCheck races_;
     bool spinning_ = false;
     unsigned idle_yields_ = 0;
     std::minstd_rand random_;
@@ -288,6 +291,7 @@ void Worker::run_block(uint64_t block) {
                          static_cast<unsigned>(block / grid.grid.x % grid.grid.y),
                          static_cast<unsigned>(block / grid.grid.x / grid.grid.y)};
     prepare_shared();
+    races_.next_block();
     for (unsigned i = 0; i < n_lanes_; i++) {
         Lane& lane = lanes_[i];
         lane.thread = {i % dim.x, i / dim.x % dim.y, i / dim.x / dim.y};
@@ -409,6 +413,7 @@ void Worker::exited(Lane& lane) {
 
 void Worker::release_barrier() {
     at_barrier_ = 0;
+    races_.block_barrier();
     const Lane* last = nullptr;  // before this one
     for (unsigned i = 0; i < n_lanes_; i++) {
         if (lanes_[i].state != State::at_barrier) continue;
@@ -446,6 +451,7 @@ void Worker::complete(unsigned warp, unsigned mask) {
         operands[i] = reinterpret_cast<void*>(r.value);
     }
     if (last.op == qi_call) last.function(operands);
+    if (last.op == qi_syncwarp && (mask | warps_[warp].exited) == ~0u) races_.warp_barrier(warp);
     for (unsigned i = 0; i < 32; i++) {
         if (!(mask >> i & 1u)) continue;
         Request& r = lanes[i].request;
@@ -510,6 +516,13 @@ unsigned long long Worker::collective(int op, unsigned mask, unsigned long long 
 void Worker::warp_call(unsigned mask, QiWarpFunction function, void* operands, unsigned place) {
     meet(
         {qi_call, mask, reinterpret_cast<unsigned long long>(operands), 0, 32, 0, function, place});
+}
+
+void Worker::shared_access(unsigned offset, unsigned bytes, RaceCheck::Kind kind, unsigned line) {
+    const RaceCheck::Access* other = races_.access(current_->index, offset, bytes, kind, line);
+    if (!other) return;
+    fail(CUDA_ERROR_LAUNCH_FAILED, "threads race for shared memory at PTX:" + std::to_string(line) +
+                                       " and PTX:" + std::to_string(other->line));
 }
 
 void Worker::yield() {
@@ -602,6 +615,11 @@ unsigned long long qi_standin_collective(int op, unsigned mask, unsigned long lo
 
 void qi_standin_warp_call(unsigned mask, QiWarpFunction function, void* operands, unsigned place) {
     standin::worker->warp_call(mask, function, operands, place);
+}
+
+void qi_standin_shared_access(unsigned offset, unsigned bytes, int kind, unsigned line) {
+    standin::worker->shared_access(offset, bytes, static_cast<standin::RaceCheck::Kind>(kind),
+                                   line);
 }
 
 void qi_standin_yield() {

@@ -332,11 +332,11 @@ class Translator {
     }
 
     // A pointer to what an operand addresses.
-    std::string pointer(const Access& a, size_t i) const {
+    std::string pointer(const Access& a, size_t i, const char* kind) const {
         const std::string at = cpp_type(a.type) + ", " + std::to_string(a.n) + ">(";
-        const std::string rest = operands_.address(i) + ", " + line_ + ")";
-        return a.space == "shared" ? "shared_at<" + at + "shared, " + rest
-                                   : "global_at<" + at + rest;
+        const std::string address = operands_.address(i) + ", ", line = line_ + ")";
+        return a.space == "shared" ? "shared_at<" + at + "shared, " + address + kind + ", " + line
+                                   : "global_at<" + at + address + line;
     }
 
     std::string ld() {
@@ -351,7 +351,7 @@ class Translator {
                 "parameter<" + cpp_type(a.type) + ">(arguments, " + std::to_string(offset) + ")");
         }
         std::string text = "{ const " + std::string(a.ordered ? "volatile " : "") +
-                           cpp_type(a.type) + "* const from = " + pointer(a, 1) + "; ";
+                           cpp_type(a.type) + "* const from = " + pointer(a, 1, "load") + "; ";
         for (size_t i = 0; i < a.n; i++)
             text += operands_.assign(to[i], a.type, "from[" + std::to_string(i) + "]") + " ";
         return text + "}";
@@ -362,7 +362,7 @@ class Translator {
         const auto from = operands_.elements(1);
         if (from.size() != a.n || a.space == "param") operands_.fail("an unknown store");
         std::string text = "{ " + std::string(a.ordered ? "volatile " : "") + cpp_type(a.type) +
-                           "* const to = " + pointer(a, 0) + "; ";
+                           "* const to = " + pointer(a, 0, "store") + "; ";
         for (size_t i = 0; i < a.n; i++)
             text += "to[" + std::to_string(i) + "] = " + operands_.value(from[i], a.type) + "; ";
         return text + "}";
@@ -372,7 +372,8 @@ class Translator {
         const std::string operation = opcode_.take_of({"add", "min", "max"});
         const Access a = access();
         if (operation.empty() || is_float(a.type)) operands_.fail("an unknown operation");
-        return out(a.type, "atom_" + operation + "(" + pointer(a, 1) + ", " + in(2, a.type) + ")");
+        return out(a.type, "atom_" + operation + "(" + pointer(a, 1, "atomic") + ", " +
+                               in(2, a.type) + ")");
     }
 
     std::string membar() {
@@ -426,7 +427,7 @@ class Translator {
         const std::string n = std::to_string(to.size());
         std::string text = "{ const MatrixLoad<" + n + "> all = ldmatrix<" + n + ", " +
                            (transposed ? "true" : "false") + ">(shared_at<u16, 8>(shared, " +
-                           operands_.address(1) + ", " + line_ + "), " + line_ + "); ";
+                           operands_.address(1) + ", load, " + line_ + "), " + line_ + "); ";
         for (size_t i = 0; i < to.size(); i++)
             text += operands_.assign(to[i], "b32", "all.words[" + std::to_string(i) + "]") + " ";
         return text + "}";

@@ -237,15 +237,22 @@ inline T* global_at(u64 address, unsigned line) {
         qi_standin_misaligned(address, "PTX", line);
     return reinterpret_cast<T*>(address);
 }
+enum Access { load, store, atomic };
+
 template <class T, int n = 1>
-inline T* shared_at(const Shared& shared, u64 address, unsigned line) {
+inline T* shared_at(const Shared& shared, u64 address, Access access, unsigned line) {
     if (__builtin_expect(address % (n * sizeof(T)) != 0, 0))
         qi_standin_misaligned(address, "PTX", line);
-    if (address >= dynamic_base)
-        return reinterpret_cast<T*>(shared.dynamic + (address - dynamic_base));
-    if (__builtin_expect(address - static_base > shared.bytes - n * sizeof(T), 0))
+    const bool is_dynamic = address >= dynamic_base;
+    if (__builtin_expect(!is_dynamic && address - static_base > shared.bytes - n * sizeof(T), 0))
         qi_standin_fault("an access outside of static shared memory", "PTX", line);
-    return reinterpret_cast<T*>(shared.variables + (address - static_base));
+    const u64 offset = address - (is_dynamic ? dynamic_base : static_base);
+    // Dynamic memory counts from behind all that static variables may take; beyond what it may be,
+    // the access itself fails.
+    if (offset < 0x40000)
+        qi_standin_shared_access(static_cast<u32>(offset) + (is_dynamic ? 0x10000 : 0),
+                                 n * sizeof(T), access, line);
+    return reinterpret_cast<T*>((is_dynamic ? shared.dynamic : shared.variables) + offset);
 }
 inline u64 generic_of_shared(const Shared& shared, u64 address) {
     return reinterpret_cast<u64>(address >= dynamic_base

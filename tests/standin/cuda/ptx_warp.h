@@ -78,9 +78,8 @@ QI_NOINLINE inline u32 vote_ballot(bool yes, u32 mask) {
     return mine.ballot;
 }
 
-inline void meet(void* const*) {}
 inline void bar_warp_sync(u32 mask) {
-    qi_standin_warp_call(mask, meet, nullptr, 0);
+    qi_standin_collective(qi_syncwarp, mask, 0, 0, 32);
 }
 
 // ---- ldmatrix, .m8n8.b16 ----
