@@ -8,6 +8,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr int internal_error = 11;  // NVRTC's
+
 struct Real {
     int (*create)(void**, const char*, const char*, int, const char* const*, const char* const*);
     int (*destroy)(void**);
@@ -76,7 +78,7 @@ int compile_to_ptx(const fs::path& library, const std::string& name, const std::
                    std::vector<std::string> options, int architecture, std::string& ptx,
                    std::string& log) {
     const Real* real = load(library, log);
-    if (!real) return 11;
+    if (!real) return internal_error;
     std::vector<std::string> names, texts;
     for (const auto& [header, text] : headers) {
         names.push_back(header);

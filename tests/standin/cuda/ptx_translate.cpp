@@ -1,6 +1,7 @@
 #include "ptx_translate.h"
 
 #include <algorithm>
+#include <cctype>
 #include <set>
 
 #include "ptx_instruction.h"

@@ -19,6 +19,11 @@
 //                            makes of them for the architecture, inline PTX
 //                            and tensor cores included, translated to C++     none: plain C++
 //
+// Kernels from a real NVRTC's PTX are checked further: accesses of shared memory have to be inside
+// of it and in an order; what a warp does together, and barriers, have to be met in one place; what
+// a register holds that was never set is no number; the exponential and tensor cores' sums are as
+// far off as a card's may be.
+//
 // A failure that the real driver reports by a bare code says more on standard error, and through
 // standin_report. Three things are stricter than the real driver: memory and modules that queued
 // work uses cannot be taken away (CUDA_ERROR_ILLEGAL_STATE); a warp collective may not name lanes
