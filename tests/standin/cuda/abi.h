@@ -32,18 +32,31 @@ enum QiCollective {
     qi_shfl_xor,
     qi_ballot,
     qi_syncwarp,
+    qi_call,
 };
+
+// What a warp does together: gets each lane's operands, null for lanes that take no part.
+using QiWarpFunction = void (*)(void* const operands[32]);
 
 extern "C" {
 // Initial exec: the variable is the executable's, a load from the thread pointer.
 extern __thread QiLane* qi_standin_lane __attribute__((tls_model("initial-exec")));
 
 void qi_standin_barrier();
+// The threads of a warp have to come to it from the same place.
+void qi_standin_barrier_at(unsigned place);
 unsigned long long qi_standin_collective(int op, unsigned mask, unsigned long long value,
                                          int source, int width);
+// Runs the function once, when the lanes of the mask have come to it, from the same place.
+void qi_standin_warp_call(unsigned mask, QiWarpFunction function, void* operands, unsigned place);
+// Before an access to shared memory: a load, a store or an atomic operation (0, 1, 2).
+void qi_standin_shared_access(unsigned offset, unsigned bytes, int kind, unsigned line);
 void qi_standin_yield();               // called by every spin loop: others may run
 char* qi_standin_dynamic_shared();     // of the running block
 unsigned long long qi_standin_time();  // nanoseconds
 void qi_standin_sleep(unsigned nanoseconds);
 [[noreturn]] void qi_standin_trap();
+[[noreturn]] void qi_standin_misaligned(unsigned long long address, const char* file,
+                                        unsigned line);
+[[noreturn]] void qi_standin_fault(const char* what, const char* file, unsigned line);
 }

@@ -16,6 +16,7 @@
 
 #include "cuda_types.h"
 #include "fiber.h"
+#include "race_check.h"
 
 extern "C" {
 __thread QiLane* qi_standin_lane = nullptr;
@@ -39,6 +40,8 @@ struct Request {
     unsigned long long value;
     int source, width;
     unsigned long long result;
+    QiWarpFunction function;  // of qi_call; `value` points to the operands
+    unsigned place;
 };
 
 struct Lane : QiLane {
@@ -46,6 +49,7 @@ struct Lane : QiLane {
     State state;
     void* sp;
     int stack;
+    unsigned barrier_place;
     Request request;
 };
 
@@ -66,9 +70,11 @@ class Worker {
 
     void run_blocks(Execution& launch);
 
-    void barrier();
+    void barrier(unsigned place);
     unsigned long long collective(int op, unsigned mask, unsigned long long value, int source,
                                   int width);
+    void warp_call(unsigned mask, QiWarpFunction function, void* operands, unsigned place);
+    void shared_access(unsigned offset, unsigned bytes, RaceCheck::Kind kind, unsigned line);
     void yield();
     char* dynamic_shared() const { return dynamic_; }
     const Execution* launch() const { return launch_; }
@@ -86,6 +92,7 @@ class Worker {
     Lane* next_ready();
     void exited(Lane& lane);
     void release_barrier();
+    void meet(const Request& request);  // the current lane in a collective
     void complete(unsigned warp, unsigned mask);
     void check_stack(int stack) const;
     std::string stuck() const;
@@ -103,6 +110,7 @@ class Worker {
     Lane* current_ = nullptr;
     int current_stack_ = -1;
     void* main_sp_ = nullptr;
+    RaceCheck races_;
     bool spinning_ = false;
     unsigned idle_yields_ = 0;
     std::minstd_rand random_;
@@ -283,6 +291,7 @@ void Worker::run_block(uint64_t block) {
                          static_cast<unsigned>(block / grid.grid.x % grid.grid.y),
                          static_cast<unsigned>(block / grid.grid.x / grid.grid.y)};
     prepare_shared();
+    races_.next_block();
     for (unsigned i = 0; i < n_lanes_; i++) {
         Lane& lane = lanes_[i];
         lane.thread = {i % dim.x, i / dim.x % dim.y, i / dim.x / dim.y};
@@ -404,15 +413,21 @@ void Worker::exited(Lane& lane) {
 
 void Worker::release_barrier() {
     at_barrier_ = 0;
+    races_.block_barrier();
+    const Lane* last = nullptr;  // before this one
     for (unsigned i = 0; i < n_lanes_; i++) {
         if (lanes_[i].state != State::at_barrier) continue;
+        if (last && last->index / 32 == i / 32 && last->barrier_place != lanes_[i].barrier_place)
+            fail(CUDA_ERROR_LAUNCH_FAILED, "threads of a warp met in different barriers");
+        last = &lanes_[i];
         lanes_[i].state = State::ready;
         if (&lanes_[i] != current_) ready_.push_back(i);
     }
 }
 
-void Worker::barrier() {
+void Worker::barrier(unsigned place) {
     current_->state = State::at_barrier;
+    current_->barrier_place = place;
     if (++at_barrier_ == alive_) {
         release_barrier();
     } else {
@@ -422,15 +437,21 @@ void Worker::barrier() {
 
 void Worker::complete(unsigned warp, unsigned mask) {
     Lane* lanes = &lanes_[warp * 32];
+    const Request& last = current_->request;
     unsigned votes = 0;
+    void* operands[32] = {};
     for (unsigned i = 0; i < 32; i++) {
         if (!(mask >> i & 1u)) continue;
         const Request& r = lanes[i].request;
-        if (r.mask != mask || r.op != lanes[current_->index % 32].request.op)
+        if (r.mask != mask || r.op != last.op || r.function != last.function ||
+            r.place != last.place)
             fail(CUDA_ERROR_LAUNCH_FAILED,
                  "threads of a warp met in different collectives or masks");
         votes |= static_cast<unsigned>(r.value & 1u) << i;
+        operands[i] = reinterpret_cast<void*>(r.value);
     }
+    if (last.op == qi_call) last.function(operands);
+    if (last.op == qi_syncwarp && (mask | warps_[warp].exited) == ~0u) races_.warp_barrier(warp);
     for (unsigned i = 0; i < 32; i++) {
         if (!(mask >> i & 1u)) continue;
         Request& r = lanes[i].request;
@@ -464,19 +485,16 @@ void Worker::complete(unsigned warp, unsigned mask) {
     warps_[warp].waiting &= ~mask;
 }
 
-unsigned long long Worker::collective(int op, unsigned mask, unsigned long long value, int source,
-                                      int width) {
+void Worker::meet(const Request& request) {
     Lane& self = *current_;
     Warp& warp = warps_[self.index / 32];
-    const unsigned bit = 1u << self.index % 32;
+    const unsigned bit = 1u << self.index % 32, mask = request.mask;
     if (!(mask & bit))
         fail(CUDA_ERROR_LAUNCH_FAILED, "a thread calls a warp collective whose mask leaves it out");
     if (mask & warp.exited)
         fail(CUDA_ERROR_LAUNCH_FAILED,
              "a warp collective names a lane that has ended or that the block does not have");
-    if (width < 1 || width > 32 || (width & (width - 1)))
-        fail(CUDA_ERROR_LAUNCH_FAILED, "the width of a shuffle is no power of two up to 32");
-    self.request = {op, mask, value, source, width, 0};
+    self.request = request;
     warp.waiting |= bit;
     if ((warp.waiting & mask) == mask) {
         complete(self.index / 32, mask);
@@ -484,7 +502,27 @@ unsigned long long Worker::collective(int op, unsigned mask, unsigned long long 
         self.state = State::at_collective;
         leave();
     }
+}
+
+unsigned long long Worker::collective(int op, unsigned mask, unsigned long long value, int source,
+                                      int width) {
+    if (width < 1 || width > 32 || (width & (width - 1)))
+        fail(CUDA_ERROR_LAUNCH_FAILED, "the width of a shuffle is no power of two up to 32");
+    Lane& self = *current_;
+    meet({op, mask, value, source, width, 0, nullptr, 0});
     return self.request.result;
+}
+
+void Worker::warp_call(unsigned mask, QiWarpFunction function, void* operands, unsigned place) {
+    meet(
+        {qi_call, mask, reinterpret_cast<unsigned long long>(operands), 0, 32, 0, function, place});
+}
+
+void Worker::shared_access(unsigned offset, unsigned bytes, RaceCheck::Kind kind, unsigned line) {
+    const RaceCheck::Access* other = races_.access(current_->index, offset, bytes, kind, line);
+    if (!other) return;
+    fail(CUDA_ERROR_LAUNCH_FAILED, "threads race for shared memory at PTX:" + std::to_string(line) +
+                                       " and PTX:" + std::to_string(other->line));
 }
 
 void Worker::yield() {
@@ -563,12 +601,25 @@ void set_clock_rate(uint64_t rate) {
 extern "C" {
 
 void qi_standin_barrier() {
-    standin::worker->barrier();
+    standin::worker->barrier(0);
+}
+
+void qi_standin_barrier_at(unsigned place) {
+    standin::worker->barrier(place);
 }
 
 unsigned long long qi_standin_collective(int op, unsigned mask, unsigned long long value,
                                          int source, int width) {
     return standin::worker->collective(op, mask, value, source, width);
+}
+
+void qi_standin_warp_call(unsigned mask, QiWarpFunction function, void* operands, unsigned place) {
+    standin::worker->warp_call(mask, function, operands, place);
+}
+
+void qi_standin_shared_access(unsigned offset, unsigned bytes, int kind, unsigned line) {
+    standin::worker->shared_access(offset, bytes, static_cast<standin::RaceCheck::Kind>(kind),
+                                   line);
 }
 
 void qi_standin_yield() {
@@ -597,23 +648,30 @@ void qi_standin_trap() {
     standin::fail(CUDA_ERROR_LAUNCH_FAILED, "the kernel trapped");
 }
 
+void qi_standin_misaligned(unsigned long long address, const char* file, unsigned line) {
+    char text[32];
+    snprintf(text, sizeof text, "%#llx", address);
+    standin::fail(CUDA_ERROR_MISALIGNED_ADDRESS, "misaligned address " + std::string(text) +
+                                                     " at " + file + ":" + std::to_string(line));
+}
+
+void qi_standin_fault(const char* what, const char* file, unsigned line) {
+    standin::fail(CUDA_ERROR_ILLEGAL_ADDRESS,
+                  std::string(what) + " at " + file + ":" + std::to_string(line));
+}
+
 // The compiler's checks of alignment and of array bounds call these; no sanitizer library is there.
 struct QiSource {
     const char* file;
     unsigned line, column;
 };
-static std::string at(const QiSource* source) {
-    return std::string(source->file) + ":" + std::to_string(source->line);
-}
 void __ubsan_handle_type_mismatch_v1_abort(const QiSource* source, void* pointer) {
-    char text[32];
-    snprintf(text, sizeof text, "%p", pointer);
-    standin::fail(CUDA_ERROR_MISALIGNED_ADDRESS,
-                  "misaligned address " + std::string(text) + " at " + at(source));
+    qi_standin_misaligned(reinterpret_cast<unsigned long long>(pointer), source->file,
+                          source->line);
 }
 void __ubsan_handle_out_of_bounds_abort(const QiSource* source, void* index) {
-    standin::fail(CUDA_ERROR_ILLEGAL_ADDRESS,
-                  "index " + std::to_string(reinterpret_cast<intptr_t>(index)) +
-                      " is outside of an array at " + at(source));
+    const std::string what =
+        "index " + std::to_string(reinterpret_cast<intptr_t>(index)) + " is outside of an array";
+    qi_standin_fault(what.c_str(), source->file, source->line);
 }
 }

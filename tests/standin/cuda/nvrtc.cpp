@@ -1,6 +1,6 @@
 // NVRTC's entry points: programs are compiled by the host compiler, with shim.h in front, into a
-// shared object that takes the cubin's place. Objects are cached on disk by what they are made
-// from.
+// shared object that takes the cubin's place; or, where STANDIN_NVRTC names a real NVRTC, by that
+// to PTX, which is translated. Objects are cached on disk by what they are made from.
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <spawn.h>
@@ -22,6 +22,9 @@
 #include <vector>
 
 #include "image.h"
+#include "nvrtc_real.h"
+#include "ptx_module.h"
+#include "ptx_translate.h"
 #include "source_scan.h"
 #include "version.h"
 
@@ -98,6 +101,7 @@ struct Options {
     bool real = false;  // sm_XX, not compute_XX: there is a cubin
     std::string standard = "c++17";
     std::vector<std::string> definitions;
+    std::vector<std::string> others;  // all words but the architecture
 };
 
 bool starts(const std::string& text, const char* with, std::string& rest) {
@@ -132,6 +136,8 @@ bool parse_options(int n, const char* const* words, Options& options, std::strin
     for (int i = 0; i < n; i++) {
         const std::string word = words[i] ? words[i] : "";
         std::string value;
+        if (!starts(word, "--gpu-architecture=", value) && !starts(word, "-arch=", value))
+            options.others.push_back(word);
         if (ignored.contains(word)) continue;
         if (std::any_of(std::begin(ignored_with_value), std::end(ignored_with_value),
                         [&](const char* o) { return starts(word, o, value) && !value.empty(); }))
@@ -219,13 +225,37 @@ std::string without_folder(std::string text, const std::string& folder) {
     return text;
 }
 
+fs::path sources(const char* name) {
+    return fs::path(STANDIN_SOURCES) / name;
+}
+
+// Makes the cubin of unit.cpp, compiled by the given words.
+nvrtcResult build_unit(Program& program, const Options& options, const fs::path& folder,
+                       std::vector<std::string> words) {
+    const std::string object = folder / "unit.o", library = folder / "unit.so";
+    words.insert(words.end(), {"-march=native", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique",
+                               "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing",
+                               "-fno-exceptions", "-fno-rtti", "-fno-asynchronous-unwind-tables",
+                               "-c", folder / "unit.cpp", "-o", object});
+    if (run_compiler(folder, words, program.log) != 0) return NVRTC_ERROR_COMPILATION;
+    std::string link_log;
+    if (run_compiler(folder, {"-shared", "-nostdlib", object, "-lgcc", "-o", library}, link_log)) {
+        program.log += link_log;
+        return NVRTC_ERROR_COMPILATION;
+    }
+    const std::string bytes = read_file(library);
+    program.cubin.assign(bytes.begin(), bytes.end());
+    seal_image(reinterpret_cast<unsigned char*>(program.cubin.data()), program.cubin.size(),
+               options.architecture);
+    return NVRTC_SUCCESS;
+}
+
 nvrtcResult build(Program& program, const Options& options, const fs::path& folder) {
     const std::string file = program.name.empty() ? "default_program" : program.name;
     write_file(folder / "in" / file, with_dynamic_shared(program.source));
     for (const auto& [name, text] : program.headers)
         write_file(folder / "in" / name, with_dynamic_shared(text));
 
-    const fs::path shim = fs::path(STANDIN_SOURCES) / "shim.h";
     const std::string input = folder / "in" / file;
     std::vector<std::string> common = {
         "-x",
@@ -255,31 +285,41 @@ nvrtcResult build(Program& program, const Options& options, const fs::path& fold
     unit += "{}};\n";
     write_file(folder / "unit.cpp", unit);
 
-    const std::string object = folder / "unit.o", library = folder / "unit.so";
     words = common;
-    words.insert(words.end(),
-                 {"-O2", "-march=native", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique",
-                  "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing", "-fno-exceptions",
-                  "-fno-rtti", "-fno-asynchronous-unwind-tables",
-                  // Checked as the hardware would, or would not but should: executor.cpp reports.
-                  "-fsanitize=alignment,bounds", "-fno-sanitize-recover=all", "-include", shim,
-                  "-c", folder / "unit.cpp", "-o", object});
-    if (run_compiler(folder, words, program.log) != 0) return NVRTC_ERROR_COMPILATION;
-    std::string link_log;
-    if (run_compiler(folder, {"-shared", "-nostdlib", object, "-lgcc", "-o", library}, link_log)) {
-        program.log += link_log;
+    // Checked as the hardware would, or would not but should: executor.cpp reports.
+    words.insert(words.end(), {"-O2", "-fsanitize=alignment,bounds", "-fno-sanitize-recover=all",
+                               "-include", sources("shim.h")});
+    return build_unit(program, options, folder, words);
+}
+
+std::string real_nvrtc() {
+    const char* given = std::getenv("STANDIN_NVRTC");
+    return given ? given : "";
+}
+
+// The PTX is kept beside the object, whose reports name its lines.
+nvrtcResult build_from_ptx(Program& program, const Options& options, const fs::path& folder,
+                           const fs::path& kept) {
+    std::string text;
+    const int result = compile_to_ptx(real_nvrtc(), program.name, program.source, program.headers,
+                                      options.others, options.architecture, text, program.log);
+    if (result != NVRTC_SUCCESS) return static_cast<nvrtcResult>(result);
+    write_file(kept, text);
+    try {
+        write_file(folder / "unit.cpp", ptx::translate_module(text));
+    } catch (const ptx::Unknown& unknown) {
+        program.log += program.name + " as PTX, " + unknown.what() + "\n";
         return NVRTC_ERROR_COMPILATION;
     }
-    const std::string bytes = read_file(library);
-    program.cubin.assign(bytes.begin(), bytes.end());
-    seal_image(reinterpret_cast<unsigned char*>(program.cubin.data()), program.cubin.size(),
-               options.architecture);
-    return NVRTC_SUCCESS;
+    // ptx_unit.h says why nothing is optimised.
+    return build_unit(
+        program, options, folder,
+        {"-x", "c++", "-std=gnu++20", "-nostdinc", "-w", "-O0", "-include", sources("ptx_warp.h")});
 }
 
 nvrtcResult compile(Program& program, const Options& options) {
-    std::vector<std::string> made_from = {read_file(fs::path(STANDIN_SOURCES) / "shim.h"),
-                                          read_file(fs::path(STANDIN_SOURCES) / "abi.h"),
+    std::vector<std::string> made_from = {read_file(sources("shim.h")),
+                                          read_file(sources("abi.h")),
                                           STANDIN_BUILD,
                                           compiler(),
                                           processor(),
@@ -292,6 +332,14 @@ nvrtcResult compile(Program& program, const Options& options) {
         made_from.push_back(text);
     }
     made_from.insert(made_from.end(), options.definitions.begin(), options.definitions.end());
+    const bool from_ptx = !real_nvrtc().empty();
+    if (from_ptx) {
+        made_from.push_back(real_nvrtc());
+        made_from.insert(made_from.end(), options.others.begin(), options.others.end());
+        for (const char* name : {"ptx_unit.h", "ptx_warp.h", "ptx_module.cpp", "ptx_operand.cpp",
+                                 "ptx_instruction.cpp", "ptx_translate.cpp"})
+            made_from.push_back(read_file(sources(name)));
+    }
     char key[17];
     std::snprintf(key, sizeof key, "%016llx", static_cast<unsigned long long>(hash_of(made_from)));
 
@@ -306,7 +354,9 @@ nvrtcResult compile(Program& program, const Options& options) {
     }
     std::string pattern = fs::temp_directory_path() / "standin-nvrtc-XXXXXX";
     if (!mkdtemp(pattern.data())) return NVRTC_ERROR_INTERNAL_ERROR;
-    const nvrtcResult result = build(program, options, pattern);
+    const nvrtcResult result =
+        from_ptx ? build_from_ptx(program, options, pattern, entry.string() + ".ptx")
+                 : build(program, options, pattern);
     program.log = without_folder(without_folder(program.log, pattern + "/in"), pattern);
     std::error_code ignored;
     fs::remove_all(pattern, ignored);

@@ -15,6 +15,14 @@
 // Read by NVRTC:
 //   STANDIN_CXX              the compiler                                     the stand-in's own
 //   STANDIN_CACHE            the folder of compiled kernels                   kernels/ beside it
+//   STANDIN_NVRTC            the path of a real NVRTC: kernels are what it
+//                            makes of them for the architecture, inline PTX
+//                            and tensor cores included, translated to C++     none: plain C++
+//
+// Kernels from a real NVRTC's PTX are checked further: accesses of shared memory have to be inside
+// of it and in an order; what a warp does together, and barriers, have to be met in one place; what
+// a register holds that was never set is no number; the exponential and tensor cores' sums are as
+// far off as a card's may be.
 //
 // A failure that the real driver reports by a bare code says more on standard error, and through
 // standin_report. Three things are stricter than the real driver: memory and modules that queued
