@@ -36,7 +36,7 @@ struct SplitChoice {
 };
 
 struct Placement {
-    int64_t n_layers = 0;  // the first so many have attention, norms, keys and values there
+    int64_t n_layers = 0;      // the first so many have attention, norms, keys and values there
     int64_t n_predictors = 0;  // the first so many have their predictors there, if they have any
     bool head = false;
     std::vector<NeuronShard> resident, rest;  // [n_layers] there, and with the host

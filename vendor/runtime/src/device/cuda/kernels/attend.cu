@@ -146,13 +146,14 @@ QI_DEVICE void weigh_runs(const f32* of_runs, int stride, int n_runs, f32* terms
         const int run = min_of(first + lane_id(), n_runs - 1);
         const f32 factor = expf(of_runs[run * stride] - maximum);
         const f32 of_run = of_runs[run * stride + 1];
-        factors[run] = factor;
+        if (first + lane_id() < n_runs) factors[run] = factor;
         const int n = min_of(n_runs - first, warp_size);
 #pragma unroll 4
         for (int i = 0; i < n; ++i)
             total = fmaf(__shfl_sync(QI_WARP_MASK, of_run, i), __shfl_sync(QI_WARP_MASK, factor, i),
                          total);
     }
+    if (lane_id() != 0) return;
     terms[0] = maximum;
     terms[1] = total;
 }

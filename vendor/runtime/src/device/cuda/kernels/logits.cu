@@ -91,17 +91,21 @@ QI_DEVICE void sort_lists(u64* keys, int length) {
         }
 }
 
-// Keys of a falling list that are larger than `key`.
-QI_DEVICE int n_larger(const u64* list, int length, u64 key) {
+// Keys of a falling list that come before `key`: larger ones, and equal ones if they go first.
+QI_DEVICE int n_before(const u64* list, int length, u64 key, bool equal_first) {
     int n = 0;
 #pragma unroll 1
-    for (int step = length; step > 0; step /= 2)
-        if (n + step <= length && list[n + step - 1] > key) n += step;
+    for (int step = length; step > 0; step /= 2) {
+        if (n + step > length) continue;
+        const u64 other = list[n + step - 1];
+        if (other > key || (equal_first && other == key)) n += step;
+    }
     return n;
 }
 
 // Makes the first list the best `length` keys of all lists: of two lists at a time each key counts
-// the larger ones, which gives its place. Keys differ, unless they are 0.
+// those of the other that come before it, which gives its place. Only keys of 0 are equal; the
+// first list's go first.
 QI_DEVICE void merge_lists(u64* keys, int length) {
 #pragma unroll 1
     for (int n = top_cols; n > length; n /= 2) {
@@ -115,7 +119,8 @@ QI_DEVICE void merge_lists(u64* keys, int length) {
             if (at >= n) continue;
             mine[i] = keys[at];
             const u64* other = keys + ((at ^ length) & ~(length - 1));
-            const int rank = (at & (length - 1)) + n_larger(other, length, mine[i]);
+            const bool second = (at & length) != 0;
+            const int rank = (at & (length - 1)) + n_before(other, length, mine[i], second);
             if (rank < length) places[i] = (at & ~(2 * length - 1)) / 2 + rank;
         }
         __syncthreads();
