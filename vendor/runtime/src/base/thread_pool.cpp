@@ -40,7 +40,7 @@ constexpr microseconds worker_spin{50};
 constexpr microseconds expectant_worker_spin{5000};
 // A turn of polling that takes so long says that another thread had the core. Who polls then loses
 // it for milliseconds at a time, while who sleeps gets it back when woken: on two cores shared with
-// busy processes, workers that polled came to 1 job of 4, those that slept to 1 of 2. So a worker
+// busy processes, workers that polled came to 1 job of 4, those that slept to 2 of 5. So a worker
 // does not wait by polling for a while.
 constexpr microseconds lost_core{200}, patience_after_lost_core{100'000};
 // The caller polls for the last chunks for two mean chunks, within these bounds: what is still out

@@ -37,9 +37,10 @@ void parallel_for(int n_threads, int64_t n_chunks,
                   FunctionRef<void(int64_t chunk, int worker)> body);
 
 // While one lives, the next call of parallel_for is expected soon: workers that have come to a job
-// stay awake for the next one, so that the caller does not have to wake them one after the other.
-// For callers that wait, for fractions of a millisecond, for what they compute with. Any number may
-// live at once, on any threads.
+// stay awake for the next one, so that the caller does not have to wake them one after the other;
+// not for more than some milliseconds, and not on cores that other threads want. For callers that
+// wait, for fractions of a millisecond, for what they compute with. Any number may live at once, on
+// any threads.
 class StayAwake {
   public:
     StayAwake();

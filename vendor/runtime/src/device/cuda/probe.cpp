@@ -48,7 +48,7 @@ ProbeReport probe(int ordinal, size_t n_bytes, size_t budget_bytes) {
     report.compile_seconds = module->compile_seconds();
     const Function kernel = module->function("probe");
     const Stream compute(gpu);
-    const Stream copy(gpu, 1);
+    const Stream copy(gpu, Stream::last_priority);
     const Event copied(gpu);
     const Current current(*gpu);
 
