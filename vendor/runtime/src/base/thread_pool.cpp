@@ -39,9 +39,9 @@ constexpr microseconds worker_spin{50};
 // times over. To a wait that is longer still, the time that waking takes does not matter.
 constexpr microseconds expectant_worker_spin{5000};
 // A turn of polling that takes so long says that another thread had the core. Who polls then loses
-// it for milliseconds at a time, while who sleeps gets it back when woken: on two cores shared with
-// busy processes, workers that polled came to 1 job of 4, those that slept to 2 of 5. So a worker
-// does not wait by polling for a while.
+// it for milliseconds at a time, while who sleeps gets it back when woken: on the core of a busy
+// process, a worker that polled came to 1 job of 50, one that slept to 3 of 5. So a worker does not
+// wait by polling for a while.
 constexpr microseconds lost_core{200}, patience_after_lost_core{100'000};
 // The caller polls for the last chunks for two mean chunks, within these bounds: what is still out
 // by then belongs to a worker that lost its core, or is long enough to hide the cost of sleeping.
