@@ -334,9 +334,10 @@ class Translator {
     // A pointer to what an operand addresses.
     std::string pointer(const Access& a, size_t i, const char* kind) const {
         const std::string at = cpp_type(a.type) + ", " + std::to_string(a.n) + ">(";
-        const std::string address = operands_.address(i) + ", ", line = line_ + ")";
-        return a.space == "shared" ? "shared_at<" + at + "shared, " + address + kind + ", " + line
-                                   : "global_at<" + at + address + line;
+        const std::string address = operands_.address(i) + ", ";
+        if (a.space != "shared") return "global_at<" + at + address + line_ + ")";
+        const char* values = kind == std::string("store") ? ", values)" : ")";
+        return "shared_at<" + at + "shared, " + address + kind + ", " + line_ + values;
     }
 
     std::string ld() {
@@ -361,10 +362,16 @@ class Translator {
         const Access a = access();
         const auto from = operands_.elements(1);
         if (from.size() != a.n || a.space == "param") operands_.fail("an unknown store");
-        std::string text = "{ " + std::string(a.ordered ? "volatile " : "") + cpp_type(a.type) +
-                           "* const to = " + pointer(a, 0, "store") + "; ";
-        for (size_t i = 0; i < a.n; i++)
-            text += "to[" + std::to_string(i) + "] = " + operands_.value(from[i], a.type) + "; ";
+        const std::string type = cpp_type(a.type);
+        std::string text = "{ const " + type + " values[] = {";
+        for (const std::string& element : from)
+            text += operands_.value(element, a.type) + ", ";
+        text += std::string("}; ") + (a.ordered ? "volatile " : "") + type +
+                "* const to = " + pointer(a, 0, "store") + "; ";
+        for (size_t i = 0; i < a.n; i++) {
+            const std::string at = "[" + std::to_string(i) + "]";
+            text += "to" + at + " = values" + at + "; ";
+        }
         return text + "}";
     }
 

@@ -24,6 +24,7 @@ float exp2f(float) noexcept;
 float log2f(float) noexcept;
 void* memcpy(void*, const void*, decltype(sizeof 0)) noexcept;
 void* memset(void*, int, decltype(sizeof 0)) noexcept;
+int memcmp(const void*, const void*, decltype(sizeof 0)) noexcept;
 }
 
 // Kernels are compiled without optimisation: that takes longer than all they do in a test. What
@@ -237,22 +238,27 @@ inline T* global_at(u64 address, unsigned line) {
         qi_standin_misaligned(address, "PTX", line);
     return reinterpret_cast<T*>(address);
 }
-enum Access { load, store, atomic };
+enum Access { load, store, atomic, repeat };
 
+// values: what is to be stored there. Threads may store the same unordered.
 template <class T, int n = 1>
-inline T* shared_at(const Shared& shared, u64 address, Access access, unsigned line) {
+inline T* shared_at(const Shared& shared, u64 address, Access access, unsigned line,
+                    const T* values = nullptr) {
     if (__builtin_expect(address % (n * sizeof(T)) != 0, 0))
         qi_standin_misaligned(address, "PTX", line);
     const bool is_dynamic = address >= dynamic_base;
     if (__builtin_expect(!is_dynamic && address - static_base > shared.bytes - n * sizeof(T), 0))
         qi_standin_fault("an access outside of static shared memory", "PTX", line);
     const u64 offset = address - (is_dynamic ? dynamic_base : static_base);
+    T* const at = reinterpret_cast<T*>((is_dynamic ? shared.dynamic : shared.variables) + offset);
     // Dynamic memory counts from behind all that static variables may take; beyond what it may be,
     // the access itself fails.
-    if (offset < 0x40000)
+    if (offset < 0x40000) {
+        if (values && __builtin_memcmp(at, values, n * sizeof(T)) == 0) access = repeat;
         qi_standin_shared_access(static_cast<u32>(offset) + (is_dynamic ? 0x10000 : 0),
                                  n * sizeof(T), access, line);
-    return reinterpret_cast<T*>((is_dynamic ? shared.dynamic : shared.variables) + offset);
+    }
+    return at;
 }
 inline u64 generic_of_shared(const Shared& shared, u64 address) {
     return reinterpret_cast<u64>(address >= dynamic_base
