@@ -31,53 +31,22 @@ class Translator {
     static const std::map<std::string, Handler>& handlers() {
         using T = Translator;
         static const std::map<std::string, Handler> all = {
-            {"add", &T::sum},
-            {"sub", &T::sum},
-            {"mul", &T::mul},
-            {"mad", &T::mad},
-            {"fma", &T::fma},
-            {"div", &T::div},
-            {"rem", &T::div},
-            {"rcp", &T::rcp},
-            {"sqrt", &T::sqrt},
-            {"ex2", &T::ex2},
-            {"min", &T::pick},
-            {"max", &T::pick},
-            {"neg", &T::neg},
-            {"abs", &T::abs},
-            {"not", &T::bitwise},
-            {"and", &T::bitwise},
-            {"or", &T::bitwise},
-            {"xor", &T::bitwise},
-            {"shl", &T::shift},
-            {"shr", &T::shift},
-            {"bfi", &T::bits},
-            {"bfind", &T::bits},
-            {"brev", &T::bits},
-            {"popc", &T::bits},
-            {"clz", &T::bits},
-            {"prmt", &T::bits},
-            {"dp4a", &T::dp4a},
-            {"setp", &T::setp},
-            {"selp", &T::selp},
-            {"mov", &T::mov},
-            {"cvt", &T::cvt},
-            {"cvta", &T::cvta},
-            {"ld", &T::ld},
-            {"st", &T::st},
-            {"atom", &T::atom},
-            {"membar", &T::membar},
-            {"fence", &T::membar},
-            {"bar", &T::bar},
-            {"shfl", &T::shfl},
-            {"vote", &T::vote},
-            {"ldmatrix", &T::ldmatrix},
-            {"mma", &T::mma},
-            {"bra", &T::bra},
-            {"ret", &T::ret},
-            {"exit", &T::ret},
-            {"trap", &T::trap},
-            {"nanosleep", &T::nanosleep},
+            {"add", &T::sum},       {"sub", &T::sum},      {"mul", &T::mul},
+            {"mad", &T::mad},       {"fma", &T::fma},      {"div", &T::div},
+            {"rem", &T::div},       {"rcp", &T::rcp},      {"sqrt", &T::sqrt},
+            {"ex2", &T::ex2},       {"min", &T::pick},     {"max", &T::pick},
+            {"neg", &T::neg},       {"abs", &T::abs},      {"not", &T::bitwise},
+            {"and", &T::bitwise},   {"or", &T::bitwise},   {"xor", &T::bitwise},
+            {"shl", &T::shift},     {"shr", &T::shift},    {"bfi", &T::bits},
+            {"bfe", &T::bits},      {"bfind", &T::bits},   {"brev", &T::bits},
+            {"popc", &T::bits},     {"clz", &T::bits},     {"prmt", &T::bits},
+            {"dp4a", &T::dp4a},     {"setp", &T::setp},    {"selp", &T::selp},
+            {"mov", &T::mov},       {"cvt", &T::cvt},      {"cvta", &T::cvta},
+            {"ld", &T::ld},         {"st", &T::st},        {"atom", &T::atom},
+            {"membar", &T::membar}, {"fence", &T::membar}, {"bar", &T::bar},
+            {"shfl", &T::shfl},     {"vote", &T::vote},    {"ldmatrix", &T::ldmatrix},
+            {"mma", &T::mma},       {"bra", &T::bra},      {"ret", &T::ret},
+            {"exit", &T::ret},      {"trap", &T::trap},    {"nanosleep", &T::nanosleep},
         };
         return all;
     }
@@ -216,12 +185,14 @@ class Translator {
     // Of words of 32 bits.
     std::string bits() {
         static const std::map<std::string, const char*> names = {
-            {"bfi", "bfi"}, {"bfind", "bfind_shiftamt"},    {"brev", "brev"},
-            {"clz", "clz"}, {"popc", "__builtin_popcount"}, {"prmt", "prmt"}};
+            {"bfi", "bfi"},   {"bfe", "bfe_s32"}, {"bfind", "bfind_shiftamt"},
+            {"brev", "brev"}, {"clz", "clz"},     {"popc", "__builtin_popcount"},
+            {"prmt", "prmt"}};
         if (opcode_.base == "bfind") need("shiftamt");
         const std::string type = opcode_.last();
-        if (type != "b32" && type != "u32") operands_.fail("an unknown type");
-        std::string call = std::string(names.at(opcode_.base)) + "(" + in(1, type);
+        if (opcode_.base == "bfe" ? type != "s32" : type != "b32" && type != "u32")
+            operands_.fail("an unknown type");
+        std::string call = std::string(names.at(opcode_.base)) + "(" + in(1, "u32");
         for (size_t i = 2; i < operands_.size(); i++)
             call += ", " + in(i, "u32");
         return out("u32", call + ")");

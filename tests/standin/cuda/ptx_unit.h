@@ -109,6 +109,17 @@ inline u32 bfi(u32 a, u32 b, u32 from, u32 length) {
         b = (b & ~(1u << (from + i))) | (a >> i & 1u) << (from + i);
     return b;
 }
+// `length` bits from bit `from` on, extended by the highest of them (or of what is there).
+inline u32 bfe_s32(u32 v, u32 from, u32 length) {
+    from &= 255u;
+    length &= 255u;
+    const u32 last = from + length - 1 < 31 ? from + length - 1 : 31;
+    const u32 sign = length == 0 ? 0 : v >> last & 1u;
+    u32 field = 0;
+    for (u32 i = 0; i < 32; i++)
+        field |= (i < length && from + i < 32 ? v >> (from + i) & 1u : sign) << i;
+    return field;
+}
 inline u32 prmt(u32 a, u32 b, u32 selector) {
     u32 permuted = 0;
     for (int i = 0; i < 4; i++) {
