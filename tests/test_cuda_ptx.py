@@ -74,7 +74,8 @@ print(json.dumps({{t.name: "" if t.passed else t.problem or f"{{t.error:.3g}}" f
         nvrtc=NVRTC,
         **settings,
     )
-    assert done.returncode == 0, done.stderr
+    print(done.stderr)  # the stand-in's words, where the driver has only a code
+    assert done.returncode == 0
     found: dict[str, str] = json.loads(done.stdout)
     for name in names:
         assert any(key.startswith(name) for key in found), f"no test is called {name!r}"
@@ -114,7 +115,7 @@ def test_swapped_words_of_a_fragment_are_found(tmp_path: Path) -> None:
 
 
 def test_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of its neurons on the GPU, one token, a few, and a whole prompt at a time."""
+    """One token, a few, and a whole prompt at a time, as newer architectures compute them."""
     import numpy as np
 
     import test_cuda_model
@@ -123,7 +124,7 @@ def test_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_cuda_model, "kernel_cache", lambda: str(tmp_path))
     path = CASES["llama"].write(tmp_path)
     found = test_cuda_model.on_gpu(
-        "compare", path, ["whole"], ["predict"], [1, 7, 24], nvrtc=NVRTC, capability=89
+        "compare", path, ["whole"], ["predict"], [1, 7, 24], nvrtc=NVRTC, capability=120
     )
     for errors in found["whole"]["predict"].values():
         assert np.median(errors) < 2e-5
@@ -176,6 +177,8 @@ def test_words_are_computed_as_the_isa_says() -> None:
         "prmt.b32 %0, %1, %2, 0x9470;": lambda a, b: prmt(a, b, 0x9470),
         "bfi.b32 %0, %1, %2, 28, 9;": lambda a, b: (b & 0x0FFFFFFF) | (a & 15) << 28,
         "bfi.b32 %0, %1, %2, 4, 8;": lambda a, b: (b & ~0xFF0) | (a & 255) << 4,
+        "bfe.s32 %0, %1, 8, 8;": lambda a, b: signed(a >> 8 & 255, 8),
+        "bfe.s32 %0, %1, 28, 9;": lambda a, b: signed(a >> 28, 4),
         "bfind.shiftamt.u32 %0, %1;": lambda a, b: 32 - a.bit_length() if a else 0xFFFFFFFF,
         "brev.b32 %0, %1;": lambda a, b: int(f"{a:032b}"[::-1], 2),
         "popc.b32 %0, %1;": lambda a, b: a.bit_count(),
@@ -310,7 +313,8 @@ extern "C" __global__ void f(int* out) {
     out[i] = room[63 - i] + room[0];
     __syncthreads();
     room[63 - i] = n;
-    __syncwarp();
+    room[i] = n;  // what the other one stores
+    __syncthreads();
     out[i] += room[63 - i];
 }
 """)

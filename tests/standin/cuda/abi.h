@@ -49,7 +49,8 @@ unsigned long long qi_standin_collective(int op, unsigned mask, unsigned long lo
                                          int source, int width);
 // Runs the function once, when the lanes of the mask have come to it, from the same place.
 void qi_standin_warp_call(unsigned mask, QiWarpFunction function, void* operands, unsigned place);
-// Before an access to shared memory: a load, a store or an atomic operation (0, 1, 2).
+// Before an access to shared memory: a load, a store, an atomic operation, or a store of what is
+// there already (0 to 3).
 void qi_standin_shared_access(unsigned offset, unsigned bytes, int kind, unsigned line);
 void qi_standin_yield();               // called by every spin loop: others may run
 char* qi_standin_dynamic_shared();     // of the running block

@@ -31,53 +31,22 @@ class Translator {
     static const std::map<std::string, Handler>& handlers() {
         using T = Translator;
         static const std::map<std::string, Handler> all = {
-            {"add", &T::sum},
-            {"sub", &T::sum},
-            {"mul", &T::mul},
-            {"mad", &T::mad},
-            {"fma", &T::fma},
-            {"div", &T::div},
-            {"rem", &T::div},
-            {"rcp", &T::rcp},
-            {"sqrt", &T::sqrt},
-            {"ex2", &T::ex2},
-            {"min", &T::pick},
-            {"max", &T::pick},
-            {"neg", &T::neg},
-            {"abs", &T::abs},
-            {"not", &T::bitwise},
-            {"and", &T::bitwise},
-            {"or", &T::bitwise},
-            {"xor", &T::bitwise},
-            {"shl", &T::shift},
-            {"shr", &T::shift},
-            {"bfi", &T::bits},
-            {"bfind", &T::bits},
-            {"brev", &T::bits},
-            {"popc", &T::bits},
-            {"clz", &T::bits},
-            {"prmt", &T::bits},
-            {"dp4a", &T::dp4a},
-            {"setp", &T::setp},
-            {"selp", &T::selp},
-            {"mov", &T::mov},
-            {"cvt", &T::cvt},
-            {"cvta", &T::cvta},
-            {"ld", &T::ld},
-            {"st", &T::st},
-            {"atom", &T::atom},
-            {"membar", &T::membar},
-            {"fence", &T::membar},
-            {"bar", &T::bar},
-            {"shfl", &T::shfl},
-            {"vote", &T::vote},
-            {"ldmatrix", &T::ldmatrix},
-            {"mma", &T::mma},
-            {"bra", &T::bra},
-            {"ret", &T::ret},
-            {"exit", &T::ret},
-            {"trap", &T::trap},
-            {"nanosleep", &T::nanosleep},
+            {"add", &T::sum},       {"sub", &T::sum},      {"mul", &T::mul},
+            {"mad", &T::mad},       {"fma", &T::fma},      {"div", &T::div},
+            {"rem", &T::div},       {"rcp", &T::rcp},      {"sqrt", &T::sqrt},
+            {"ex2", &T::ex2},       {"min", &T::pick},     {"max", &T::pick},
+            {"neg", &T::neg},       {"abs", &T::abs},      {"not", &T::bitwise},
+            {"and", &T::bitwise},   {"or", &T::bitwise},   {"xor", &T::bitwise},
+            {"shl", &T::shift},     {"shr", &T::shift},    {"bfi", &T::bits},
+            {"bfe", &T::bits},      {"bfind", &T::bits},   {"brev", &T::bits},
+            {"popc", &T::bits},     {"clz", &T::bits},     {"prmt", &T::bits},
+            {"dp4a", &T::dp4a},     {"setp", &T::setp},    {"selp", &T::selp},
+            {"mov", &T::mov},       {"cvt", &T::cvt},      {"cvta", &T::cvta},
+            {"ld", &T::ld},         {"st", &T::st},        {"atom", &T::atom},
+            {"membar", &T::membar}, {"fence", &T::membar}, {"bar", &T::bar},
+            {"shfl", &T::shfl},     {"vote", &T::vote},    {"ldmatrix", &T::ldmatrix},
+            {"mma", &T::mma},       {"bra", &T::bra},      {"ret", &T::ret},
+            {"exit", &T::ret},      {"trap", &T::trap},    {"nanosleep", &T::nanosleep},
         };
         return all;
     }
@@ -216,12 +185,14 @@ class Translator {
     // Of words of 32 bits.
     std::string bits() {
         static const std::map<std::string, const char*> names = {
-            {"bfi", "bfi"}, {"bfind", "bfind_shiftamt"},    {"brev", "brev"},
-            {"clz", "clz"}, {"popc", "__builtin_popcount"}, {"prmt", "prmt"}};
+            {"bfi", "bfi"},   {"bfe", "bfe_s32"}, {"bfind", "bfind_shiftamt"},
+            {"brev", "brev"}, {"clz", "clz"},     {"popc", "__builtin_popcount"},
+            {"prmt", "prmt"}};
         if (opcode_.base == "bfind") need("shiftamt");
         const std::string type = opcode_.last();
-        if (type != "b32" && type != "u32") operands_.fail("an unknown type");
-        std::string call = std::string(names.at(opcode_.base)) + "(" + in(1, type);
+        if (opcode_.base == "bfe" ? type != "s32" : type != "b32" && type != "u32")
+            operands_.fail("an unknown type");
+        std::string call = std::string(names.at(opcode_.base)) + "(" + in(1, "u32");
         for (size_t i = 2; i < operands_.size(); i++)
             call += ", " + in(i, "u32");
         return out("u32", call + ")");
@@ -334,9 +305,10 @@ class Translator {
     // A pointer to what an operand addresses.
     std::string pointer(const Access& a, size_t i, const char* kind) const {
         const std::string at = cpp_type(a.type) + ", " + std::to_string(a.n) + ">(";
-        const std::string address = operands_.address(i) + ", ", line = line_ + ")";
-        return a.space == "shared" ? "shared_at<" + at + "shared, " + address + kind + ", " + line
-                                   : "global_at<" + at + address + line;
+        const std::string address = operands_.address(i) + ", ";
+        if (a.space != "shared") return "global_at<" + at + address + line_ + ")";
+        const char* values = kind == std::string("store") ? ", values)" : ")";
+        return "shared_at<" + at + "shared, " + address + kind + ", " + line_ + values;
     }
 
     std::string ld() {
@@ -361,10 +333,16 @@ class Translator {
         const Access a = access();
         const auto from = operands_.elements(1);
         if (from.size() != a.n || a.space == "param") operands_.fail("an unknown store");
-        std::string text = "{ " + std::string(a.ordered ? "volatile " : "") + cpp_type(a.type) +
-                           "* const to = " + pointer(a, 0, "store") + "; ";
-        for (size_t i = 0; i < a.n; i++)
-            text += "to[" + std::to_string(i) + "] = " + operands_.value(from[i], a.type) + "; ";
+        const std::string type = cpp_type(a.type);
+        std::string text = "{ const " + type + " values[] = {";
+        for (const std::string& element : from)
+            text += operands_.value(element, a.type) + ", ";
+        text += std::string("}; ") + (a.ordered ? "volatile " : "") + type +
+                "* const to = " + pointer(a, 0, "store") + "; ";
+        for (size_t i = 0; i < a.n; i++) {
+            const std::string at = "[" + std::to_string(i) + "]";
+            text += "to" + at + " = values" + at + "; ";
+        }
         return text + "}";
     }
 

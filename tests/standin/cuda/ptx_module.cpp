@@ -45,6 +45,8 @@ std::string without_comments(std::string text) {
     return text;
 }
 
+constexpr const char* scoped_prefix = "%scoped";
+
 class Parser {
   public:
     explicit Parser(const std::string& text) : text_(without_comments(text)) {}
@@ -139,10 +141,12 @@ class Parser {
         if (open != std::string::npos) {
             for (const std::string& text : split(head.substr(open + 1, close - open - 1), ',')) {
                 const std::vector<std::string> parts = words_of(text);
-                if (parts.size() != 3 || parts[0] != ".param" ||
-                    parts[2].find('[') != std::string::npos)
+                // ".param .u64 .ptr .align 1 name": what it points to is of no interest.
+                const bool is_pointer = parts.size() > 3 && parts[2] == ".ptr";
+                if ((parts.size() != 3 && !is_pointer) || parts[0] != ".param" ||
+                    parts.back().find('[') != std::string::npos)
                     throw Unknown(line_, "a parameter: " + text);
-                entry.parameters.push_back({parts[2], parts[1].substr(1)});
+                entry.parameters.push_back({parts.back(), parts[1].substr(1)});
             }
             head.erase(0, close + 1);
         }
@@ -164,8 +168,28 @@ class Parser {
     }
 
     void body(Entry& entry) {
-        while (skip_space() && text_[at_] != '}') {
+        entry.registers.push_back({"b16", scoped_prefix});
+        int scoped = 0;         // registers of scopes so far
+        std::string temporary;  // the one register of the scope we are in, by its name there
+        while (skip_space()) {
             const int line = line_;
+            if (text_[at_] == '}') {
+                if (temporary.empty()) break;
+                temporary.clear();
+                at_++;
+                continue;
+            }
+            if (text_[at_] == '{') {
+                // "{ .reg .b16 tmp; mov.b32 {tmp, %rs1}, %r1; }"
+                at_++;
+                const std::vector<std::string> words = words_of(take_until(';'));
+                if (words.size() != 3 || words[0] != ".reg" || words[1] != ".b16" ||
+                    !temporary.empty())
+                    throw Unknown(line, "a scope of its own");
+                temporary = words[2];
+                scoped++;
+                continue;
+            }
             // A label; "ld.global.L1::no_allocate" is none.
             const size_t end = text_.find_first_of(":;{", at_);
             if (end != std::string::npos && text_.compare(end, 2, "::") != 0 && text_[end] == ':') {
@@ -188,6 +212,13 @@ class Parser {
                 throw Unknown(line, text);
             } else {
                 entry.statements.push_back(instruction(text, line));
+                for (std::string& operand : entry.statements.back().operands) {
+                    const size_t at =
+                        temporary.empty() ? std::string::npos : operand.find(temporary);
+                    if (at != std::string::npos)
+                        operand.replace(at, temporary.size(),
+                                        scoped_prefix + std::to_string(scoped));
+                }
             }
         }
         take_until('}');

@@ -92,6 +92,7 @@ std::string Operands::literal(const std::string& text, const std::string& type) 
                            : text[0] == '-'
                                ? static_cast<uint64_t>(std::strtoll(text.c_str(), &end, 0))
                                : std::strtoull(text.c_str(), &end, 0);
+    if (*end == 'U') end++;
     if (*end != '\0') fail("the operand " + text);
     if (type == "pred") return value != 0 ? "true" : "false";
     if (single || twice) {

@@ -24,6 +24,7 @@ float exp2f(float) noexcept;
 float log2f(float) noexcept;
 void* memcpy(void*, const void*, decltype(sizeof 0)) noexcept;
 void* memset(void*, int, decltype(sizeof 0)) noexcept;
+int memcmp(const void*, const void*, decltype(sizeof 0)) noexcept;
 }
 
 // Kernels are compiled without optimisation: that takes longer than all they do in a test. What
@@ -107,6 +108,17 @@ inline u32 bfi(u32 a, u32 b, u32 from, u32 length) {
     for (u32 i = 0; i < length && from + i < 32 && i < 32; i++)
         b = (b & ~(1u << (from + i))) | (a >> i & 1u) << (from + i);
     return b;
+}
+// `length` bits from bit `from` on, extended by the highest of them (or of what is there).
+inline u32 bfe_s32(u32 v, u32 from, u32 length) {
+    from &= 255u;
+    length &= 255u;
+    const u32 last = from + length - 1 < 31 ? from + length - 1 : 31;
+    const u32 sign = length == 0 ? 0 : v >> last & 1u;
+    u32 field = 0;
+    for (u32 i = 0; i < 32; i++)
+        field |= (i < length && from + i < 32 ? v >> (from + i) & 1u : sign) << i;
+    return field;
 }
 inline u32 prmt(u32 a, u32 b, u32 selector) {
     u32 permuted = 0;
@@ -237,22 +249,27 @@ inline T* global_at(u64 address, unsigned line) {
         qi_standin_misaligned(address, "PTX", line);
     return reinterpret_cast<T*>(address);
 }
-enum Access { load, store, atomic };
+enum Access { load, store, atomic, repeat };
 
+// values: what is to be stored there. Threads may store the same unordered.
 template <class T, int n = 1>
-inline T* shared_at(const Shared& shared, u64 address, Access access, unsigned line) {
+inline T* shared_at(const Shared& shared, u64 address, Access access, unsigned line,
+                    const T* values = nullptr) {
     if (__builtin_expect(address % (n * sizeof(T)) != 0, 0))
         qi_standin_misaligned(address, "PTX", line);
     const bool is_dynamic = address >= dynamic_base;
     if (__builtin_expect(!is_dynamic && address - static_base > shared.bytes - n * sizeof(T), 0))
         qi_standin_fault("an access outside of static shared memory", "PTX", line);
     const u64 offset = address - (is_dynamic ? dynamic_base : static_base);
+    T* const at = reinterpret_cast<T*>((is_dynamic ? shared.dynamic : shared.variables) + offset);
     // Dynamic memory counts from behind all that static variables may take; beyond what it may be,
     // the access itself fails.
-    if (offset < 0x40000)
+    if (offset < 0x40000) {
+        if (values && __builtin_memcmp(at, values, n * sizeof(T)) == 0) access = repeat;
         qi_standin_shared_access(static_cast<u32>(offset) + (is_dynamic ? 0x10000 : 0),
                                  n * sizeof(T), access, line);
-    return reinterpret_cast<T*>((is_dynamic ? shared.dynamic : shared.variables) + offset);
+    }
+    return at;
 }
 inline u64 generic_of_shared(const Shared& shared, u64 address) {
     return reinterpret_cast<u64>(address >= dynamic_base

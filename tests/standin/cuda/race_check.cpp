@@ -30,8 +30,9 @@ const RaceCheck::Access* RaceCheck::access(unsigned thread, uint32_t offset, uin
     if (cells_.size() <= last) cells_.resize(last + 1);
     for (uint32_t i = first; i <= last; i++) {
         Cell& cell = cells_[i];
-        const bool both_atomic = kind == atomic && cell.write.is_atomic;
-        if (!both_atomic && !is_ordered(cell.write, thread)) {
+        const bool after_write = is_ordered(cell.write, thread);
+        const bool is_harmless = kind == repeat || (kind == atomic && cell.write.is_atomic);
+        if (!after_write && !is_harmless) {
             found_ = cell.write;
             return &found_;
         }
@@ -43,7 +44,8 @@ const RaceCheck::Access* RaceCheck::access(unsigned thread, uint32_t offset, uin
             found_ = cell.read;
             return &found_;
         }
-        cell = {now, {}};
+        // Of equal stores the first stays, which others may race with.
+        if (after_write || kind != repeat) cell = {now, {}};
     }
     return nullptr;
 }

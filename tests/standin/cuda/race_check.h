@@ -10,7 +10,7 @@ namespace standin {
 
 class RaceCheck {
   public:
-    enum Kind { load, store, atomic };
+    enum Kind { load, store, atomic, repeat };  // repeat: stores what is there already
 
     struct Access {
         uint32_t epoch = 0;       // of the block
