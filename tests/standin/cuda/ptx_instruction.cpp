@@ -37,7 +37,7 @@ class Translator {
             {"ex2", &T::ex2},       {"min", &T::pick},     {"max", &T::pick},
             {"neg", &T::neg},       {"abs", &T::abs},      {"not", &T::bitwise},
             {"and", &T::bitwise},   {"or", &T::bitwise},   {"xor", &T::bitwise},
-            {"shl", &T::shift},     {"shr", &T::shift},    {"bfi", &T::bits},
+            {"shl", &T::shift},     {"shr", &T::shift},    {"bfi", &T::insert_bits},
             {"bfe", &T::bits},      {"bfind", &T::bits},   {"brev", &T::bits},
             {"popc", &T::bits},     {"clz", &T::bits},     {"prmt", &T::bits},
             {"dp4a", &T::dp4a},     {"setp", &T::setp},    {"selp", &T::selp},
@@ -182,12 +182,18 @@ class Translator {
                              in(2, "u32") + ")");
     }
 
+    std::string insert_bits() {
+        const std::string type = opcode_.last();
+        if (type != "b32" && type != "b64") operands_.fail("an unknown type");
+        return out(type, "bfi(" + in(1, type) + ", " + in(2, type) + ", " + in(3, "u32") + ", " +
+                             in(4, "u32") + ")");
+    }
+
     // Of words of 32 bits.
     std::string bits() {
         static const std::map<std::string, const char*> names = {
-            {"bfi", "bfi"},   {"bfe", "bfe_s32"}, {"bfind", "bfind_shiftamt"},
-            {"brev", "brev"}, {"clz", "clz"},     {"popc", "__builtin_popcount"},
-            {"prmt", "prmt"}};
+            {"bfe", "bfe_s32"}, {"bfind", "bfind_shiftamt"},    {"brev", "brev"},
+            {"clz", "clz"},     {"popc", "__builtin_popcount"}, {"prmt", "prmt"}};
         if (opcode_.base == "bfind") need("shiftamt");
         const std::string type = opcode_.last();
         if (opcode_.base == "bfe" ? type != "s32" : type != "b32" && type != "u32")
@@ -245,7 +251,7 @@ class Translator {
             if (from.size() == n) {
                 whole += (i == 0 ? "" : " | ") + std::string("u64(") +
                          operands_.value(from[i], part) + ") << " + places;
-            } else {
+            } else if (to[i] != "_") {  // a part that nobody wants
                 text += operands_.assign(to[i], part, "whole >> " + places) + " ";
             }
         }

@@ -102,11 +102,14 @@ inline u32 clz(u32 v) {
     return v == 0 ? 32 : static_cast<u32>(__builtin_clz(v));
 }
 // The low `length` bits of a go into b from bit `from` on.
-inline u32 bfi(u32 a, u32 b, u32 from, u32 length) {
+template <class Word>
+inline Word bfi(Word a, Word b, u32 from, u32 length) {
+    constexpr Word one = 1;
+    constexpr u32 n_bits = 8 * sizeof(Word);
     from &= 255u;
     length &= 255u;
-    for (u32 i = 0; i < length && from + i < 32 && i < 32; i++)
-        b = (b & ~(1u << (from + i))) | (a >> i & 1u) << (from + i);
+    for (u32 i = 0; i < length && from + i < n_bits; i++)
+        b = (b & ~(one << (from + i))) | (a >> i & one) << (from + i);
     return b;
 }
 // `length` bits from bit `from` on, extended by the highest of them (or of what is there).
