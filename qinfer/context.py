@@ -471,8 +471,8 @@ class Context:
                 lib.qi_context_state_save(pointer, seq, ffi.from_buffer(data), data.nbytes, error),
                 error,
             )
-            history = self._histories[seq]
-            history = history.first(len(history))
+            held = self._histories[seq]
+            history = held.first(len(held))
         _state.write(path, self._weights.fingerprint, history, data)
 
     def load_state(self, path: StrPath, seq: int = 0) -> None:

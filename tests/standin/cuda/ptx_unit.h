@@ -297,21 +297,22 @@ template <class T>
 inline T atom_add(T* at, T v) {
     return __atomic_fetch_add(at, v, __ATOMIC_RELAXED);
 }
-template <class T>
-inline T atom_min(T* at, T v) {
+// v takes the place of what is there if it is better.
+template <class T, class Better>
+inline T atom_pick(T* at, T v, Better better) {
     T old = __atomic_load_n(at, __ATOMIC_RELAXED);
-    while (v < old &&
+    while (better(v, old) &&
            !__atomic_compare_exchange_n(at, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
     return old;
 }
 template <class T>
+inline T atom_min(T* at, T v) {
+    return atom_pick(at, v, [](T a, T b) { return a < b; });
+}
+template <class T>
 inline T atom_max(T* at, T v) {
-    T old = __atomic_load_n(at, __ATOMIC_RELAXED);
-    while (old < v &&
-           !__atomic_compare_exchange_n(at, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
-    return old;
+    return atom_pick(at, v, [](T a, T b) { return a > b; });
 }
 inline void membar() {
     __atomic_thread_fence(__ATOMIC_SEQ_CST);

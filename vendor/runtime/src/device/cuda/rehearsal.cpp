@@ -55,9 +55,8 @@ void load_products(const GpuShare& share, std::span<const Type> weight_types,
     const Shape shapes[] = {{q_width, n_embd}, {kv_width, n_embd}, {n_embd, q_width},
                             {n_ff, n_embd},    {n_embd, n_ff},     {n_embd, n_ff, true}};
     const int64_t n_most = needs.n_batch, widest = std::max({q_width, n_embd, n_ff});
-    const DeviceMemory w = memory(n_embd, std::max(q_width, n_ff), 2),
-                       x = memory(n_most, widest, 2);
-    const DeviceMemory y = memory(n_most, widest, 4);
+    const DeviceMemory w = memory(n_embd, std::max(q_width, n_ff), 2);
+    const DeviceMemory x = memory(n_most, widest, 2), y = memory(n_most, widest, 4);
     const Stream stream(share.gpu);
     for (const DeviceMemory* each : {&w, &x, &y})
         stream.fill(each->address(), 0, each->n_bytes());
